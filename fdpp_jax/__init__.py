@@ -1,0 +1,35 @@
+"""FlashDecoding++ for JAX: decode attention without softmax synchronisation, and matmuls for few rows."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fdpp_jax import heuristics, models
+    from fdpp_jax.generation import generate
+    from fdpp_jax.ops import dot_product_attention, flat_matmul
+    from fdpp_jax.unified_max import UnifiedMax
+
+__version__ = "0.1.0"
+
+__all__ = ["UnifiedMax", "__version__", "dot_product_attention", "flat_matmul", "generate", "heuristics", "models"]
+
+# Imported at first use, since Flax alone takes as long to import as JAX.
+_HOME = {
+    "UnifiedMax": "unified_max",
+    "dot_product_attention": "ops",
+    "flat_matmul": "ops",
+    "generate": "generation",
+}
+_ROOMS = ("heuristics", "models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"fdpp_jax.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"fdpp_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

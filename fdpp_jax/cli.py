@@ -1,0 +1,484 @@
+"""`fdpp-jax generate | plan | bench | info`: arguments in, text and tables out.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import fdpp_jax
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Generator
+
+    from fdpp_jax.benchmark import BenchReport
+    from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
+    from fdpp_jax.device import Device
+    from fdpp_jax.generation import GenerationResult, StreamChunk
+    from fdpp_jax.models import LlamaConfig, Tokenizer
+    from fdpp_jax.unified_max import UnifiedMax
+
+    type Shape = AttentionShape | MatmulShape
+    type Plan = AttentionPlan | MatmulPlan
+
+_EXIT_ERROR = 2
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_STREAM_CHUNK = 8  # tokens between two lines of communication with the device: lively, and still cheap
+_DTYPES = ("bfloat16", "float16", "float32")
+_BUNDLED = "tiny"
+_WIDTH_WITHOUT_TERMINAL = 160
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: Arguments without the program's name; None takes the process's.
+
+    Returns:
+      The exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nfdpp-jax: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:  # e.g. `| head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"fdpp-jax: error: {error}", file=sys.stderr)
+        return _EXIT_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fdpp-jax",
+        description="Decode LLaMA models in JAX with FlashDecoding++'s kernels.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fdpp-jax {fdpp_jax.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_plan(commands)
+    _add_bench(commands)
+    _add_info(commands)
+    return parser
+
+
+_EXAMPLES = """\
+examples:
+  fdpp-jax generate --prompt "def "                     the bundled tiny model, on whatever device there is
+  fdpp-jax generate --model ./Llama-2-7b-hf --prompt "The sea"
+  fdpp-jax plan --model llama-2-7b --batch 8 --device A100
+  fdpp-jax bench decode --model llama-2-7b --context 1024
+  fdpp-jax info
+"""
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "generate",
+        _generate,
+        "continue prompts, then say how fast it was and which kernels ran",
+        '  fdpp-jax generate --prompt "def "\n'
+        '  fdpp-jax generate --prompt "class Node" --prompt "import " --max-new-tokens 32    one batch of two\n'
+        '  fdpp-jax generate --model org/name --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 7\n'
+        '  fdpp-jax generate --prompt "def " --phi 40    a phi far off: watch the recomputed steps, not the text\n',
+    )
+    parser.add_argument(
+        "--model",
+        default=_BUNDLED,
+        metavar="DIR-OR-HUB-ID",
+        help='checkpoint in Hugging Face format (default: "tiny", the bundled one)',
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; again for a batch")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="new tokens (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default: 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K best tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the best tokens of probability P")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--softmax",
+        choices=("unified", "bound", "online"),
+        default="unified",
+        help="unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: unified)",
+    )
+    parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "plan",
+        _plan,
+        "show which kernels a decode step would run on a device, and why; needs no GPU and no checkpoint",
+        "  fdpp-jax plan --model llama-2-7b --batch 8 --context 4096 --device A100\n"
+        "  fdpp-jax plan --model llama-3-8b --device H200\n",
+    )
+    _add_model_shape(parser, default="llama-2-7b")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together (default: 1)")
+    parser.add_argument("--context", type=int, default=4096, help="slots of the KV cache (default: 4096)")
+    parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: bfloat16")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="measure the decode step or one kernel, beside plain XLA")
+    kinds = parser.add_subparsers(title="what to measure", required=True, metavar="WHAT")
+
+    decode = _add_command(
+        kinds,
+        "decode",
+        _bench_decode,
+        "milliseconds a token of a model with random weights, beside plain XLA and the read floor",
+        "  fdpp-jax bench decode --model llama-2-7b --batch 1 --context 1024\n"
+        "  fdpp-jax bench decode --model tiny --steps 16    sensible on a CPU too\n",
+    )
+    _add_model_shape(decode, default=_BUNDLED)
+    decode.add_argument("--batch", type=int, default=1, help="sequences decoded together (default: 1)")
+    decode.add_argument("--context", type=int, default=1024, help="live tokens in the KV cache (default: 1024)")
+    decode.add_argument("--steps", type=int, default=64, help="decode steps measured together (default: 64)")
+
+    attention = _add_command(
+        kinds,
+        "attention",
+        _bench_attention,
+        "microseconds of one decode attention, beside JAX's own and the read floor",
+        "  fdpp-jax bench attention --batch 8 --context 4096 --num-heads 32 --num-kv-heads 8\n",
+    )
+    attention.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
+    attention.add_argument("--context", type=int, default=4096, help="keys of each sequence (default: 4096)")
+    attention.add_argument("--num-heads", type=int, default=32, metavar="N", help="query heads (default: 32)")
+    attention.add_argument("--num-kv-heads", type=int, default=32, metavar="K", help="key/value heads (default: 32)")
+    attention.add_argument("--head-dim", type=int, default=128, metavar="H", help="default: 128")
+    attention.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: bfloat16")
+
+    matmul = _add_command(
+        kinds,
+        "matmul",
+        _bench_matmul,
+        "microseconds of one x [M, K] @ w [K, N], beside XLA's own and the read floor",
+        "  fdpp-jax bench matmul --m 8 --k 4096 --n 12288\n",
+    )
+    matmul.add_argument("--m", type=int, default=8, help="rows (default: 8)")
+    matmul.add_argument("--k", type=int, default=4096, help="contraction (default: 4096)")
+    matmul.add_argument("--n", type=int, default=12288, help="columns (default: 12288)")
+    matmul.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: bfloat16")
+
+    for kind in (decode, attention, matmul):
+        kind.add_argument("--json", metavar="FILE", help="also write the numbers, with device, versions and commit")
+
+
+def _add_model_shape(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--model",
+        default=default,
+        metavar="PRESET-OR-DIR",
+        help=f'preset such as llama-2-7b, "tiny", or a directory with a config.json (default: {default})',
+    )
+
+
+def _add_info(commands: Any) -> None:
+    _add_command(commands, "info", _info, "show versions, the device, and which kernels it has", "  fdpp-jax info\n")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.phi is not None and args.softmax != "unified":
+        raise ValueError(f"--phi belongs to --softmax unified, got --softmax {args.softmax}")
+    if not all(args.prompt):
+        raise ValueError("--prompt must not be empty")
+
+    import jax
+    import numpy as np
+
+    from fdpp_jax import device, generation, models
+
+    directory = _checkpoint_directory(args.model)
+    # The tokenizer first: a wrong one shows in a moment, weights take a while.
+    tokenizer = models.load_tokenizer(directory, vocab_size=_read_config(directory).vocab_size)
+    prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
+    running = device.current()
+    model = models.load(directory, dtype=args.dtype or ("bfloat16" if running.is_gpu else "float32"))
+
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    chunks = generation.stream(
+        model,
+        tokens,
+        lengths,
+        args.max_new_tokens,
+        eos_ids=() if args.ignore_eos else tokenizer.eos_ids,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        key=jax.random.key(args.seed),
+        softmax=_softmax(args),
+        chunk_size=_STREAM_CHUNK,
+    )
+    result = _print_stream(chunks, prompts, tokenizer)
+    _print_speed(result, lengths.tolist())
+    capacity = int(lengths.max()) + args.max_new_tokens
+    plans = models.model_plans(model.config, batch=len(prompts), capacity=capacity, device=running, dtype=model.dtype)
+    _print_plans(plans, f"Kernels of a decode step on {running.kind}")
+
+
+def _softmax(args: argparse.Namespace) -> "UnifiedMax | None":
+    from fdpp_jax.unified_max import UnifiedMax
+
+    if args.softmax == "online":
+        return None
+    if args.softmax == "bound":
+        return UnifiedMax.bound()
+    return UnifiedMax() if args.phi is None else UnifiedMax(args.phi)
+
+
+def _checkpoint_directory(model: str) -> "pathlib.Path":
+    """The local directory of a checkpoint that has weights; a hub id is downloaded."""
+    from fdpp_jax import models
+
+    if model == _BUNDLED:
+        return models.bundled_path()
+    if model in models.PRESETS:
+        raise ValueError(f"{model} is a preset of shapes without weights; generate needs a directory or a hub id")
+    return models.resolve(model)
+
+
+def _read_config(directory: "pathlib.Path") -> "LlamaConfig":
+    from fdpp_jax.models import LlamaConfig, loading
+
+    return LlamaConfig.from_hf(loading.read_json(directory, "config.json"))
+
+
+def _model_config(model: str) -> "LlamaConfig":
+    """The shapes of a preset, of the bundled model or of a directory with a config.json."""
+    import pathlib
+
+    from fdpp_jax import models
+
+    if model in models.PRESETS:
+        return models.PRESETS[model]
+    directory = models.bundled_path() if model == _BUNDLED else pathlib.Path(model)
+    if not directory.is_dir():
+        known = ", ".join([_BUNDLED, *models.PRESETS])
+        raise ValueError(f"unknown model {model!r}: neither a directory with a config.json nor one of {known}")
+    return _read_config(directory)
+
+
+def _print_stream(
+    chunks: "Generator[StreamChunk, None, GenerationResult]", prompts: list[list[int]], tokenizer: "Tokenizer"
+) -> "GenerationResult":
+    """Prints one prompt's text as it comes, of several prompts each text when it has ended."""
+    new_tokens: list[list[int]] = [[] for _ in prompts]
+    waiting = dict.fromkeys(range(len(prompts)))
+    written = ""
+
+    def text(row: int) -> str:
+        return tokenizer.decode([*prompts[row], *new_tokens[row]])
+
+    def print_whole(row: int) -> None:
+        print(f"[{row + 1} of {len(prompts)}] {text(row)}\n", flush=True)
+        del waiting[row]
+
+    num_tokens = 0
+    while True:
+        try:
+            chunk = next(chunks)
+        except StopIteration as stop:
+            result: GenerationResult = stop.value
+            break
+        num_tokens += chunk.tokens.shape[1]
+        for row, length in enumerate(chunk.lengths.tolist()):
+            new_tokens[row] = [*new_tokens[row], *chunk.tokens[row].tolist()][:length]
+            if len(prompts) > 1 and row in waiting and length < num_tokens:
+                print_whole(row)
+        if len(prompts) == 1:
+            # A character whose bytes are not all there yet decodes to U+FFFD: it waits for the next chunk.
+            ready = text(0).rstrip("\ufffd")
+            print(ready.removeprefix(written), end="", flush=True)
+            written = ready
+    if len(prompts) == 1:
+        print(text(0).removeprefix(written), end="\n\n")
+    else:
+        for row in tuple(waiting):
+            print_whole(row)
+    return result
+
+
+def _print_speed(result: "GenerationResult", prompt_lengths: list[int]) -> None:
+    num_prompt, num_new = sum(prompt_lengths), int(result.lengths.sum()) - len(prompt_lengths)
+    print(f"prefill  {_rate(num_prompt, result.prefill_seconds)}")
+    print(f"decode   {_rate(num_new, result.decode_seconds)}", end="")
+    if result.decode_steps:
+        print(f", {result.decode_seconds / result.decode_steps * 1e3:.2f} ms a step", end="")
+    print(f"\ncompile  {result.compile_seconds:.1f} s")
+    print(f"recomputed steps: {result.recomputed_steps} of {result.decode_steps}\n")
+
+
+def _rate(num_tokens: int, seconds: float) -> str:
+    """ "63 tokens in 0.42 s: 150.0 tokens/s"."""
+    speed = f": {num_tokens / seconds:.1f} tokens/s" if num_tokens and seconds > 0 else ""
+    return f"{num_tokens} tokens in {seconds:.3f} s{speed}"
+
+
+def _plan(args: argparse.Namespace) -> None:
+    config = _model_config(args.model)
+    from fdpp_jax import device, models
+
+    target = device.by_name(args.device) if args.device else device.current()
+    plans = models.model_plans(config, batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
+    title = (
+        f"One decode step of {args.model} on {target.kind}: batch {args.batch}, context {args.context}, {args.dtype}"
+    )
+    _print_plans(plans, title)
+
+
+def _print_plans(plans: "Sequence[tuple[str, Shape, Plan]]", title: str) -> None:
+    _print_table(
+        title,
+        ("kernel", "shape", "runs", "config", "why"),
+        [
+            (name, _shape_text(shape), plan.implementation, _config_text(plan), plan.reason)
+            for name, shape, plan in plans
+        ],
+    )
+
+
+def _shape_text(shape: "Shape") -> str:
+    from fdpp_jax.config import MatmulShape
+
+    if isinstance(shape, MatmulShape):
+        return f"[{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}]"
+    heads = f"{shape.num_query_heads}/{shape.num_kv_heads}"
+    return f"B {shape.batch}, N/K {heads}, S {shape.capacity}, H {shape.head_dim}"
+
+
+def _config_text(plan: "Plan") -> str:
+    if plan.config is None:
+        return "-"
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(plan.config).items())
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: brackets of a shape are no markup
+    Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
+
+
+def _bench_decode(args: argparse.Namespace) -> None:
+    from fdpp_jax import device
+
+    running = device.current()
+    if not running.is_gpu and args.model != _BUNDLED:
+        raise ValueError(f"bench decode --model {args.model} needs a GPU, this is {running.kind}; try --model tiny")
+    config = _model_config(args.model)
+    from fdpp_jax import benchmark
+
+    _warn_off_gpu(running)
+    report = benchmark.bench_decode(config, batch=args.batch, context=args.context, steps=args.steps)
+    _print_bench(report, args.json)
+
+
+def _bench_attention(args: argparse.Namespace) -> None:
+    from fdpp_jax import benchmark, device
+    from fdpp_jax.config import AttentionShape
+
+    _warn_off_gpu(device.current())
+    shape = AttentionShape(
+        args.batch, 1, args.context, args.num_heads, args.num_kv_heads, args.head_dim, dtype=args.dtype
+    )
+    _print_bench(benchmark.bench_attention(shape), args.json)
+
+
+def _bench_matmul(args: argparse.Namespace) -> None:
+    from fdpp_jax import benchmark, device
+    from fdpp_jax.config import MatmulShape
+
+    _warn_off_gpu(device.current())
+    _print_bench(benchmark.bench_matmul(MatmulShape(args.m, args.k, args.n, args.dtype)), args.json)
+
+
+def _print_bench(report: "BenchReport", path: str | None) -> None:
+    _print_table(report.title, report.columns, report.rows)
+    if path is not None:
+        report.save(path)
+
+
+def _warn_off_gpu(running: "Device") -> None:
+    if not running.is_gpu:
+        print(f"fdpp-jax: warning: no GPU: these are numbers of {running.kind}, of no kernel", file=sys.stderr)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import platform
+
+    import jax
+
+    from fdpp_jax import device, heuristics
+    from fdpp_jax.config import AttentionShape, MatmulShape
+
+    del args
+    packages = ("fdpp-jax", "jax", "jaxlib", "flax", "numpy")
+    versions = [("python", platform.python_version()), *((name, _version(name)) for name in packages)]
+    _print_table("Versions", ("package", "version"), versions)
+    running = device.current()
+    figures = {"kind": running.kind, "devices": len(jax.devices()), "SMs or cores": running.num_sms}
+    if running.is_gpu:
+        figures |= {
+            "architecture": running.arch,
+            "shared memory a block": f"{running.smem_bytes >> 10} KiB",
+            "last cache": f"{running.l2_bytes >> 20} MiB",
+            "memory reads": f"{running.read_gbps:.0f} GB/s",
+            "bfloat16 peak": f"{running.bf16_tflops:.0f} Tflop/s",
+        }
+    _print_table("Device", ("what", "figure"), [(name, str(value)) for name, value in figures.items()])
+
+    attention = AttentionShape(1, 1, 1024, 32, 32, 128)
+    refusals = {
+        "decode attention (mosaic_gpu)": heuristics.refuse_mosaic_attention(attention, running),
+        "flat matmul (flat)": heuristics.refuse_kernel_matmul(MatmulShape(8, 4096, 4096), running, "flat"),
+        "gemv (gemv)": heuristics.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), running, "gemv"),
+    }
+    rows = [(name, "yes" if refusal is None else f"no: {refusal}") for name, refusal in refusals.items()]
+    _print_table("Kernels", ("kernel", "available"), [*rows, ("XLA (xla)", "yes")])
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    return fdpp_jax.__version__ if package == "fdpp-jax" else importlib.metadata.version(package)

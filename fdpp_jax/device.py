@@ -1,0 +1,169 @@
+"""What the heuristics need to know about a device: published figures by name, or the running one.
+
+Memory bandwidth decides memory- or compute-bound, the number of SMs decides split counts, and the shared
+memory of one block decides ring depths. Nothing here starts a GPU; `current` asks JAX which device it has.
+"""
+
+import dataclasses
+import os
+import re
+
+import jax
+
+_KIB = 1024
+_MIB = 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Figures of one device.
+
+    Args:
+      kind: Name, as in `by_name` or as JAX reports it.
+      arch: "sm_80", "sm_86", "sm_90", "sm_100" (NVIDIA), "gfx90a", "gfx942" (AMD), else JAX's platform name: "cpu".
+      num_sms: Streaming multiprocessors (NVIDIA), compute units (AMD), cores (CPU).
+      smem_bytes: Shared memory (LDS) that one block can use.
+      l2_bytes: Last cache before memory; a buffer must be larger for its reads to be memory reads.
+      read_gbps: Memory bandwidth, 10^9 bytes/s: the vendor's figure, except where measured.
+      bf16_tflops: Dense bfloat16 matrix-unit peak with float32 accumulation, 10^12 flop/s.
+    """
+
+    kind: str
+    arch: str
+    num_sms: int
+    smem_bytes: int
+    l2_bytes: int
+    read_gbps: float
+    bf16_tflops: float
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether it is an NVIDIA GPU."""
+        return self.arch.startswith("sm_")
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is an NVIDIA or AMD GPU."""
+        return self.is_nvidia or self.arch.startswith("gfx")
+
+    @property
+    def compute_capability(self) -> int:
+        """NVIDIA's compute capability without the dot (90 for Hopper), 0 for anything else."""
+        return int(self.arch.removeprefix("sm_")) if self.is_nvidia else 0
+
+    @property
+    def ridge(self) -> float:
+        """Roofline ridge: a kernel that does more flop a byte than this is compute-bound."""
+        return self.bf16_tflops * 1e3 / self.read_gbps
+
+    def smem_bytes_shared(self, num_blocks: int) -> int:
+        """Shared memory one block can use when `num_blocks` of them share an SM."""
+        # CUDA reserves 1 KiB a block; smem_bytes is the SM's capacity less one such KiB.
+        return (self.smem_bytes + _KIB) // num_blocks - _KIB
+
+
+# Sources: NVIDIA's data sheets and architecture white papers (SXM boards; SM counts, L2, bandwidth, dense bf16), the
+# CUDA programming guide's table of compute capabilities (shared memory a block), AMD's CDNA2 and CDNA3 white papers
+# and data sheets. B200: one of the eight of an HGX B200, whose two dies act as one device.
+_KNOWN = {
+    device.kind: device
+    for device in (
+        Device("A100", "sm_80", 108, 163 * _KIB, 40 * _MIB, 2039.0, 312.0),  # SXM, 80 GB
+        Device("A10", "sm_86", 72, 99 * _KIB, 6 * _MIB, 600.0, 125.0),
+        Device("H100", "sm_90", 132, 227 * _KIB, 50 * _MIB, 3350.0, 989.4),  # SXM, 80 GB
+        # 4.8 TB/s on paper; 4.43 TB/s is what a plain sum over 512 MB reads (H200, November 2026).
+        Device("H200", "sm_90", 132, 227 * _KIB, 50 * _MIB, 4430.0, 989.4),
+        Device("B200", "sm_100", 148, 227 * _KIB, 126 * _MIB, 8000.0, 2250.0),
+        Device("MI210", "gfx90a", 104, 64 * _KIB, 8 * _MIB, 1638.4, 181.0),
+        # One of the board's two dies (GCD), which is what JAX sees as a device: half the board's figures.
+        Device("MI250", "gfx90a", 104, 64 * _KIB, 8 * _MIB, 1638.4, 181.0),
+        # The last cache is the 256 MiB Infinity Cache, not the 4 MiB of L2 in each die.
+        Device("MI300X", "gfx942", 304, 64 * _KIB, 256 * _MIB, 5300.0, 1307.4),
+        # A nominal laptop: no decision depends on these figures, since no kernel runs on a CPU.
+        Device("cpu", "cpu", 8, 0, 16 * _MIB, 50.0, 1.0),
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `by_name` knows."""
+    return tuple(_KNOWN)
+
+
+def by_name(name: str) -> Device:
+    """The device called `name`, in upper or lower case.
+
+    Raises:
+      ValueError: The name is unknown; the message lists the known ones.
+    """
+    for known in _KNOWN.values():
+        if known.kind.lower() == name.lower():
+            return known
+    raise ValueError(f"unknown device {name!r}; known are {', '.join(_KNOWN)}")
+
+
+def resolve(device: Device | str) -> Device:
+    """`device` itself, or the one of that name."""
+    return by_name(device) if isinstance(device, str) else device
+
+
+def current() -> Device:
+    """The device that JAX runs on now: `jax_default_device` where it is set, else `jax.devices()[0]`."""
+    chosen = jax.config.jax_default_device
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    return from_jax(chosen if chosen is not None else jax.devices()[0])
+
+
+def from_jax(device: jax.Device) -> Device:
+    """The figures of a JAX device.
+
+    A GPU that is not known by name, or that has another number of SMs (a MIG slice, a PCIe board), takes
+    the figures of the nearest known one, bandwidth and peak scaled by the number of SMs: an estimate.
+    """
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        num_cores = os.cpu_count() or 1
+        return dataclasses.replace(_KNOWN["cpu"], kind=device.device_kind, arch=device.platform, num_sms=num_cores)
+    arch = _arch(str(getattr(device, "compute_capability", "")))
+    reported_sms = getattr(device, "core_count", None)
+    named = _named_in(device.device_kind)
+    base = named if named is not None and named.arch == arch else _nearest(arch)
+    num_sms = int(reported_sms) if reported_sms else base.num_sms
+    if base is named and num_sms == base.num_sms:
+        return base
+    share = num_sms / base.num_sms
+    return Device(
+        kind=device.device_kind,
+        arch=arch,
+        num_sms=num_sms,
+        smem_bytes=base.smem_bytes,
+        l2_bytes=base.l2_bytes,
+        read_gbps=base.read_gbps * share,
+        bf16_tflops=base.bf16_tflops * share,
+    )
+
+
+def _arch(capability: str) -> str:
+    """ "9.0" -> "sm_90", "gfx942:sramecc+" -> "gfx942". A GPU that says nothing is taken for an old NVIDIA one."""
+    if capability.startswith("gfx"):
+        return capability.split(":")[0]
+    return "sm_" + capability.replace(".", "") if capability else "sm_0"
+
+
+def _named_in(device_kind: str) -> Device | None:
+    """The known device whose name is a word of `device_kind`: A100 of "NVIDIA A100-SXM4-80GB", where A10 is none."""
+    words = re.split(r"[^A-Za-z0-9]+", device_kind)
+    return next((known for known in _KNOWN.values() if known.is_gpu and known.kind in words), None)
+
+
+def _nearest(arch: str) -> Device:
+    """The first known device of that architecture, else the newest older one, else the smallest (by vendor)."""
+    gpus = [known for known in _KNOWN.values() if known.is_gpu]
+    same = [known for known in gpus if known.arch == arch]
+    if same:
+        return same[0]
+    if arch.startswith("gfx"):
+        return _KNOWN["MI210"]
+    capability = int(re.match(r"\d+", arch.removeprefix("sm_")).group())  # type: ignore[union-attr]
+    older = [known for known in gpus if known.is_nvidia and known.compute_capability <= capability]
+    return max(older, key=lambda known: known.compute_capability, default=_KNOWN["A10"])

@@ -1,0 +1,265 @@
+"""Which kernel runs: the paper's decision tree, from shapes and a device to a plan with its reason.
+
+Attention: the decode kernel for one query, split along KV only where batch x heads leave SMs idle; cuDNN for
+prefill; else the float32 reference. Matmul: M = 1 gemv (the paper's ImplA), M up to 64 flat (ImplB), else XLA (ImplC).
+The roofline says whether a call is memory- or compute-bound. Everything is analytic: no measurement enters.
+
+Pure Python without arrays, so that a plan can be had for any named device on any machine.
+
+Source: FlashDecoding++ (arXiv 2311.01282), sections 4 and 5.
+"""
+
+import functools
+
+from fdpp_jax import device as device_lib
+from fdpp_jax.config import (
+    AttentionPlan,
+    AttentionShape,
+    DecodeAttentionConfig,
+    FlatMatmulConfig,
+    GemvConfig,
+    MatmulImplementation,
+    MatmulPlan,
+    MatmulShape,
+    XlaAttentionConfig,
+)
+from fdpp_jax.device import Device
+
+# The paper's M2: the kernel's rows are the N operand of wgmma, and beyond 64 cuBLAS wastes no rows any more.
+MAX_FLAT_ROWS = 64
+MAX_ATTENTION_ROWS = 64
+ATTENTION_HEAD_DIMS = (64, 128, 256)
+
+_KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
+_KERNEL_DTYPES = ("bfloat16", "float16")
+_ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths, of which the narrowest is 32 bytes
+_BLOCK_KV = 64
+_MAX_KV_SPLITS = 32
+_MAX_K_SPLITS = 8
+_MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
+_MAX_STAGES = 8
+_MIN_STAGES = 2
+
+
+@functools.cache
+def plan_attention(shape: AttentionShape, device: Device | str) -> AttentionPlan:
+    """How `dot_product_attention` computes `shape` on `device`.
+
+    Args:
+      shape: The static facts of the call.
+      device: A Device, or the name of a known one.
+
+    Returns:
+      The implementation, its config, and the reason in one line.
+
+    Raises:
+      ValueError: The device is unknown.
+    """
+    device = device_lib.resolve(device)
+    refusal = refuse_mosaic_attention(shape, device)
+    if refusal is None:
+        config = decode_attention_config(shape, device)
+        return AttentionPlan("mosaic_gpu", config, _split_reason(shape, device, config))
+    if device.is_gpu and device.arch != _KERNEL_ARCH and _attention_shape_refusal(shape) is None:
+        config = decode_attention_config(shape, device)
+        refusal += f"; the rule here would be: decode kernel, {_split_reason(shape, device, config)}"
+    return plan_xla_attention(shape, device, refusal)
+
+
+def plan_xla_attention(shape: AttentionShape, device: Device | str, why: str) -> AttentionPlan:
+    """The best attention without a kernel of ours; `why` it is asked for joins the reason."""
+    why_not_cudnn = _cudnn_refusal(shape, device_lib.resolve(device))
+    if why_not_cudnn is None:
+        return AttentionPlan("xla", XlaAttentionConfig("cudnn"), f"cuDNN; {why}")
+    return AttentionPlan("xla", XlaAttentionConfig("reference"), f"float32 reference: {why_not_cudnn}; {why}")
+
+
+@functools.cache
+def plan_matmul(shape: MatmulShape, device: Device | str) -> MatmulPlan:
+    """How `flat_matmul` computes x [m, k] @ w [k, n] on `device`; arguments and result as `plan_attention`."""
+    device = device_lib.resolve(device)
+    implementation: MatmulImplementation = "gemv" if shape.m == 1 else "flat"
+    bound = _bound(_matmul_intensity(shape), device)
+    if shape.m > MAX_FLAT_ROWS:
+        return MatmulPlan("xla", None, f"M = {shape.m} > {MAX_FLAT_ROWS} fills cuBLAS's tiles ({bound})")
+    config = _matmul_config(shape, device, implementation)
+    refusal = refuse_kernel_matmul(shape, device, implementation)
+    if refusal is None:
+        return MatmulPlan(implementation, config, f"M = {shape.m}, split {config.split_k} ({bound})")
+    if device.is_gpu and device.arch != _KERNEL_ARCH and _matmul_shape_refusal(shape) is None:
+        refusal += f"; the rule here would be: {implementation}, split {config.split_k} ({bound})"
+    return MatmulPlan("xla", None, refusal)
+
+
+def refuse_mosaic_attention(shape: AttentionShape, device: Device | str) -> str | None:
+    """Why the Mosaic decode kernel cannot compute `shape` on `device`, or None if it can."""
+    device = device_lib.resolve(device)
+    return _device_refusal(device) or _attention_shape_refusal(shape) or _smem_refusal(shape, device)
+
+
+def refuse_kernel_matmul(shape: MatmulShape, device: Device | str, implementation: MatmulImplementation) -> str | None:
+    """Why the kernel `implementation` ("gemv" or "flat") cannot compute `shape` on `device`, or None if it can."""
+    if implementation == "xla":
+        return None
+    if implementation == "gemv" and shape.m != 1:
+        return f"gemv takes one row, got M = {shape.m}"
+    if not 1 <= shape.m <= MAX_FLAT_ROWS:
+        return f"{implementation} takes 1 to {MAX_FLAT_ROWS} rows, got M = {shape.m}"
+    return _device_refusal(device_lib.resolve(device)) or _matmul_shape_refusal(shape)
+
+
+def decode_attention_config(shape: AttentionShape, device: Device | str) -> DecodeAttentionConfig:
+    """Tiles and splits of the decode kernel, whether or not it is the plan's choice."""
+    device = device_lib.resolve(device)
+    num_ctas = shape.batch * shape.num_kv_heads
+    smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES)
+    two_fit = smallest.smem_bytes(shape) <= device.smem_bytes_shared(2)
+    max_splits = min(_MAX_KV_SPLITS, shape.capacity // _BLOCK_KV)
+    num_splits = _num_splits(num_ctas, max_splits, device, ctas_per_sm=2 if two_fit else 1)
+    smem_bytes = _smem_budget(num_ctas * num_splits, two_fit, device)
+    for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
+        config = DecodeAttentionConfig(_BLOCK_KV, num_splits, num_stages)
+        if config.smem_bytes(shape) <= smem_bytes:
+            return config
+    return DecodeAttentionConfig(_BLOCK_KV, num_splits, _MIN_STAGES)
+
+
+def flat_matmul_config(shape: MatmulShape, device: Device | str) -> FlatMatmulConfig:
+    """Tiles and splits of the flat kernel, whether or not it is the plan's choice."""
+    config = _matmul_config(shape, device_lib.resolve(device), "flat")
+    assert isinstance(config, FlatMatmulConfig)
+    return config
+
+
+def gemv_config(shape: MatmulShape, device: Device | str) -> GemvConfig:
+    """Tiles and splits of the gemv kernel, whether or not it is the plan's choice."""
+    config = _matmul_config(shape, device_lib.resolve(device), "gemv")
+    assert isinstance(config, GemvConfig)
+    return config
+
+
+def _device_refusal(device: Device) -> str | None:
+    if device.arch == _KERNEL_ARCH:
+        return None
+    if device.is_gpu:
+        return f"no kernel for {device.arch} yet"
+    return f"no kernel for {device.kind}"
+
+
+def _attention_shape_refusal(shape: AttentionShape) -> str | None:
+    if shape.query_length != 1:
+        return f"the decode kernel takes one query, got T = {shape.query_length}"
+    if shape.is_causal and shape.capacity > 1:
+        # jax.nn aligns the causal mask to the top left, so that T = 1 sees key 0 only.
+        return "the decode kernel has no causal mask"
+    if shape.local_window_size is not None:
+        return f"the decode kernel has no local window, got {shape.local_window_size}"
+    if shape.logits_soft_cap is not None:
+        return f"the decode kernel has no soft cap, got {shape.logits_soft_cap}"
+    if shape.dtype not in _KERNEL_DTYPES:
+        return f"the decode kernel takes {' or '.join(_KERNEL_DTYPES)}, got {shape.dtype}"
+    if shape.head_dim not in ATTENTION_HEAD_DIMS:
+        return f"the decode kernel takes head dims {ATTENTION_HEAD_DIMS}, got H = {shape.head_dim}"
+    if shape.rows > MAX_ATTENTION_ROWS:
+        return f"the decode kernel holds {MAX_ATTENTION_ROWS} query rows a key/value head, got {shape.rows}"
+    if shape.capacity < 1:
+        return f"the decode kernel needs a key, got S = {shape.capacity}"
+    return None
+
+
+def _smem_refusal(shape: AttentionShape, device: Device) -> str | None:
+    smem_bytes = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES).smem_bytes(shape)
+    if smem_bytes <= device.smem_bytes:
+        return None
+    rows = f"{shape.rows} query rows of head dim {shape.head_dim}"
+    return f"{rows} need {smem_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
+
+
+def _matmul_shape_refusal(shape: MatmulShape) -> str | None:
+    if shape.dtype not in _KERNEL_DTYPES:
+        return f"the kernel takes {' or '.join(_KERNEL_DTYPES)}, got {shape.dtype}"
+    if shape.k % _ALIGNMENT or shape.n % _ALIGNMENT or not shape.k or not shape.n:
+        return f"the kernel takes K and N that are multiples of {_ALIGNMENT}, got K = {shape.k}, N = {shape.n}"
+    return None
+
+
+def _cudnn_refusal(shape: AttentionShape, device: Device) -> str | None:
+    if device.compute_capability < 80:
+        return f"no cuDNN attention on {device.arch}"
+    if shape.has_lengths:
+        return "cuDNN lets NaN beyond the lengths through"
+    if shape.dtype not in _KERNEL_DTYPES:
+        return f"cuDNN has no {shape.dtype}"
+    if shape.local_window_size is not None or shape.logits_soft_cap is not None:
+        return "no local window or soft cap through cuDNN"
+    max_head_dim = 256 if device.compute_capability >= 90 else 128
+    if shape.head_dim % 8 or shape.head_dim > max_head_dim:
+        return f"cuDNN takes head dims up to {max_head_dim} in steps of 8, got H = {shape.head_dim}"
+    return None
+
+
+def _num_splits(num_tiles: int, max_splits: int, device: Device, ctas_per_sm: int) -> int:
+    """Smallest power of two that gives work to three quarters of the SMs, without a second wave of CTAs.
+
+    Three quarters, since doubling beyond costs a longer reduction and buys no bandwidth: an SM fewer in four
+    still leaves enough loads in flight to fill memory.
+    """
+    splits = 1
+    while (
+        4 * num_tiles * splits < 3 * device.num_sms
+        and 2 * splits <= max_splits
+        and 2 * num_tiles * splits <= ctas_per_sm * device.num_sms
+    ):
+        splits *= 2
+    return splits
+
+
+def _smem_budget(num_ctas: int, two_fit: bool, device: Device) -> int:
+    """Shared memory for one CTA: half an SM where the grid exceeds the SMs and two can share one."""
+    return device.smem_bytes_shared(2 if two_fit and num_ctas > device.num_sms else 1)
+
+
+def _matmul_config(
+    shape: MatmulShape, device: Device, implementation: MatmulImplementation
+) -> FlatMatmulConfig | GemvConfig:
+    config_type = GemvConfig if implementation == "gemv" else FlatMatmulConfig
+    # A tile holds 16 KiB of weights either way. Wide tiles where narrow ones would need more than two CTAs an SM.
+    block_n, block_k = (64, 128) if -(-shape.n // 64) <= 2 * device.num_sms else (128, 64)
+    num_tiles = -(-shape.n // block_n)
+    max_splits = min(_MAX_K_SPLITS, -(-shape.k // block_k) // _MIN_BLOCKS_PER_SPLIT)
+    two_fit = config_type(block_n, block_k, _MIN_STAGES, 1).smem_bytes(shape) <= device.smem_bytes_shared(2)
+    split_k = _num_splits(num_tiles, max_splits, device, ctas_per_sm=2 if two_fit else 1)
+    smem_bytes = _smem_budget(num_tiles * split_k, two_fit, device)
+    for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
+        config = config_type(block_n, block_k, num_stages, split_k)
+        if config.smem_bytes(shape) <= smem_bytes:
+            return config
+    return config_type(block_n, block_k, _MIN_STAGES, split_k)
+
+
+def _split_reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig) -> str:
+    """ "32 CTAs (B x K) leave SMs of 132 idle: split 4 (memory-bound: intensity 1 < ridge 223)"."""
+    num_ctas = shape.batch * shape.num_kv_heads
+    if config.num_splits > 1:
+        why = f"leave SMs of {device.num_sms} idle: split {config.num_splits}"
+    elif 4 * num_ctas >= 3 * device.num_sms:
+        why = f"fill {device.num_sms} SMs: no split"
+    else:
+        why = f"leave SMs of {device.num_sms} idle, but S = {shape.capacity} leaves nothing to split"
+        if shape.capacity >= 2 * config.block_kv:
+            why = f"fill the shared memory of {num_ctas} of {device.num_sms} SMs: no split"
+    # QK^T and PV: 4 B N S H flop over 4 B K S H bytes.
+    return f"{num_ctas} CTAs (B x K) {why} ({_bound(shape.group_size, device)})"
+
+
+def _matmul_intensity(shape: MatmulShape) -> float:
+    """flop a byte of x [m, k] @ w [k, n], all three in 16 bits."""
+    elements = shape.m * shape.k + shape.k * shape.n + shape.m * shape.n
+    return shape.m * shape.k * shape.n / max(elements, 1)
+
+
+def _bound(intensity: float, device: Device) -> str:
+    """ "memory-bound: intensity 8 < ridge 153", flop a byte."""
+    if intensity < device.ridge:
+        return f"memory-bound: intensity {intensity:.0f} < ridge {device.ridge:.0f}"
+    return f"compute-bound: intensity {intensity:.0f} >= ridge {device.ridge:.0f}"

@@ -1,0 +1,71 @@
+"""The KV cache: one key and one value array a layer, in the layout that the attention kernel reads."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fdpp_jax.models.config import LlamaConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    Donate it to the jitted function that returns it; it is then updated in place.
+
+    Attributes:
+      keys: One [B, S, K, H] array a layer. Slots at and beyond the row's length hold anything.
+      values: As keys.
+      lengths: [B] int32 live tokens of each row.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array
+
+    @classmethod
+    def create(cls, config: LlamaConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> "KVCache":
+        """An empty cache for `batch` rows of up to `capacity` tokens.
+
+        Raises:
+          ValueError: batch or capacity is not positive.
+        """
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"a cache needs a batch and a capacity of at least 1, got {batch=} and {capacity=}")
+        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        return cls(
+            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            lengths=jnp.zeros(batch, jnp.int32),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Rows, B."""
+        return self.keys[0].shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row has, S."""
+        return self.keys[0].shape[1]
+
+
+def write_prompt(cache: jax.Array, fresh: jax.Array) -> jax.Array:
+    """Writes fresh [B, T, K, H] to the first T slots of one layer's cache [B, S, K, H]."""
+    return jax.lax.dynamic_update_slice(cache, fresh.astype(cache.dtype), (0, 0, 0, 0))
+
+
+def write_token(cache: jax.Array, fresh: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Writes fresh [B, 1, K, H] to slot lengths[b] of every row b of one layer's cache [B, S, K, H].
+
+    The caller sees to lengths[b] < S.
+    """
+    fresh = fresh.astype(cache.dtype)
+    if cache.shape[0] == 1:
+        # One dynamic_update_slice fuses in place with what makes `fresh`; a scatter is a kernel of its own.
+        return jax.lax.dynamic_update_slice(cache, fresh, (0, lengths[0], 0, 0))
+    rows = jnp.arange(cache.shape[0])
+    return cache.at[rows, lengths].set(fresh[:, 0], mode="drop", unique_indices=True, indices_are_sorted=True)

@@ -1,0 +1,223 @@
+"""What a LLaMA is: the shapes and constants of a checkpoint's config.json, and published presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+_ARCHITECTURE = "LlamaForCausalLM"
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a checkpoint stretches its rotary frequencies; field names as in Hugging Face's rope_scaling.
+
+    "linear" uses `factor` alone. "llama3" divides long wavelengths by `factor`, keeps short ones, and
+    blends in between.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """A LLaMA's shapes and constants; field names as in Hugging Face's config.json.
+
+    Raises:
+      ValueError: A size is not positive, or the head counts do not divide.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not _is_size(value):
+                raise ValueError(f"expected {field.name} to be a positive integer, got {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, rotary embeddings turn pairs; got {self.head_dim}")
+
+    @property
+    def query_size(self) -> int:
+        """Columns of q_proj, N * H."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of k_proj and of v_proj, K * H."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of the fused query, key and value projection, (N + 2 K) * H."""
+        return self.query_size + 2 * self.kv_size
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the contents of a Hugging Face config.json, of transformers 4 or 5.
+
+        Raises:
+          ValueError: Not a LLaMA, a required key is missing, or the checkpoint asks for something this model
+            does not compute. All problems are listed at once.
+        """
+        if problems := _problems(hf):
+            raise ValueError("config.json is not one this model can run:\n" + "\n".join(f"  - {p}" for p in problems))
+        heads = hf["num_attention_heads"]
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=float(_rope(hf)["rope_theta"]),
+            rope_scaling=_rope_scaling(hf),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            attention_bias=hf.get("attention_bias", False),
+            mlp_bias=hf.get("mlp_bias", False),
+        )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings: rope_theta and rope_scaling in transformers 4, one rope_parameters in transformers 5."""
+    rope: dict[str, Any] = {
+        "rope_theta": hf.get("rope_theta") or 10000.0,
+        "partial_rotary_factor": hf.get("partial_rotary_factor") or 1.0,
+    }
+    rope |= hf.get("rope_scaling") or {}
+    rope |= hf.get("rope_parameters") or {}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope
+
+
+def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+    rope = _rope(hf)
+    if rope["rope_type"] == "default":
+        return None
+    if rope["rope_type"] == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    return RopeScaling(
+        "llama3",
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=rope.get(
+            "original_max_position_embeddings", hf.get("max_position_embeddings", 2048)
+        ),
+    )
+
+
+def _problems(hf: Mapping[str, Any]) -> list[str]:
+    """Why this config.json cannot be run, each with expected and got; the architecture alone if that is wrong."""
+    model_type, architectures = hf.get("model_type"), hf.get("architectures")
+    if model_type != "llama" or _ARCHITECTURE not in (architectures or [_ARCHITECTURE]):
+        expected = f"model_type 'llama' and architectures ['{_ARCHITECTURE}']"
+        return [f"expected {expected}, got {model_type!r} and {architectures}"]
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    problems = [f"{key} is missing" for key in sizes if key not in hf]
+    problems += [
+        f"expected {key} to be a positive integer, got {hf[key]!r}"
+        for key in sizes
+        if key in hf and not _is_size(hf[key])
+    ]
+    if (act := hf.get("hidden_act", "silu")) != "silu":
+        problems.append(f"expected hidden_act 'silu', got {act!r}")
+    if quantization := hf.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        problems.append(f"expected unquantized weights, got a quantization_config (quant_method {method!r})")
+    return problems + _rope_problems(_rope(hf))
+
+
+def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
+    rope_type = rope["rope_type"]
+    if rope_type not in _ROPE_TYPES:
+        return [f"expected a rope_type out of {', '.join(_ROPE_TYPES)}, got {rope_type!r}"]
+    needed: dict[str, tuple[str, ...]] = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    problems = [
+        f"rope_type {rope_type!r} needs {key}, which is missing" for key in needed[rope_type] if key not in rope
+    ]
+    if (partial := rope["partial_rotary_factor"]) != 1.0:
+        problems.append(f"expected partial_rotary_factor 1.0, got {partial}")
+    return problems
+
+
+def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+    )
+
+
+_LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+)
+_LLAMA_31_8B = dataclasses.replace(
+    _LLAMA_3_8B, max_position_embeddings=131072, rope_scaling=RopeScaling("llama3", factor=8.0)
+)
+
+# Shapes as published, for plans and benches that need no checkpoint.
+PRESETS: dict[str, LlamaConfig] = {
+    "llama-2-7b": _llama_2(4096, 11008, layers=32, heads=32, kv_heads=32),
+    "llama-2-13b": _llama_2(5120, 13824, layers=40, heads=40, kv_heads=40),
+    "llama-2-70b": _llama_2(8192, 28672, layers=80, heads=64, kv_heads=8),
+    "llama-3-8b": _LLAMA_3_8B,
+    "llama-3.1-8b": _LLAMA_31_8B,
+    "llama-3.2-1b": dataclasses.replace(
+        _LLAMA_31_8B,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        head_dim=64,
+        rope_scaling=RopeScaling("llama3", factor=32.0),
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-70b": dataclasses.replace(
+        _LLAMA_31_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    ),
+}

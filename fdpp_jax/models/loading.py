@@ -1,0 +1,233 @@
+"""Hugging Face checkpoints into our model, tensor by tensor.
+
+What is on disk is compared with what the config promises from the shards' headers, before a single weight
+moves. Then one tensor at a time goes through host memory; it is transposed and fused on the device.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import safetensors
+from flax import nnx
+
+from fdpp_jax.models.config import LlamaConfig
+from fdpp_jax.models.llama import LlamaForCausalLM
+
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors")
+_MODEL_DTYPES = ("bfloat16", "float16", "float32")
+_TENSOR_DTYPES = ("BF16", "F16", "F32", "F64")
+_MAX_PROBLEMS_SHOWN = 20
+
+
+def bundled_path() -> pathlib.Path:
+    """Directory of the tiny LLaMA checkpoint that comes with the package."""
+    return pathlib.Path(__file__).parent / "tiny"
+
+
+def load(
+    path_or_hub_id: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, progress: bool | None = None
+) -> LlamaForCausalLM:
+    """Loads a LLaMA checkpoint in Hugging Face format.
+
+    Args:
+      path_or_hub_id: A directory with config.json and *.safetensors, or a hub id such as "org/name".
+      dtype: dtype of weights, activations and KV cache: bfloat16, float16 or float32.
+      progress: Whether to show a progress bar on stderr. None: where stderr is a terminal.
+
+    Returns:
+      The model, on the default device.
+
+    Raises:
+      ValueError: Neither a directory nor a reachable hub id, an unsupported config, or shards and tensors that are
+        missing, truncated, misshaped or too many. All problems of a checkpoint are listed at once.
+    """
+    if jnp.dtype(dtype).name not in _MODEL_DTYPES:
+        raise ValueError(f"expected a dtype out of {', '.join(_MODEL_DTYPES)}, got {jnp.dtype(dtype).name}")
+    directory = resolve(path_or_hub_id)
+    config = LlamaConfig.from_hf(read_json(directory, "config.json"))
+    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    parameters = [(".".join(map(str, path)), value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    sources = {name: _sources(name, value.shape, config) for name, value in parameters}
+    with contextlib.ExitStack() as stack:
+        shards = _open_shards(directory, {k: v for parts in sources.values() for k, v in parts.items()}, config, stack)
+        for name, parameter in _with_progress(parameters, f"Loading {directory.name}", progress):
+            parts = [shards[source].get_tensor(source) for source in sources[name]]
+            transpose = not name.endswith("embed_tokens.weight")
+            parameter.set_value(_assemble(parts, transpose, jnp.dtype(dtype)).block_until_ready())
+    return model
+
+
+def random_model(config: LlamaConfig, dtype: jax.typing.DTypeLike = jnp.bfloat16, seed: int = 0) -> LlamaForCausalLM:
+    """A model with random weights, made on the default device one tensor at a time: for benches.
+
+    Args:
+      config: The model's shapes, for example out of PRESETS.
+      dtype: dtype of weights, activations and KV cache.
+      seed: Of the weights.
+    """
+    return LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(seed))
+
+
+def resolve(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
+    """The checkpoint's local directory; a hub id is downloaded first, or found in the hub's cache.
+
+    Raises:
+      ValueError: Neither a directory nor a reachable hub id.
+    """
+    path = pathlib.Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"expected a checkpoint's directory, got the file {path}")
+    if not _HUB_ID.fullmatch(str(path_or_hub_id)):
+        raise ValueError(f"no directory {path}, and a hub id would look like 'org/name'")
+    import huggingface_hub  # takes a while, and most loads are local
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                str(path_or_hub_id), allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no directory {path}, and the hub did not deliver '{path_or_hub_id}': {error}") from error
+
+
+def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """The object in one of the checkpoint's JSON files.
+
+    Raises:
+      ValueError: The file is missing or malformed.
+    """
+    path = directory / name
+    if not path.is_file():
+        raise ValueError(f"expected {name} in {directory}, found {list_files(directory)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}")
+    return content
+
+
+def list_files(directory: pathlib.Path) -> str:
+    """What a directory holds, for an error message."""
+    return ", ".join(sorted(entry.name for entry in directory.iterdir())) or "an empty directory"
+
+
+def _sources(name: str, shape: tuple[int, ...], config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's tensors (name to shape) that make up one of our parameters, in the order of our columns."""
+    if name.endswith("embed_tokens.weight"):
+        return {name: shape}
+    fused = {
+        "qkv_proj": {"q_proj": config.query_size, "k_proj": config.kv_size, "v_proj": config.kv_size},
+        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    }
+    for ours, parts in fused.items():
+        if ours in name:
+            return {name.replace(ours, part): (size, *shape[:-1]) for part, size in parts.items()}
+    return {name: shape[::-1]}
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "dtype"))
+def _assemble(parts: list[jax.Array], transpose: bool, dtype: jnp.dtype) -> jax.Array:
+    """[out, in] tensors to one [in, sum of out] parameter; vectors are joined."""
+    parts = [part.astype(dtype) for part in parts]
+    return jnp.concatenate([part.T if transpose else part for part in parts], axis=-1)
+
+
+def _open_shards(
+    directory: pathlib.Path,
+    expected: Mapping[str, tuple[int, ...]],
+    config: LlamaConfig,
+    stack: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """Opens the shards and returns, for every expected tensor, the shard that holds it.
+
+    Raises:
+      ValueError: Lists every shard and tensor that is not as the config and the index promise.
+    """
+    weight_map, names = _shard_names(directory)
+    shards: dict[str, Any] = {}
+    broken: set[str] = set()
+    problems = []
+    for name in names:
+        if not (directory / name).is_file():
+            broken.add(name)
+            problems.append(f"shard {name} is missing (the index names {len(names)})")
+            continue
+        try:
+            shard = stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as error:
+            broken.add(name)
+            problems.append(f"shard {name} cannot be read, truncated perhaps: {error}")
+            continue
+        shards |= dict.fromkeys(shard.keys(), shard)
+    for name, shape in expected.items():
+        if name not in shards:
+            # What lies in a broken shard is not missing besides.
+            if not broken or (weight_map and weight_map.get(name) not in broken):
+                problems.append(f"tensor {name} {list(shape)} is missing")
+            continue
+        header = shards[name].get_slice(name)
+        if tuple(header.get_shape()) != shape:
+            problems.append(f"tensor {name}: expected shape {list(shape)}, got {header.get_shape()}")
+        if header.get_dtype() not in _TENSOR_DTYPES:
+            problems.append(f"tensor {name}: expected one of {', '.join(_TENSOR_DTYPES)}, got {header.get_dtype()}")
+    problems += [
+        f"tensor {name} {shards[name].get_slice(name).get_shape()} is unknown to the config"
+        for name in shards.keys() - expected.keys()
+        if not _is_harmless(name, config)
+    ]
+    if problems:
+        raise ValueError(f"{directory} is not the checkpoint its config.json describes:\n{_bullets(problems)}")
+    return shards
+
+
+def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]:
+    """The index's map from tensor to shard (empty without an index), and the names of all shards."""
+    if (directory / _INDEX).is_file():
+        weight_map = read_json(directory, _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(
+                f"expected a weight_map from tensors to shards in {directory / _INDEX}, got {weight_map!r}"
+            )
+        return weight_map, sorted(set(weight_map.values()))
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        raise ValueError(f"expected *.safetensors in {directory}, found {list_files(directory)}")
+    return {}, names
+
+
+def _is_harmless(name: str, config: LlamaConfig) -> bool:
+    """Tensors that old checkpoints carry though the config implies them."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _bullets(problems: list[str]) -> str:
+    shown = problems[:_MAX_PROBLEMS_SHOWN]
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    return "\n".join(f"  - {problem}" for problem in shown)
+
+
+def _with_progress[T](items: Iterable[T], title: str, progress: bool | None) -> Iterator[T]:
+    """The items, with a bar on stderr if wanted."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from items
+        return
+    import rich.console
+    import rich.progress
+
+    yield from rich.progress.track(list(items), title, console=rich.console.Console(stderr=True))

@@ -1,0 +1,63 @@
+"""Which kernels one decode step of a model runs, for any device and without a checkpoint."""
+
+import jax
+import jax.numpy as jnp
+
+from fdpp_jax import heuristics
+from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
+from fdpp_jax.device import Device
+from fdpp_jax.models.config import LlamaConfig
+
+
+def model_plans(
+    config: LlamaConfig,
+    *,
+    batch: int,
+    capacity: int,
+    device: Device | str,
+    dtype: jax.typing.DTypeLike = "bfloat16",
+) -> list[tuple[str, AttentionShape | MatmulShape, AttentionPlan | MatmulPlan]]:
+    """The plan of every kind of kernel in one decode step, in the order they run in a layer.
+
+    Args:
+      config: The model's shapes.
+      batch: Rows decoded together, B.
+      capacity: Slots of the KV cache, S.
+      device: A Device, or the name of a known one.
+      dtype: dtype of weights, activations and cache.
+
+    Returns:
+      (name, shape, plan) of qkv, attention, o, gate_up and down, which run once a layer, then of the head.
+
+    Raises:
+      ValueError: batch or capacity is not positive, or the device is unknown.
+    """
+    if batch < 1 or capacity < 1:
+        raise ValueError(f"expected a batch and a capacity of at least 1, got {batch=} and {capacity=}")
+    name = jnp.dtype(dtype).name
+    attention = AttentionShape(
+        batch=batch,
+        query_length=1,
+        capacity=capacity,
+        num_query_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=name,
+    )
+
+    def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:
+        shape = MatmulShape(batch, k, n, name)
+        return what, shape, heuristics.plan_matmul(shape, device)
+
+    head = matmul("head", config.hidden_size, config.vocab_size)
+    if config.tie_word_embeddings:
+        reason = "a tied head contracts the embedding [V, D] where it is, the kernels want [D, V]"
+        head = (*head[:2], MatmulPlan("xla", None, reason))
+    return [
+        matmul("qkv", config.hidden_size, config.qkv_size),
+        ("attention", attention, heuristics.plan_attention(attention, device)),
+        matmul("o", config.query_size, config.hidden_size),
+        matmul("gate_up", config.hidden_size, 2 * config.intermediate_size),
+        matmul("down", config.intermediate_size, config.hidden_size),
+        head,
+    ]

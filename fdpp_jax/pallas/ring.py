@@ -1,0 +1,33 @@
+"""The ring of TMA stages that every kernel streams through: how a tile lies in it, whose share, what to load first."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def tile_transforms(minor_size: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """How 16-bit tiles of an array lie in shared memory: the widest swizzle whose width divides the array's last axis.
+
+    TMA reads whole swizzle widths, so a last axis of 16 * odd elements, such as OPT's vocabulary, gets a narrower one.
+    """
+    for swizzle_bytes in (128, 64, 32):
+        if minor_size % (swizzle_bytes // 2) == 0:
+            return plgpu.TilingTransform((8, swizzle_bytes // 2)), plgpu.SwizzleTransform(swizzle_bytes)
+    raise NotImplementedError(f"tiles need a last axis that is a multiple of 16; got {minor_size}")
+
+
+def share(index: jax.Array, num_shares: int, num_tiles: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """First tile of share `index` and of the next one: even shares of `num_tiles`, known at run time or before."""
+    first = lax.div(index * num_tiles, jnp.int32(num_shares))
+    return first, lax.div((index + 1) * num_tiles, jnp.int32(num_shares))
+
+
+def fill(fetch: Callable[..., None], first: jax.Array, last: jax.Array, num_stages: int) -> None:
+    """Starts the loads fetch(tile, slot) of the first `num_stages` tiles of [first, last)."""
+    for slot in range(num_stages):
+        pl.when(first + slot < last)(functools.partial(fetch, first + slot, slot))

@@ -1,0 +1,30 @@
+"""Marker `gpu`: skipped, with the reason, where the device cannot run Mosaic kernels."""
+
+import os
+
+# Several test processes may share one GPU. JAX reads this when its backend starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("no_timing", deadline=None)
+hypothesis.settings.load_profile("no_timing")
+
+
+def _missing_gpu() -> str | None:
+    """Why tests marked gpu cannot run here, or None if they can."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability == "9.0":
+        return None
+    return f"needs an NVIDIA GPU with compute capability 9.0, got {device.device_kind} ({capability=})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _missing_gpu() if gpu_items else None
+    if reason is not None:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))

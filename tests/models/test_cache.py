@@ -1,0 +1,129 @@
+"""The KV cache is written in place: the compiled program holds no copy of it."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fdpp_jax import UnifiedMax, models
+from fdpp_jax.models import KVCache, LlamaConfig
+from fdpp_jax.models.cache import write_prompt, write_token
+
+CONFIG = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+CAPACITY = 37  # no other array has an axis of this size
+
+
+@pytest.fixture(scope="module")
+def split() -> tuple[Any, Any]:
+    return nnx.split(models.random_model(CONFIG, jnp.float32))
+
+
+def step(
+    graphdef: Any, state: Any, tokens: jax.Array, cache: KVCache, phi: jax.Array, *, redo_old: bool = False
+) -> tuple[jax.Array, KVCache]:
+    """One decode step with its recompute, which writes the same slots again (redo_old: into the cache from before)."""
+    model = nnx.merge(graphdef, state)
+    logits, new, overflow = model.decode(tokens, cache, softmax=UnifiedMax(phi))
+
+    def redo(logits: jax.Array, new: KVCache) -> tuple[jax.Array, KVCache]:
+        del logits
+        before = cache if redo_old else KVCache(new.keys, new.values, cache.lengths)
+        return model.decode(tokens, before)[:2]
+
+    logits, cache = jax.lax.cond(overflow, redo, lambda logits, new: (logits, new), logits, new)
+    return logits.argmax(-1).astype(jnp.int32), cache
+
+
+def compile_steps(split: Any, batch: int, *, loop: bool, donate: bool = True, redo_old: bool = False) -> Any:
+    graphdef, state = split
+
+    def run(state: Any, tokens: jax.Array, cache: KVCache, phi: jax.Array) -> Any:
+        def body(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+            return step(graphdef, state, *carry, phi, redo_old=redo_old)
+
+        return jax.lax.fori_loop(0, 5, body, (tokens, cache)) if loop else body(0, (tokens, cache))
+
+    cache = KVCache.create(CONFIG, batch, CAPACITY, jnp.float32)
+    args = (state, jnp.zeros(batch, jnp.int32), cache, jnp.float32(6.0))
+    return jax.jit(run, donate_argnums=(2,) if donate else ()).lower(*args).compile()
+
+
+def cache_copies(compiled: Any, batch: int) -> list[str]:
+    """Instructions of the compiled program that copy an array of the cache's shape, in any layout.
+
+    Attention's own transposed operands, which XLA's batched matmul on the CPU wants, have another shape.
+    """
+    shape = f"{batch},{CAPACITY},{CONFIG.num_key_value_heads},{CONFIG.head_dim}"
+    return re.findall(rf"^.*\[{shape}\][^=]* copy(?:-start)?\(.*$", compiled.as_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_donated_step_copies_no_cache(split: Any, batch: int, loop: bool) -> None:
+    compiled = compile_steps(split, batch, loop=loop)
+    assert cache_copies(compiled, batch) == []
+    array_bytes = batch * CAPACITY * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+    aliased = compiled.memory_analysis().alias_size_in_bytes
+    assert aliased >= 2 * CONFIG.num_hidden_layers * array_bytes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("wrong", [{"donate": False}, {"redo_old": True}])
+def test_copies_are_seen_where_there_are_some(split: Any, batch: int, wrong: dict[str, bool]) -> None:
+    """The test above can fail."""
+    copies = cache_copies(compile_steps(split, batch, loop=True, **wrong), batch)
+    assert len(copies) >= 2 * CONFIG.num_hidden_layers
+
+
+@pytest.mark.parametrize("phi", [6.0, 300.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_recomputed_steps_give_the_same_tokens(split: Any, batch: int, phi: float) -> None:
+    graphdef, state = split
+    model = nnx.merge(graphdef, state)
+    cache = KVCache.create(CONFIG, batch, CAPACITY, jnp.float32)
+    tokens, exact_tokens = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
+    exact_cache = cache
+    run = jax.jit(lambda state, *args: step(graphdef, state, *args))
+    exact = nnx.jit(lambda model, *args: model.decode(*args))
+    for _ in range(4):
+        tokens, cache = run(state, tokens, cache, jnp.float32(phi))
+        logits, exact_cache, _ = exact(model, exact_tokens, exact_cache)
+        exact_tokens = logits.argmax(-1).astype(jnp.int32)
+        np.testing.assert_array_equal(tokens, exact_tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cache, exact_cache)
+
+
+@pytest.mark.parametrize("lengths", [[0], [4], [0, 4, 2], [3, 3, 3]])
+def test_write_token_touches_one_slot_a_row(lengths: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    cache = rng.standard_normal((len(lengths), 5, 2, 8)).astype(np.float32)
+    fresh = rng.standard_normal((len(lengths), 1, 2, 8)).astype(np.float32)
+    expected = cache.copy()
+    for row, length in enumerate(lengths):
+        expected[row, length] = fresh[row, 0]
+    np.testing.assert_array_equal(write_token(jnp.asarray(cache), fresh, jnp.array(lengths)), expected)
+
+
+def test_write_prompt_fills_the_first_slots() -> None:
+    cache = write_prompt(jnp.zeros((2, 5, 1, 4)), jnp.ones((2, 3, 1, 4)))
+    np.testing.assert_array_equal(cache[:, :, 0, 0], [[1, 1, 1, 0, 0]] * 2)
+
+
+def test_cache_is_a_pytree_of_its_arrays() -> None:
+    cache = KVCache.create(CONFIG, 2, 5, jnp.bfloat16)
+    assert (cache.batch, cache.capacity) == (2, 5)
+    assert len(jax.tree.leaves(cache)) == 2 * CONFIG.num_hidden_layers + 1
+    assert {leaf.dtype for leaf in cache.keys + cache.values} == {jnp.dtype(jnp.bfloat16)}
+    assert len({leaf.unsafe_buffer_pointer() for leaf in cache.keys + cache.values}) == 2 * CONFIG.num_hidden_layers

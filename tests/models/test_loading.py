@@ -1,0 +1,340 @@
+"""Checkpoints from disk: what is read, and that every kind of damage is named before weights move."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from fdpp_jax import models
+from fdpp_jax.models import LlamaConfig, RopeScaling
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
+
+@pytest.fixture
+def sharded(tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(FIXTURES / "llama2_mha", tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def single(tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(FIXTURES / "llama3_gqa", tmp_path / "checkpoint"))
+
+
+def edit(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Changes the tensors of a checkpoint in one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: pathlib.Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_parameters_are_the_checkpoints_transposed_and_fused(single: pathlib.Path) -> None:
+    tensors = load_file(single / "model.safetensors")
+    model = models.load(single, jnp.float32)
+    layer = model.model.layers[1]
+    name = "model.layers.1."
+    qkv = [tensors[f"{name}self_attn.{part}_proj.weight"].T for part in "qkv"]
+    np.testing.assert_array_equal(layer.self_attn.qkv_proj.weight[...], np.concatenate(qkv, axis=1))
+    gate_up = [tensors[f"{name}mlp.{part}_proj.weight"].T for part in ("gate", "up")]
+    np.testing.assert_array_equal(layer.mlp.gate_up_proj.weight[...], np.concatenate(gate_up, axis=1))
+    np.testing.assert_array_equal(layer.mlp.down_proj.weight[...], tensors[f"{name}mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(model.model.embed_tokens.weight[...], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(layer.input_layernorm.weight[...], tensors[f"{name}input_layernorm.weight"])
+    assert not hasattr(model, "lm_head")  # tied
+    assert model.config == LlamaConfig.from_hf(json.loads((single / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_stored_dtypes(single: pathlib.Path, stored: Any) -> None:
+    plain = models.load(single, jnp.float32)
+    edit(single, lambda tensors: tensors.update({k: v.astype(stored) for k, v in tensors.items()}))
+    model = models.load(single, jnp.float32)
+    expected = jax.tree.map(lambda p: np.asarray(p).astype(stored).astype(np.float32), nnx.state(plain))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), expected)
+
+
+def test_biases_are_loaded(single: pathlib.Path) -> None:
+    edit_config(single, attention_bias=True, mlp_bias=True)
+    rng = np.random.default_rng(0)
+
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        for name, weight in list(tensors.items()):
+            if "_proj.weight" in name:
+                tensors[name.replace(".weight", ".bias")] = rng.standard_normal(weight.shape[0]).astype(np.float32)
+
+    edit(single, add)
+    tensors = load_file(single / "model.safetensors")
+    attention = models.load(single, jnp.float32).model.layers[0].self_attn
+    qkv = [tensors[f"model.layers.0.self_attn.{part}_proj.bias"] for part in "qkv"]
+    np.testing.assert_array_equal(attention.qkv_proj.bias[...], np.concatenate(qkv))
+    x = rng.standard_normal((3, 128)).astype(np.float32)
+    np.testing.assert_allclose(
+        attention.o_proj(jnp.asarray(x)),
+        x @ tensors["model.layers.0.self_attn.o_proj.weight"].T + tensors["model.layers.0.self_attn.o_proj.bias"],
+        atol=1e-4,
+    )
+
+
+def test_harmless_extra_tensors_are_ignored(single: pathlib.Path) -> None:
+    edit(
+        single,
+        lambda tensors: tensors.update(
+            {
+                "lm_head.weight": tensors["model.embed_tokens.weight"],
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(16, np.float32),
+            }
+        ),
+    )
+    models.load(single, jnp.float32)
+
+
+def test_progress_goes_to_stderr(single: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models.load(single, jnp.float32)
+    assert capsys.readouterr() == ("", "")
+    models.load(single, jnp.float32, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Loading checkpoint" in err
+
+
+def test_all_damaged_tensors_are_listed_at_once(single: pathlib.Path) -> None:
+    def damage(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros((128, 64), np.float32)
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((160, 64), np.float32)
+        tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((64, 160), np.int8)
+
+    edit(single, damage)
+    with pytest.raises(ValueError, match="is not the checkpoint its config") as error:
+        models.load(single)
+    assert sorted(str(error.value).splitlines()[1:]) == [
+        "  - tensor model.layers.0.self_attn.k_proj.weight: expected shape [64, 64], got [128, 64]",
+        "  - tensor model.layers.1.mlp.down_proj.weight: expected one of BF16, F16, F32, F64, got I8",
+        "  - tensor model.layers.2.mlp.up_proj.weight [160, 64] is unknown to the config",
+        "  - tensor model.norm.weight [64] is missing",
+    ]
+
+
+def test_a_long_list_is_cut(single: pathlib.Path) -> None:
+    edit_config(single, hidden_size=32, num_hidden_layers=9)
+    with pytest.raises(ValueError, match=r"\.\.\. and \d+ more$"):
+        models.load(single)
+
+
+def test_missing_and_truncated_shards_are_listed_at_once(sharded: pathlib.Path) -> None:
+    missing, truncated = "model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"
+    (sharded / missing).unlink()
+    with (sharded / truncated).open("r+b") as file:
+        file.truncate((sharded / truncated).stat().st_size - 100)
+    with pytest.raises(ValueError, match="is not the checkpoint") as error:
+        models.load(sharded)
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 2  # their tensors are not listed besides
+    assert lines[0] == f"  - shard {missing} is missing (the index names 4)"
+    assert lines[1].startswith(f"  - shard {truncated} cannot be read, truncated perhaps")
+
+
+def test_truncated_single_file(single: pathlib.Path) -> None:
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"shard model\.safetensors cannot be read"):
+        models.load(single)
+
+
+def test_index_and_shards_disagree(sharded: pathlib.Path) -> None:
+    shard = sharded / "model-00004-of-00004.safetensors"
+    tensors = load_file(shard)
+    name, _ = tensors.popitem()
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match=f"tensor {name} .* is missing"):
+        models.load(sharded)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', "not json"])
+def test_malformed_index(sharded: pathlib.Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        models.load(sharded)
+
+
+def test_no_weights(single: pathlib.Path) -> None:
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"expected \*\.safetensors in .* found .*pytorch_model\.bin"):
+        models.load(single)
+
+
+def test_no_config(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"expected config\.json in .* found an empty directory"):
+        models.load(tmp_path)
+
+
+def test_malformed_config(single: pathlib.Path) -> None:
+    (single / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        models.load(single)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn])
+def test_unsupported_dtype(single: pathlib.Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match="expected a dtype out of bfloat16, float16, float32, got"):
+        models.load(single, dtype)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/nowhere/at/all", "./no/where", "../nowhere"])
+def test_neither_a_directory_nor_a_hub_id(path: str) -> None:
+    with pytest.raises(ValueError, match=r"no directory .* a hub id would look like 'org/name'"):
+        models.load(path)
+
+
+def test_a_file_is_not_a_checkpoint(single: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a checkpoint's directory, got the file .*config\.json"):
+        models.load(single / "config.json")
+
+
+def test_hub_id_is_downloaded(single: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def download(repo_id: str, **settings: Any) -> str:
+        calls.append((repo_id, settings["allow_patterns"]))
+        return str(single)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = models.load("some-org/Some-Llama-3.2-1B", jnp.float32)
+    assert model.config.hidden_size == 64
+    assert calls == [("some-org/Some-Llama-3.2-1B", ["*.json", "*.safetensors"])]
+
+
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(repo_id: str, **settings: Any) -> str:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match="the hub did not deliver 'org/name': no route to host"):
+        models.load("org/name")
+
+
+def test_config_of_transformers_4_and_5() -> None:
+    config = LlamaConfig.from_hf(HF_CONFIG)
+    assert config == models.PRESETS["llama-3.1-8b"]
+    new = {k: v for k, v in HF_CONFIG.items() if not k.startswith("rope")}
+    new["rope_parameters"] = HF_CONFIG["rope_scaling"] | {"rope_theta": 500000.0}
+    assert LlamaConfig.from_hf(new) == config
+    old = HF_CONFIG | {"rope_scaling": {"type": "linear", "factor": 2}, "num_key_value_heads": None}
+    assert LlamaConfig.from_hf(old).rope_scaling == RopeScaling("linear", factor=2.0)
+    assert LlamaConfig.from_hf(old).num_key_value_heads == 32
+    assert LlamaConfig.from_hf(old).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+            r"expected model_type 'llama' .*'LlamaForCausalLM'.*, got 'mistral' and \['MistralForCausalLM'\]",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "got 'llama' and .*SequenceClassification"),
+        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "out of default, linear, llama3, got 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "got 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "'llama3' needs low_freq_factor, which is missing"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*'awq'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 1.0, got 0.5"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5 must divide num_attention_heads=32"),
+        ({"hidden_size": 0}, "expected hidden_size to be a positive integer, got 0"),
+        ({"vocab_size": "32000"}, "expected vocab_size to be a positive integer, got '32000'"),
+        ({"num_attention_heads": 0}, "expected num_attention_heads to be a positive integer, got 0"),
+        ({"num_key_value_heads": -8}, "expected num_key_value_heads to be a positive integer, got -8"),
+        ({"head_dim": 33}, "head_dim must be even"),
+    ],
+)
+def test_unsupported_configs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.from_hf(HF_CONFIG | changes)
+
+
+def test_missing_config_keys_are_listed_at_once() -> None:
+    with pytest.raises(ValueError, match=r"vocab_size is missing\n.*hidden_size is missing"):
+        LlamaConfig.from_hf({"model_type": "llama", "intermediate_size": 1, "num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-2-7b", 6.74),
+        ("llama-2-13b", 13.02),
+        ("llama-2-70b", 68.98),
+        ("llama-3-8b", 8.03),
+        ("llama-3.1-8b", 8.03),
+        ("llama-3.2-1b", 1.24),
+        ("llama-3.1-70b", 70.55),
+    ],
+)
+def test_presets_have_the_published_size(name: str, billions: float) -> None:
+    config = models.PRESETS[name]
+    model = nnx.eval_shape(lambda: models.random_model(config))
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert round(size / 1e9, 2) == billions
+
+
+def test_random_model_is_reproducible() -> None:
+    config = LlamaConfig.from_hf(json.loads((FIXTURES / "llama3_gqa" / "config.json").read_text()))
+    first, again, other = (models.random_model(config, jnp.bfloat16, seed) for seed in (1, 1, 2))
+    weights = [np.asarray(model.model.layers[0].mlp.down_proj.weight[...]) for model in (first, again, other)]
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert not np.array_equal(weights[0], weights[2])
+    assert weights[0].dtype == jnp.bfloat16
+
+
+def test_model_plans_name_every_kernel_of_a_step() -> None:
+    config = models.PRESETS["llama-3.2-1b"]
+    plans = models.model_plans(config, batch=8, capacity=4096, device="H200")
+    assert [name for name, _, _ in plans] == ["qkv", "attention", "o", "gate_up", "down", "head"]
+    shapes = {name: (s.m, s.k, s.n) for name, s, _ in plans if name != "attention"}
+    assert shapes == {
+        "qkv": (8, 2048, 3072),
+        "o": (8, 2048, 2048),
+        "gate_up": (8, 2048, 16384),
+        "down": (8, 8192, 2048),
+        "head": (8, 2048, 128256),
+    }
+    chosen = {name: plan.implementation for name, _, plan in plans}
+    assert chosen["attention"] == "mosaic_gpu"
+    assert chosen["qkv"] == "flat"
+    assert chosen["head"] == "xla"  # tied
+    with pytest.raises(ValueError, match="batch=0"):
+        models.model_plans(config, batch=0, capacity=4096, device="H200")

@@ -1,0 +1,23 @@
+"""The examples run as they stand, in their small versions."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from fdpp_jax import models
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+def test_train_tiny_writes_a_checkpoint_that_loads(tmp_path):
+    pytest.importorskip("optax")
+    command = [sys.executable, str(EXAMPLES / "train_tiny.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--- 'def '" in done.stdout
+    assert "**Held-out loss:" in (tmp_path / "README.md").read_text()
+    config = models.load(tmp_path).config
+    assert models.load_tokenizer(tmp_path, vocab_size=config.vocab_size).vocab_size == config.vocab_size

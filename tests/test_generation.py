@@ -1,0 +1,223 @@
+"""Generation against a plain loop over the whole sequence, and what the jitted loop promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fdpp_jax import generation
+from fdpp_jax.generation import generate, stream
+from fdpp_jax.models import LlamaConfig, LlamaForCausalLM
+from fdpp_jax.sampling import Sampling
+from fdpp_jax.unified_max import UnifiedMax
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=48,
+)
+PROMPTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 5))
+SOFTMAXES = {"online": None, "unified": UnifiedMax(), "bound": UnifiedMax.bound()}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Random weights eight times the usual, since the usual ones repeat one token for ever."""
+    graphdef, weights = nnx.split(LlamaForCausalLM(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, weights))
+
+
+@pytest.fixture(scope="module")
+def plain_loop(model):
+    """plain_loop(prompt, n): n greedy tokens, each from the logits of the whole sequence so far."""
+    graphdef, weights = nnx.split(model)
+    forward = jax.jit(lambda weights, tokens: nnx.merge(graphdef, weights)(tokens))
+
+    def run(prompt, num_tokens: int) -> list[int]:
+        tokens = np.zeros((1, CONFIG.max_position_embeddings), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        for i in range(len(prompt), len(prompt) + num_tokens):
+            tokens[0, i] = int(forward(weights, tokens)[0, i - 1].argmax())
+        return tokens[0, len(prompt) : len(prompt) + num_tokens].tolist()
+
+    return run
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES)
+def test_greedy_equals_the_plain_loop(model, plain_loop, softmax):
+    result = generate(model, PROMPTS, max_new_tokens=20, softmax=softmax)
+    assert result.tokens.tolist() == [plain_loop(prompt, 20) for prompt in PROMPTS]
+    assert len(set(result.tokens[0].tolist())) > 3  # not one token for ever
+    assert result.lengths.tolist() == [20, 20]
+    assert (result.recomputed_steps, result.decode_steps) == (0, 19)
+    assert result.prefill_seconds > 0
+    assert result.decode_seconds > 0
+
+
+def test_up_to_the_last_position(model, plain_loop):
+    prompt = np.arange(17)  # its bucket is 32, and 31 more exceed a power of two
+    result = generate(model, prompt[None], max_new_tokens=31)
+    assert result.tokens[0].tolist() == plain_loop(prompt, 31)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES)
+def test_unequal_prompts_equal_single_runs(model, plain_loop, softmax):
+    lengths = [1, 7, 4]
+    tokens = np.full((3, 9), -1)  # padding may hold anything
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = np.arange(length) * 5 + row
+    result = generate(model, tokens, lengths, max_new_tokens=10, softmax=softmax)
+    expected = [plain_loop(tokens[row, :length], 10) for row, length in enumerate(lengths)]
+    assert result.tokens.tolist() == expected
+
+
+def test_one_token_needs_no_decode_step(model, plain_loop):
+    result = generate(model, PROMPTS[:1], max_new_tokens=1)
+    assert result.tokens.tolist() == [plain_loop(PROMPTS[0], 1)]
+    assert (result.decode_steps, result.decode_seconds) == (0, 0.0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 32])
+def test_rows_end_at_their_first_end_token(model, plain_loop, chunk_size):
+    expected = [plain_loop(prompt, 20) for prompt in PROMPTS]
+    ends = (expected[0][3], expected[1][6])
+    lengths = [1 + min(row.index(end) for end in ends if end in row) for row in expected]
+    chunks, result = _drain(stream(model, PROMPTS, max_new_tokens=20, eos_ids=ends, chunk_size=chunk_size))
+    assert result.lengths.tolist() == lengths
+    for row, length in enumerate(lengths):
+        assert result.tokens[row].tolist() == expected[row][:length] + [ends[0]] * (20 - length)
+    assert result.decode_steps == max(lengths) - 1  # stops inside a chunk
+    assert sum(chunk.tokens.shape[1] for chunk in chunks) == max(lengths)
+
+
+def test_a_first_token_that_ends_every_row(model, plain_loop):
+    ends = [plain_loop(prompt, 1)[0] for prompt in PROMPTS]
+    result = generate(model, PROMPTS, max_new_tokens=20, eos_ids=ends)
+    assert result.lengths.tolist() == [1, 1]
+    assert result.decode_steps == 0
+
+
+@pytest.mark.parametrize("phi", [200.0, -200.0])
+def test_a_phi_far_off_costs_time_only(model, phi):
+    online = generate(model, PROMPTS, max_new_tokens=20)
+    result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi))
+    assert result.tokens.tolist() == online.tokens.tolist()
+    assert result.recomputed_steps == result.decode_steps == 19
+    assert online.recomputed_steps == 0
+
+
+def test_same_shapes_compile_nothing(model):
+    arguments = {"max_new_tokens": 20, "temperature": 0.7, "top_p": 0.9}
+    generate(model, PROMPTS, **arguments, softmax=UnifiedMax(6.0))
+    misses = generation._compile.cache_info().misses
+    for phi in (7.0, 200, jnp.float32(3)):
+        changed = arguments | {"temperature": 0.5 + float(phi) / 1000}
+        result = generate(model, PROMPTS + 1, **changed, softmax=UnifiedMax(phi), key=jax.random.key(int(phi)))
+        assert result.compile_seconds == 0.0
+    # Another length within the bucket and the capacity is the same program too.
+    generate(model, PROMPTS[:, :3] + 1, **arguments | {"max_new_tokens": 30}, softmax=UnifiedMax())
+    assert generation._compile.cache_info().misses == misses
+
+
+def test_seeds(model):
+    def run(key):
+        return generate(model, PROMPTS, max_new_tokens=20, temperature=1.0, key=key).tokens.tolist()
+
+    key = jax.random.key(3)
+    assert run(key) == run(key)  # the caller's key is not used up
+    assert run(None) == run(jax.random.key(0)) != run(key)
+
+
+def _drain(chunks):
+    collected = []
+    while True:
+        try:
+            collected.append(next(chunks))
+        except StopIteration as stop:
+            return collected, stop.value
+
+
+def test_stream_yields_what_generate_returns(model):
+    chunks, result = _drain(stream(model, PROMPTS, max_new_tokens=20, chunk_size=8))
+    assert [chunk.tokens.shape[1] for chunk in chunks] == [1, 8, 8, 3]
+    assert [chunk.lengths.tolist() for chunk in chunks] == [[1, 1], [9, 9], [17, 17], [20, 20]]
+    tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
+    np.testing.assert_array_equal(tokens, result.tokens)
+    np.testing.assert_array_equal(tokens, generate(model, PROMPTS, max_new_tokens=20).tokens)
+
+
+# The program.
+
+
+def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
+    graphdef, weights = nnx.split(model)
+    eos_ids = jnp.array([3], jnp.int32)
+    prompts, lengths = jnp.zeros((batch, 16), jnp.int32), jnp.full((batch,), 5, jnp.int32)
+    prefill = (graphdef, capacity, weights, prompts, lengths, Sampling(), eos_ids, jax.random.key(0))
+    loop = generation._prefill(*prefill)
+    return graphdef, 8, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
+
+
+@pytest.mark.parametrize(
+    ("softmax", "num_conds"), [(None, 0), (UnifiedMax(jnp.float32(6)), 1), (UnifiedMax.bound(), 1)]
+)
+def test_one_cond_a_step_and_none_without_unified_max(model, softmax, num_conds):
+    arguments = _decode_chunk_arguments(model, 2, 64, softmax)
+    assert str(generation._decode_chunk.trace(*arguments).jaxpr).count("= cond[") == num_conds
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_recompute_copies_no_cache(model, batch):
+    capacity = 4096
+    array_bytes = batch * capacity * CONFIG.kv_size * 4
+    temp_bytes = {}
+    for name, softmax in (("online", None), ("unified", UnifiedMax(jnp.float32(6)))):
+        compiled = generation._decode_chunk.lower(*_decode_chunk_arguments(model, batch, capacity, softmax)).compile()
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= 2 * CONFIG.num_hidden_layers * array_bytes  # all of it in place
+        temp_bytes[name] = memory.temp_size_in_bytes
+    assert temp_bytes["unified"] - temp_bytes["online"] < array_bytes / 4
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": [1, 2, 3]}, r"tokens must be integers \[B, T\], got int64 of shape \(3,\)"),
+        ({"tokens": [[1.0, 2.0]]}, "tokens must be integers .* got float64"),
+        ({"tokens": np.zeros((2, 0), int)}, r"tokens must be integers .* of shape \(2, 0\)"),
+        ({"tokens": [[1, 64]]}, r"tokens must be within 0\.\.63, got 64"),
+        ({"tokens": [[-1, 2]]}, r"tokens must be within 0\.\.63, got -1"),
+        ({"prompt_lengths": [3]}, r"prompt_lengths must be integers \[2\], got int64 of shape \(1,\)"),
+        ({"prompt_lengths": [3.0, 3.0]}, "prompt_lengths must be integers .* got float64"),
+        ({"prompt_lengths": [0, 3]}, r"prompt_lengths must be within 1\.\.5 .* got \[0, 3\]"),
+        ({"prompt_lengths": [6, 3]}, r"prompt_lengths must be within 1\.\.5 .* got \[6, 3\]"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 44}, r"prompt of 5 tokens and max_new_tokens=44 need 49 positions, the model has 48"),
+        ({"eos_ids": (1, 64)}, r"eos_ids must be within 0\.\.63, got \[64\]"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": 1.0, "top_k": 65}, "top_k must be within"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"softmax": 6.0}, "softmax must be None or a UnifiedMax, got 6.0"),
+        ({"softmax": UnifiedMax(jnp.zeros(3))}, r"phi .* broadcast to \[B, N\] = \[2, 4\], got shape \(3,\)"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_anything_runs(model, arguments, message):
+    arguments = {"tokens": PROMPTS, "max_new_tokens": 4} | arguments
+    with pytest.raises(ValueError, match=message):
+        stream(model, **arguments)  # at the call: nothing was asked of the generator yet
+    with pytest.raises(ValueError, match=message):
+        generate(model, **arguments)
+
+
+def test_bad_chunk_size(model):
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        stream(model, PROMPTS, chunk_size=0)

@@ -1,0 +1,92 @@
+"""flat_matmul and gemv against float64, interpreted on the CPU and as they are on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax.config import FlatMatmulConfig, GemvConfig
+from fdpp_jax.pallas.flat_matmul import flat_matmul
+from fdpp_jax.pallas.gemv import gemv
+
+ON_GPU = jax.default_backend() == "gpu"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def operands(m, k, n, dtype):
+    x_key, w_key = jax.random.split(jax.random.key(m + k + n))
+    return jax.random.normal(x_key, (m, k)).astype(dtype), jax.random.normal(w_key, (k, n)).astype(dtype)
+
+
+def run(kernel, x, w, config, out_dtype, detect_races=False):
+    interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=detect_races)
+    return jax.jit(functools.partial(kernel, config=config, out_dtype=out_dtype, interpret=interpret))(x, w)
+
+
+def check(kernel, m, k, n, dtype, config, out_dtype="float32"):
+    x, w = operands(m, k, n, dtype)
+    out = run(kernel, x, w, config, out_dtype)
+    assert out.shape == (m, n)
+    assert out.dtype == out_dtype
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    # Products of 16-bit numbers are exact in float32; what remains is the rounding of the sum and of the result.
+    tolerance = 1e-6 if out_dtype == "float32" else oracle.TOLERANCE[out_dtype]
+    assert oracle.relative_error(out, expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 64])
+def test_flat_rows(m, dtype):
+    check(flat_matmul, m, 512, 128, dtype, FlatMatmulConfig(64, 128, 3, 2), out_dtype=dtype)
+
+
+RAGGED = [  # k, n, (block_n, block_k, stages, split_k)
+    (512, 128, (64, 128, 2, 1)),
+    (336, 128, (64, 64, 3, 2)),  # K is no multiple of a block
+    (256, 208, (64, 64, 2, 1)),  # N is no multiple of a block, nor of the widest swizzle
+    (272, 224, (128, 64, 2, 2)),  # neither is
+    (128, 64, (64, 64, 4, 4)),  # more splits than K blocks
+    (64, 64, (128, 128, 2, 1)),  # blocks larger than the matrix
+]
+
+
+@pytest.mark.parametrize(("k", "n", "tiles"), RAGGED)
+def test_flat_ragged_sizes(k, n, tiles):
+    check(flat_matmul, 5, k, n, "bfloat16", FlatMatmulConfig(*tiles))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("k", "n", "tiles"), RAGGED)
+def test_gemv_ragged_sizes(k, n, tiles, dtype):
+    check(gemv, 1, k, n, dtype, GemvConfig(*tiles), out_dtype=dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the race detector is the interpreter's")
+@pytest.mark.parametrize("kernel", [flat_matmul, gemv])
+def test_has_no_race(kernel):
+    x, w = operands(1, 640, 128, "bfloat16")
+    config = (FlatMatmulConfig if kernel is flat_matmul else GemvConfig)(64, 64, 2, 2)
+    out = run(kernel, x, w, config, "float32", detect_races=True)
+    jax.block_until_ready(out)
+    assert not gpu_callbacks.get_races().races_found
+    assert oracle.relative_error(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize(("k", "n"), [(4096, 12288), (11008, 4096), (4096, 32000), (8192, 28672), (4096, 50272)])
+@pytest.mark.parametrize("kernel", [flat_matmul, gemv])
+def test_lowers_for_cuda(kernel, k, n):
+    m = 8 if kernel is flat_matmul else 1
+    config = (FlatMatmulConfig if kernel is flat_matmul else GemvConfig)(64, 128, 5, 2)
+    call = functools.partial(kernel, config=config, out_dtype=jnp.bfloat16)
+    shapes = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
+    assert "mosaic_gpu" in jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
