@@ -68,6 +68,10 @@ def test_kv_is_split_only_when_heads_leave_sms_idle(batch, num_kv_heads, capacit
 def test_decode_on_hopper_takes_the_kernel(head_dim, dtype, num_query_heads, num_kv_heads):
     shape = _decode(head_dim=head_dim, dtype=dtype, num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
     plan = plan_attention(shape, "H100")
+    if shape.rows * head_dim == 64 * 256:
+        assert plan.implementation == "xla"
+        assert "64 query rows of head dim 256 need 245760 bytes of shared memory, a CTA gets 232448" in plan.reason
+        return
     assert plan.implementation == "mosaic_gpu"
     assert isinstance(plan.config, DecodeAttentionConfig)
     assert "memory-bound" in plan.reason
@@ -232,6 +236,7 @@ _MATMUL = st.builds(
 @hypothesis.given(_ATTENTION, _HOPPER)
 def test_any_attention_config_fits_the_sm(shape, name):
     gpu = device.by_name(name)
+    hypothesis.assume(shape.rows * shape.head_dim < 64 * 256)  # refused
     config = plan_attention(shape, gpu).config
     num_ctas = shape.batch * shape.num_kv_heads
     assert config.smem_bytes(shape) <= gpu.smem_bytes

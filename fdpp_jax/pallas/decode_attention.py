@@ -35,6 +35,8 @@ _TRANSFORMS = ring.tile_transforms(64)  # head dims and tiles are multiples of 6
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # one value a query row
 
 
+# Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
+@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def decode_attention(
     query: jax.Array,
     key: jax.Array,

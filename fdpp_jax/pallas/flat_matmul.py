@@ -25,6 +25,8 @@ from fdpp_jax.config import FlatMatmulConfig, round_up
 from fdpp_jax.pallas import ring
 
 
+# Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
 def flat_matmul(
     x: jax.Array,
     w: jax.Array,

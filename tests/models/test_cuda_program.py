@@ -1,0 +1,55 @@
+"""The decode step as it is lowered for an H200, on whatever machine runs the tests."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from fdpp_jax import UnifiedMax, device
+from fdpp_jax.generation import decode_step
+from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
+
+
+def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None) -> str:
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
+    graphdef, weights = nnx.split(model)
+    cache = jax.eval_shape(lambda: KVCache.create(config, batch, 256, jnp.bfloat16))
+
+    def step(weights, cache, tokens, softmax):
+        return decode_step(nnx.merge(graphdef, weights), tokens, cache, softmax)
+
+    traced = jax.jit(step, donate_argnums=1).trace(weights, cache, jax.ShapeDtypeStruct((batch,), jnp.int32), softmax)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture(autouse=True)
+def _on_an_h200(monkeypatch):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+
+
+@pytest.mark.parametrize(("batch", "matmul"), [(1, "gemv"), (4, "flat_matmul")])
+def test_layers_share_their_kernels(batch, matmul):
+    """qkv, o, gate and up, down, head, and attention with each softmax: lowered once, whatever the depth."""
+    for num_layers in (1, 3):
+        text = lowered_step(num_layers, batch, UnifiedMax())
+        assert text.count("custom_call @mosaic_gpu") == 7
+        assert len(set(re.findall(rf"func private @({matmul}\w*)", text))) == 5
+        assert "dot_general" not in text
+
+
+def test_online_softmax_has_no_recompute():
+    text = lowered_step(2, 1, None)
+    assert text.count("custom_call @mosaic_gpu") == 6
+    assert "stablehlo.case" not in text
+    assert lowered_step(2, 1, UnifiedMax()).count("stablehlo.case") == 1
