@@ -2,7 +2,7 @@
 
 Attention: the decode kernel for one query, split along KV only where batch x heads leave SMs idle; cuDNN for
 prefill; else the float32 reference. Matmul: M = 1 gemv (the paper's ImplA), M up to 64 flat (ImplB), else XLA (ImplC).
-The roofline says whether a call is memory- or compute-bound. Everything is analytic: no measurement enters.
+The roofline says whether a call is memory- or compute-bound. All is analytic but `_MIN_FLAT_ROWS`, which is measured.
 
 Pure Python without arrays, so that a plan can be had for any named device on any machine.
 
@@ -28,6 +28,9 @@ from fdpp_jax.device import Device
 # The paper's M2: the kernel's rows are the N operand of wgmma, and beyond 64 cuBLAS wastes no rows any more.
 MAX_FLAT_ROWS = 64
 MAX_ATTENTION_ROWS = 64
+# The paper's M1, from which on the flat kernel beats gemv: 2 unless measured. A Llama-2-7B step on an H200 takes
+# 4.58 ms with flat at M = 1 and 4.73 ms with gemv (2026-11-23): padding costs wgmma nothing that memory would not.
+_MIN_FLAT_ROWS = {"H200": 1}
 ATTENTION_HEAD_DIMS = (64, 128, 256)
 
 _KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
@@ -78,14 +81,16 @@ def plan_xla_attention(shape: AttentionShape, device: Device | str, why: str) ->
 def plan_matmul(shape: MatmulShape, device: Device | str) -> MatmulPlan:
     """How `flat_matmul` computes x [m, k] @ w [k, n] on `device`; arguments and result as `plan_attention`."""
     device = device_lib.resolve(device)
-    implementation: MatmulImplementation = "gemv" if shape.m == 1 else "flat"
+    min_flat_rows = _MIN_FLAT_ROWS.get(device.kind, 2)
+    implementation: MatmulImplementation = "flat" if shape.m >= min_flat_rows else "gemv"
     bound = _bound(_matmul_intensity(shape), device)
     if shape.m > MAX_FLAT_ROWS:
         return MatmulPlan("xla", None, f"M = {shape.m} > {MAX_FLAT_ROWS} fills cuBLAS's tiles ({bound})")
     config = _matmul_config(shape, device, implementation)
     refusal = refuse_kernel_matmul(shape, device, implementation)
     if refusal is None:
-        return MatmulPlan(implementation, config, f"M = {shape.m}, split {config.split_k} ({bound})")
+        measured = ", measured faster than gemv" if min_flat_rows == shape.m == 1 else ""
+        return MatmulPlan(implementation, config, f"M = {shape.m}{measured}, split {config.split_k} ({bound})")
     if device.is_gpu and device.arch != _KERNEL_ARCH and _matmul_shape_refusal(shape) is None:
         refusal += f"; the rule here would be: {implementation}, split {config.split_k} ({bound})"
     return MatmulPlan("xla", None, refusal)
@@ -115,7 +120,7 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES)
     two_fit = smallest.smem_bytes(shape) <= device.smem_bytes_shared(2)
     max_splits = min(_MAX_KV_SPLITS, shape.capacity // _BLOCK_KV)
-    num_splits = _num_splits(num_ctas, max_splits, device, ctas_per_sm=2 if two_fit else 1)
+    num_splits = _num_splits(num_ctas, max_splits, device, wanted_per_sm=1, ctas_per_sm=2 if two_fit else 1)
     smem_bytes = _smem_budget(num_ctas * num_splits, two_fit, device)
     for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
         config = DecodeAttentionConfig(_BLOCK_KV, num_splits, num_stages)
@@ -198,15 +203,15 @@ def _cudnn_refusal(shape: AttentionShape, device: Device) -> str | None:
     return None
 
 
-def _num_splits(num_tiles: int, max_splits: int, device: Device, ctas_per_sm: int) -> int:
-    """Smallest power of two that gives work to three quarters of the SMs, without a second wave of CTAs.
+def _num_splits(num_tiles: int, max_splits: int, device: Device, *, wanted_per_sm: int, ctas_per_sm: int) -> int:
+    """Smallest power of two that fills three quarters of the wanted CTAs, without a second wave of them.
 
     Three quarters, since doubling beyond costs a longer reduction and buys no bandwidth: an SM fewer in four
     still leaves enough loads in flight to fill memory.
     """
     splits = 1
     while (
-        4 * num_tiles * splits < 3 * device.num_sms
+        4 * num_tiles * splits < 3 * wanted_per_sm * device.num_sms
         and 2 * splits <= max_splits
         and 2 * num_tiles * splits <= ctas_per_sm * device.num_sms
     ):
@@ -228,7 +233,9 @@ def _matmul_config(
     num_tiles = -(-shape.n // block_n)
     max_splits = min(_MAX_K_SPLITS, -(-shape.k // block_k) // _MIN_BLOCKS_PER_SPLIT)
     two_fit = config_type(block_n, block_k, _MIN_STAGES, 1).smem_bytes(shape) <= device.smem_bytes_shared(2)
-    split_k = _num_splits(num_tiles, max_splits, device, ctas_per_sm=2 if two_fit else 1)
+    # Two CTAs an SM: 4096 x 4096 takes 12.7 us with 256 of them, 13.2 us with 128 (H200, 2026-11-23).
+    ctas_per_sm = 2 if two_fit else 1
+    split_k = _num_splits(num_tiles, max_splits, device, wanted_per_sm=ctas_per_sm, ctas_per_sm=ctas_per_sm)
     smem_bytes = _smem_budget(num_tiles * split_k, two_fit, device)
     for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
         config = config_type(block_n, block_k, num_stages, split_k)

@@ -102,13 +102,13 @@ def dot_product_attention(
         reference.dot_product_attention, query, key, value, scale=scale, mask=mask, logits_soft_cap=logits_soft_cap
     )
     if softmax is None or query.shape[1] > 1:
-        return run()[0]
+        return run()
     phi = unified_max.row_phi(softmax, query, key, scale, key_value_seq_lengths)
-    out, overflow = run(phi=phi)
-    return lax.cond(overflow.any(), lambda: run()[0], lambda: out)
+    out = run(phi=phi)
+    return lax.cond(jnp.isnan(out).any(), run, lambda: out)
 
 
-def attention_with_overflow(
+def unchecked_decode_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -117,8 +117,11 @@ def attention_with_overflow(
     key_value_seq_lengths: jax.Array,
     softmax: UnifiedMax | None = None,
     implementation: AttentionImplementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Decode attention without its recompute: for a model that redoes the whole step once instead.
+
+    A row that left the safe window is NaN. NaN runs through the rest of the model into every logit of its
+    sequence, so that one look at the logits tells whether any layer overflowed.
 
     Args:
       query: [B, 1, N, H].
@@ -130,22 +133,19 @@ def attention_with_overflow(
       implementation: As in `dot_product_attention`.
 
     Returns:
-      out [B, 1, N, H], and overflow [B] bool: sequences with a row that must be recomputed, whose out is
-      not to be used.
+      [B, 1, N, H], NaN in rows that must be recomputed with softmax=None.
     """
     scale, _ = _validate_attention(query, key, value, scale, None, key_value_seq_lengths, None, None, softmax)
     if query.shape[1] != 1:
         raise ValueError(f"query must hold one token a sequence, [B, 1, N, H]; got {query.shape=}")
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
     plan = _plan_attention(_attention_shape(query, key, False, False, None, None), implementation)
-    no_overflow = jnp.zeros((query.shape[0],), bool)
     phi = None if softmax is None else unified_max.row_phi(softmax, query, key, scale, key_value_seq_lengths)
     if isinstance(plan.config, DecodeAttentionConfig):
-        out, overflow = _run_mosaic(scale, plan.config, query, key, value, key_value_seq_lengths, phi)
-        return out, overflow.any(axis=-1)
+        return _run_mosaic(scale, plan.config, query, key, value, key_value_seq_lengths, phi)
     if phi is None and plan.config == XlaAttentionConfig("cudnn"):
         lengths = key_value_seq_lengths
-        out = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             query,
             key,
             value,
@@ -154,10 +154,8 @@ def attention_with_overflow(
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
-        return out, no_overflow
     mask = reference.attention_mask(1, key.shape[1], key_value_seq_lengths=key_value_seq_lengths)
-    out, row_overflow = reference.dot_product_attention(query, key, value, scale=scale, mask=mask, phi=phi)
-    return out, row_overflow.any(axis=(1, 2))
+    return reference.dot_product_attention(query, key, value, scale=scale, mask=mask, phi=phi)
 
 
 def flat_matmul(
@@ -298,11 +296,10 @@ def _run_mosaic(
     value: jax.Array,
     lengths: jax.Array,
     phi: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     from fdpp_jax.pallas import decode_attention
 
-    out, overflow = decode_attention.decode_attention(query[:, 0], key, value, lengths, phi, scale=scale, config=config)
-    return out[:, None], overflow  # [B, 1, N, H], [B, N]
+    return decode_attention.decode_attention(query[:, 0], key, value, lengths, phi, scale=scale, config=config)[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -319,12 +316,12 @@ def _decode_attention(
 
     @jax.custom_batching.custom_vmap
     def call(query: Any, key: Any, value: Any, lengths: Any, phi: Any) -> jax.Array:
-        out, overflow = _run_mosaic(scale, config, query, key, value, lengths, phi)
+        out = _run_mosaic(scale, config, query, key, value, lengths, phi)
         if phi is None:
             return out
         return lax.cond(
-            overflow.any(),
-            lambda: _run_mosaic(scale, config, query, key, value, lengths, None)[0],
+            jnp.isnan(out).any(),
+            lambda: _run_mosaic(scale, config, query, key, value, lengths, None),
             lambda: out,
         )
 
@@ -353,7 +350,7 @@ def _decode_attention_bwd(scale: float, config: DecodeAttentionConfig, saved: An
     mask = reference.attention_mask(1, key.shape[1], key_value_seq_lengths=lengths)
 
     def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return reference.dot_product_attention(query, key, value, scale=scale, mask=mask)[0]
+        return reference.dot_product_attention(query, key, value, scale=scale, mask=mask)
 
     grads = jax.vjp(forward, query, key, value)[1](grad)
     return *grads, None, None if phi is None else jnp.zeros_like(phi)  # the answer does not depend on phi

@@ -45,7 +45,7 @@ def dot_product_attention(
     mask: jax.Array,
     logits_soft_cap: float | None = None,
     phi: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """softmax(scale * q k^T) v, with the row's own max, or with phi in its place.
 
     Args:
@@ -58,8 +58,8 @@ def dot_product_attention(
       phi: [B, N] float32, natural-log units, or None for the exact max of each row.
 
     Returns:
-      out [B, T, N, H] in the query's dtype, and overflow [B, T, N] bool: rows whose denominator left the
-      safe window of `unified_max` (all False without phi).
+      [B, T, N, H] in the query's dtype. With phi, rows whose denominator left the safe window of
+      `unified_max` are NaN and must be recomputed without it.
     """
     batch, query_length, num_heads, head_dim = query.shape
     _, capacity, num_kv_heads, _ = key.shape
@@ -85,14 +85,11 @@ def dot_product_attention(
     num = jnp.einsum(
         "bkgts,bskh->btkgh", weights, value.astype(jnp.float32), precision=lax.Precision.HIGHEST
     )  # [B, T, K, G, H]
-    has_key = jnp.broadcast_to(mask.any(axis=-1), den.shape)
-    safe_den = jnp.where(has_key, den, 1.0).transpose(0, 3, 1, 2)[..., None]  # [B, T, K, G, 1]
-    out = (num / safe_den).reshape(query.shape).astype(query.dtype)
-    if phi is None:
-        return out, jnp.zeros((batch, query_length, num_heads), bool)
-    # The weights are float32 here whatever the inputs are, so float32's window applies.
-    overflow = has_key & unified_max.leaves_window(den, capacity, jnp.float32)
-    return out, overflow.transpose(0, 3, 1, 2).reshape(batch, query_length, num_heads)
+    if phi is not None:
+        # The weights are float32 here whatever the inputs are, so float32's window applies.
+        den = jnp.where(unified_max.leaves_window(den, capacity, jnp.float32), jnp.nan, den)
+    den = jnp.where(mask.any(axis=-1), den, 1.0)  # a row without keys: 0 / 1
+    return (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
 
 
 def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -130,8 +130,7 @@ def test_xla_attention_backend(shape, device_name, backend):
 @pytest.mark.parametrize(
     ("m", "implementation", "config_type"),
     [
-        (1, "gemv", GemvConfig),
-        (2, "flat", FlatMatmulConfig),
+        (1, "flat", FlatMatmulConfig),  # measured on that GPU
         (7, "flat", FlatMatmulConfig),
         (8, "flat", FlatMatmulConfig),
         (9, "flat", FlatMatmulConfig),
@@ -140,20 +139,27 @@ def test_xla_attention_backend(shape, device_name, backend):
         (4096, "xla", type(None)),
     ],
 )
-def test_rows_choose_the_matmul(m, implementation, config_type):
+def test_rows_choose_the_matmul_on_an_h200(m, implementation, config_type):
     plan = plan_matmul(MatmulShape(m=m, k=4096, n=12288), "H200")
     assert plan.implementation == implementation
     assert isinstance(plan.config, config_type)
     assert ("compute-bound" if m == 4096 else "memory-bound") in plan.reason
 
 
+def test_one_row_is_gemv_where_nothing_was_measured():
+    plan = plan_matmul(MatmulShape(m=1, k=4096, n=12288), "H100")
+    assert plan.implementation == "gemv"
+    assert isinstance(plan.config, GemvConfig)
+    assert plan_matmul(MatmulShape(m=2, k=4096, n=12288), "H100").implementation == "flat"
+
+
 @pytest.mark.parametrize(
     ("k", "n", "block_n", "split_k"),
     [
         (4096, 12288, 64, 1),  # 192 tiles
-        (4096, 4096, 64, 2),  # 64 tiles -> 128 of 132 SMs
+        (4096, 4096, 64, 4),  # 64 tiles -> 256 CTAs, two on each of 132 SMs
         (4096, 22016, 128, 1),  # 344 narrow tiles would need a second wave
-        (11008, 4096, 64, 2),
+        (11008, 4096, 64, 4),
         (4096, 32000, 128, 1),
         (4096, 1024, 64, 8),
         (1024, 1024, 64, 2),  # every split keeps four blocks of K
@@ -260,4 +266,4 @@ def test_any_matmul_config_fits_the_sm(shape, name):
     assert config.split_k in (1, 2, 4, 8)
     if config.split_k > 1:
         assert -(-shape.k // config.block_k) // config.split_k >= 4
-        assert num_tiles * config.split_k < 1.5 * gpu.num_sms
+        assert num_tiles * config.split_k <= 2 * gpu.num_sms

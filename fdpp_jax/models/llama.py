@@ -226,13 +226,12 @@ class LlamaForCausalLM(nnx.Module):
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
         keys, values = list(cache.keys), list(cache.values)
-        overflows = []
         lengths = cache.lengths + 1
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             keys[layer] = write_token(keys[layer], key, cache.lengths)
             values[layer] = write_token(values[layer], value, cache.lengths)
-            out, overflow = ops.attention_with_overflow(
+            return ops.unchecked_decode_attention(
                 query,
                 keys[layer],
                 values[layer],
@@ -240,14 +239,13 @@ class LlamaForCausalLM(nnx.Module):
                 softmax=softmax,
                 implementation=implementation,
             )
-            overflows.append(overflow)
-            return out
 
         hidden = self.hidden_states(tokens[:, None], cache.lengths[:, None], attend, implementation)  # [B, 1, D]
+        logits = self._head(hidden[:, 0], implementation)  # [B, V]
+        # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
         # A constant False lets XLA drop the caller's recompute branch altogether.
-        overflow = jnp.zeros((), bool) if softmax is None else jnp.stack(overflows).any()
-        cache = KVCache(tuple(keys), tuple(values), lengths)
-        return self._head(hidden[:, 0], implementation), cache, overflow
+        overflow = jnp.zeros((), bool) if softmax is None else jnp.isnan(logits[:, 0]).any()
+        return logits, KVCache(tuple(keys), tuple(values), lengths), overflow
 
     def hidden_states(
         self,

@@ -47,7 +47,7 @@ def decode_attention(
     scale: float,
     config: DecodeAttentionConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """softmax(scale * q k^T) v for one query token a sequence.
 
     Args:
@@ -61,8 +61,8 @@ def decode_attention(
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      out [B, N, H] in the query's dtype and overflow [B, N] bool: rows whose denominator left the safe
-      window, whose out is not to be used (all False for online softmax).
+      [B, N, H] in the query's dtype. Rows whose denominator left the safe window are NaN and must be
+      recomputed with phi=None.
     """
     batch, num_heads, head_dim = query.shape
     _, capacity, num_kv_heads, _ = key.shape
@@ -108,13 +108,11 @@ def decode_attention(
         weight = jnp.exp2(row_max[0] - row_max[0].max(axis=2, keepdims=True))  # [B, K, splits, rows]
         num, den = num * weight[..., None, :], den * weight
     num, den = num.sum(axis=2)[..., :group], den.sum(axis=2)[..., :group]  # [B, K, H, G], [B, K, G]
-    has_key = (lengths > 0)[:, None, None]
-    out = jnp.where(has_key[..., None], num.swapaxes(-1, -2) / den[..., None], 0.0)  # [B, K, G, H]
-    out = out.reshape(query.shape).astype(dtype)
-    overflow = jnp.zeros((batch, num_heads), bool)
+    out = num.swapaxes(-1, -2) / den[..., None]  # [B, K, G, H]
     if not online:
-        overflow = (has_key & unified_max.leaves_window(den, capacity, dtype)).reshape(batch, num_heads)
-    return out, overflow
+        out = jnp.where(unified_max.leaves_window(den, capacity, dtype)[..., None], jnp.nan, out)
+    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0)
+    return out.reshape(query.shape).astype(dtype)
 
 
 def _body(
@@ -181,9 +179,11 @@ def _body(
             row_max = [shift]
         else:
             shift = phi
-        p = jnp.where(live, jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [1])), 0.0)
-        den += p  # summed over the keys once, after the last tile
-        p_smem.transpose((1, 0))[...] = p.astype(dtype)
+        p = jnp.where(live, jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [1])), 0.0).astype(dtype)
+        # The sum of the weights as rounded: a rounding error common to numerator and denominator cancels. Summed
+        # over the keys once, after the last tile.
+        den += p.astype(jnp.float32)
+        p_smem.transpose((1, 0))[...] = p
         plgpu.barrier_wait(v_ready.at[slot])
 
         @pl.when((tile + 1) * block_kv > length)

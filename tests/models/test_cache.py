@@ -69,22 +69,25 @@ def cache_copies(compiled: Any, batch: int) -> list[str]:
     return re.findall(rf"^.*\[{shape}\][^=]* copy(?:-start)?\(.*$", compiled.as_text(), re.MULTILINE)
 
 
+def is_in_place(compiled: Any, batch: int) -> bool:
+    """The program returns the cache in the buffers that it came in, and copies none of it on the way."""
+    array_bytes = batch * CAPACITY * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+    aliased = compiled.memory_analysis().alias_size_in_bytes >= 2 * CONFIG.num_hidden_layers * array_bytes
+    return aliased and not cache_copies(compiled, batch)
+
+
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_donated_step_copies_no_cache(split: Any, batch: int, loop: bool) -> None:
     compiled = compile_steps(split, batch, loop=loop)
-    assert cache_copies(compiled, batch) == []
-    array_bytes = batch * CAPACITY * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
-    aliased = compiled.memory_analysis().alias_size_in_bytes
-    assert aliased >= 2 * CONFIG.num_hidden_layers * array_bytes
+    assert is_in_place(compiled, batch)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("wrong", [{"donate": False}, {"redo_old": True}])
 def test_copies_are_seen_where_there_are_some(split: Any, batch: int, wrong: dict[str, bool]) -> None:
     """The test above can fail."""
-    copies = cache_copies(compile_steps(split, batch, loop=True, **wrong), batch)
-    assert len(copies) >= 2 * CONFIG.num_hidden_layers
+    assert not is_in_place(compile_steps(split, batch, loop=True, **wrong), batch)
 
 
 @pytest.mark.parametrize("phi", [6.0, 300.0])

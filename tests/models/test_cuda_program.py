@@ -38,7 +38,7 @@ def _on_an_h200(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
 
 
-@pytest.mark.parametrize(("batch", "matmul"), [(1, "gemv"), (4, "flat_matmul")])
+@pytest.mark.parametrize(("batch", "matmul"), [(1, "flat_matmul"), (4, "flat_matmul")])
 def test_layers_share_their_kernels(batch, matmul):
     """qkv, o, gate and up, down, head, and attention with each softmax: lowered once, whatever the depth."""
     for num_layers in (1, 3):
