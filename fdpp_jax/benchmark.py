@@ -22,7 +22,7 @@ from flax import nnx
 
 from fdpp_jax import device, heuristics, models, ops
 from fdpp_jax.config import AttentionShape, MatmulShape, round_up
-from fdpp_jax.generation import decode_step
+from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -309,7 +309,7 @@ def _time_decode(
     graphdef, weights = nnx.split(model)
     cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=DECODE_COMPILER_OPTIONS)
     def loop(
         weights: nnx.State, cache: KVCache, tokens: jax.Array, softmax: UnifiedMax | None
     ) -> tuple[KVCache, jax.Array, jax.Array]:

@@ -246,8 +246,9 @@ def _generate(args: argparse.Namespace) -> None:
     )
     result = _print_stream(chunks, prompts, tokenizer)
     _print_speed(result, lengths.tolist())
-    capacity = int(lengths.max()) + args.max_new_tokens
-    plans = models.model_plans(model.config, batch=len(prompts), capacity=capacity, device=running, dtype=model.dtype)
+    plans = models.model_plans(
+        model.config, batch=len(prompts), capacity=result.cache_capacity, device=running, dtype=model.dtype
+    )
     _print_plans(plans, f"Kernels of a decode step on {running.kind}")
 
 

@@ -43,6 +43,7 @@ def model_plans(
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         dtype=name,
+        has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
     )
 
     def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:
