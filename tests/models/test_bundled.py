@@ -10,14 +10,14 @@ from fdpp_jax import UnifiedMax, device, models
 # fmt: off
 GREEDY = {  # 48 tokens in float32 on a CPU
     "def ": [
-        1434, 85, 686, 9, 265, 286, 263, 421, 1073, 84, 289, 763, 472, 1083, 472, 341, 222, 1434, 85, 686, 890, 263, 391,
-        275, 15, 1341, 15, 666, 9, 265, 378, 88, 13, 285, 458, 576, 70, 300, 285, 1434, 300, 285, 1434, 300, 285, 1434,
-        300, 285,
+        1434, 85, 686, 9, 265, 286, 263, 421, 1073, 84, 289, 763, 472, 1083, 472, 341,
+        222, 1434, 85, 686, 890, 263, 391, 275, 15, 1341, 15, 666, 9, 265, 378, 88,
+        13, 285, 458, 576, 70, 300, 285, 1434, 300, 285, 1434, 300, 285, 1434, 300, 285,
     ],
     "import os\n\nclass ": [
-        368, 9, 1271, 286, 282, 421, 1271, 580, 69, 1078, 289, 222, 368, 372, 580, 69, 890, 282, 307, 510, 717, 573, 265,
-        13, 1201, 64, 733, 286, 263, 275, 15, 1166, 64, 733, 278, 1201, 64, 733, 321, 307, 510, 296, 351, 573, 265, 286,
-        263, 391,
+        368, 9, 1271, 286, 282, 421, 1271, 580, 69, 1078, 289, 222, 368, 372, 580, 69,
+        890, 282, 307, 510, 717, 573, 265, 13, 1201, 64, 733, 286, 263, 275, 15, 1166,
+        64, 733, 278, 1201, 64, 733, 321, 307, 510, 296, 351, 573, 265, 286, 263, 391,
     ],
 }
 # fmt: on
@@ -43,8 +43,10 @@ def test_float32_tokens_are_the_same_everywhere(tokenizer, softmax):
     tokens, lengths = prompts(tokenizer)
     result = fdpp_jax.generate(model, tokens, lengths, max_new_tokens=48, softmax=softmax)
     assert result.tokens.tolist() == list(GREEDY.values())
-    far_off = softmax is not None and softmax.phi == -200.0
-    assert result.recomputed_steps == (result.decode_steps if far_off else 0)
+    recomputed = {None: 0, 6.0: 0, -200.0: result.decode_steps}
+    phi = None if softmax is None else softmax.phi
+    if softmax != UnifiedMax.bound():  # may be too loose for the window, at any step
+        assert result.recomputed_steps == recomputed[phi]
 
 
 @pytest.mark.gpu
