@@ -195,6 +195,7 @@ def test_speed_counts_decoded_tokens_only(capsys):
         prefill_seconds=0.5,
         decode_seconds=0.25,
         compile_seconds=2.0,
+        cache_capacity=64,
     )
     cli._print_speed(result, [10, 5])
     assert capsys.readouterr().out == (
