@@ -1,5 +1,6 @@
 """The examples run as they stand, in their small versions."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,16 @@ import pytest
 from fdpp_jax import models
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def test_quickstart_runs_from_top_to_bottom(capsys):
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert "47 of 47 steps recomputed" in capsys.readouterr().out
+    assert len(names["results"]) == 4
 
 
 @pytest.mark.slow
