@@ -93,10 +93,13 @@ def time_kernel(step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, sets:
 
 
 def num_sets(set_bytes: int, running: device.Device) -> int:
-    """How many sets of this size one timed program rotates through: past four times the L2, and long enough."""
+    """How many sets of this size one timed program rotates through: past four times the L2, and long enough.
+
+    At most _MAX_SETS, since every set is a step to compile: sets below some 3 MB stay in an H200's L2.
+    """
     program_bytes = _GPU_PROGRAM_BYTES if running.is_gpu else _CPU_PROGRAM_BYTES
     past_l2 = -(-4 * running.l2_bytes // set_bytes) if running.is_gpu else 1
-    return max(2, past_l2, min(_MAX_SETS, program_bytes // set_bytes))
+    return max(2, min(_MAX_SETS, max(past_l2, program_bytes // set_bytes)))
 
 
 def read_floor(num_bytes: int) -> float:
@@ -199,6 +202,9 @@ def _bench_kernel(
     what: dict[str, Any],
 ) -> BenchReport:
     """Times every candidate on the same buffers. A peer may fail; ours may not."""
+    running = device.current()
+    if running.is_gpu and len(sets) * num_bytes < 4 * running.l2_bytes:
+        title += "; so small that L2 holds it"
     _progress("read floor")
     floor = read_floor(num_bytes)
     times: dict[str, float | None] = {}

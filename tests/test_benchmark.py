@@ -73,7 +73,13 @@ def test_bad_input(arguments):
         benchmark.bench_attention(AttentionShape(1, 2, 64, 4, 2, 64))
 
 
-@pytest.mark.parametrize("set_bytes", [1 << 20, 17 << 20, 1 << 30, 16 << 30])
+@pytest.mark.parametrize("set_bytes", [1 << 10, 1 << 20])
+def test_small_sets_do_not_make_endless_programs(monkeypatch, set_bytes):
+    monkeypatch.setattr(benchmark, "_MAX_SETS", 64)
+    assert benchmark.num_sets(set_bytes, device.by_name("H200")) == 64
+
+
+@pytest.mark.parametrize("set_bytes", [4 << 20, 17 << 20, 1 << 30, 16 << 30])
 def test_a_timed_program_reads_past_the_last_cache(monkeypatch, set_bytes):
     monkeypatch.setattr(benchmark, "_MAX_SETS", 64)
     h200 = device.by_name("H200")
