@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax import device, heuristics, models, ops
-from fdpp_jax.config import AttentionShape, MatmulShape, round_up
+from fdpp_jax.config import AttentionShape, MatmulImplementation, MatmulShape, round_up
 from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
 from fdpp_jax.unified_max import UnifiedMax
@@ -30,6 +30,7 @@ from fdpp_jax.unified_max import UnifiedMax
 _GPU_PROGRAM_BYTES = 2 << 30
 _CPU_PROGRAM_BYTES = 32 << 20
 _MAX_SETS = 64
+_PAST_L2 = 4  # buffers of so many times the L2's size are not found in it
 # A read of this size runs at the full speed of the memory; a longer one takes as much longer.
 _LONGEST_READ_BYTES = 1 << 30
 _READ_COLUMNS = 4096
@@ -93,12 +94,12 @@ def time_kernel(step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, sets:
 
 
 def num_sets(set_bytes: int, running: device.Device) -> int:
-    """How many sets of this size one timed program rotates through: past four times the L2, and long enough.
+    """How many sets of this size one timed program rotates through: past the L2, and long enough.
 
     At most _MAX_SETS, since every set is a step to compile: sets below some 3 MB stay in an H200's L2.
     """
     program_bytes = _GPU_PROGRAM_BYTES if running.is_gpu else _CPU_PROGRAM_BYTES
-    past_l2 = -(-4 * running.l2_bytes // set_bytes) if running.is_gpu else 1
+    past_l2 = -(-_PAST_L2 * running.l2_bytes // set_bytes) if running.is_gpu else 1
     return max(2, min(_MAX_SETS, max(past_l2, program_bytes // set_bytes)))
 
 
@@ -181,8 +182,9 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
 
     planned = heuristics.plan_matmul(shape, running).implementation
     candidates: dict[str, _Candidate] = {}
-    for name in ("gemv", "flat"):
-        if heuristics.refuse_kernel_matmul(shape, running, name) is None:  # type: ignore[arg-type]
+    kernels: tuple[MatmulImplementation, ...] = ("gemv", "flat")
+    for name in kernels:
+        if heuristics.refuse_kernel_matmul(shape, running, name) is None:
             label = f"ours, {name}" + (" (planned)" if name == planned else "")
             candidates[label] = (functools.partial(ops.flat_matmul, implementation=name), False)
     candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = (jnp.dot, True)
@@ -203,7 +205,7 @@ def _bench_kernel(
 ) -> BenchReport:
     """Times every candidate on the same buffers. A peer may fail; ours may not."""
     running = device.current()
-    if running.is_gpu and len(sets) * num_bytes < 4 * running.l2_bytes:
+    if running.is_gpu and len(sets) * num_bytes < _PAST_L2 * running.l2_bytes:
         title += "; so small that L2 holds it"
     _progress("read floor")
     floor = read_floor(num_bytes)

@@ -25,8 +25,8 @@ from fdpp_jax.unified_max import UnifiedMax
 
 _MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
-# XLA records a decode step as CUDA graphs. Its default takes lax.cond in as a conditional node, which costs more than
-# leaving the graph for it: 4.34 ms a step with, 4.15 ms without (Llama-2-7B, H200, 2026-11-23). All but CONDITIONAL:
+# XLA records a decode step as CUDA graphs. Its default takes lax.cond in as a conditional node; here it stays outside.
+# What that gains is not proven: docs/performance.md has the numbers. XLA's list, less CONDITIONAL:
 DECODE_COMPILER_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 }

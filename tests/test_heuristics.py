@@ -131,6 +131,7 @@ def test_xla_attention_backend(shape, device_name, backend):
     ("m", "implementation", "config_type"),
     [
         (1, "flat", FlatMatmulConfig),  # measured on that GPU
+        (2, "flat", FlatMatmulConfig),
         (7, "flat", FlatMatmulConfig),
         (8, "flat", FlatMatmulConfig),
         (9, "flat", FlatMatmulConfig),

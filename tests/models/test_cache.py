@@ -87,7 +87,10 @@ def test_a_donated_step_copies_no_cache(split: Any, batch: int, loop: bool) -> N
 @pytest.mark.parametrize("wrong", [{"donate": False}, {"redo_old": True}])
 def test_copies_are_seen_where_there_are_some(split: Any, batch: int, wrong: dict[str, bool]) -> None:
     """The test above can fail."""
-    assert not is_in_place(compile_steps(split, batch, loop=True, **wrong), batch)
+    compiled = compile_steps(split, batch, loop=True, **wrong)
+    assert not is_in_place(compiled, batch)
+    if jax.default_backend() == "cpu":  # a GPU fuses some of them
+        assert len(cache_copies(compiled, batch)) >= 2 * CONFIG.num_hidden_layers
 
 
 @pytest.mark.parametrize("phi", [6.0, 300.0])
