@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fdpp_jax
+from fdpp_jax import cli_bench
 
 if TYPE_CHECKING:
     import pathlib
     from collections.abc import Generator
 
-    from fdpp_jax.benchmark import BenchReport
     from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
     from fdpp_jax.device import Device
     from fdpp_jax.generation import GenerationResult, StreamChunk
     from fdpp_jax.models import LlamaConfig, Tokenizer
+    from fdpp_jax.timing import BenchReport
     from fdpp_jax.unified_max import UnifiedMax
 
     type Shape = AttentionShape | MatmulShape
@@ -170,15 +171,10 @@ def _add_bench(commands: Any) -> None:
         kinds,
         "attention",
         _bench_attention,
-        "microseconds of one decode attention, beside JAX's own and the read floor",
-        "  fdpp-jax bench attention --batch 8 --context 4096 --num-heads 32 --num-kv-heads 8\n",
+        "microseconds of decode attention, of one shape or a table of them, beside JAX's own and the read floor",
+        cli_bench.ATTENTION_EXAMPLES,
     )
-    attention.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
-    attention.add_argument("--context", type=int, default=4096, help="keys of each sequence (default: 4096)")
-    attention.add_argument("--num-heads", type=int, default=32, metavar="N", help="query heads (default: 32)")
-    attention.add_argument("--num-kv-heads", type=int, default=32, metavar="K", help="key/value heads (default: 32)")
-    attention.add_argument("--head-dim", type=int, default=128, metavar="H", help="default: 128")
-    attention.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: bfloat16")
+    cli_bench.add_attention_flags(attention)
 
     matmul = _add_command(
         kinds,
@@ -416,14 +412,12 @@ def _bench_decode(args: argparse.Namespace) -> None:
 
 
 def _bench_attention(args: argparse.Namespace) -> None:
-    from fdpp_jax import benchmark, device
-    from fdpp_jax.config import AttentionShape
+    from fdpp_jax import device
 
-    _warn_off_gpu(device.current())
-    shape = AttentionShape(
-        args.batch, 1, args.context, args.num_heads, args.num_kv_heads, args.head_dim, dtype=args.dtype
-    )
-    _print_bench(benchmark.bench_attention(shape), args.json)
+    running = device.current()
+    run = cli_bench.attention_bench(args, running)
+    _warn_off_gpu(running)
+    _print_bench(run(), args.json)
 
 
 def _bench_matmul(args: argparse.Namespace) -> None:

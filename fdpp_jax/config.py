@@ -9,6 +9,17 @@ from typing import Literal
 
 AttentionImplementation = Literal["mosaic_gpu", "triton", "xla"]
 MatmulImplementation = Literal["gemv", "flat", "xla"]
+# Where a row that left the safe window is redone: by the CTAs that hold it, by a second launch that exits early where
+# no row failed, or by a second call under lax.cond.
+Recompute = Literal["kernel", "launch", "cond"]
+# Who adds up the partial sums of a sequence: the CTA that holds its last tile, or a second launch.
+Combine = Literal["kernel", "launch"]
+ScaleKind = Literal["head", "token"]
+
+QUANTISED_DTYPES = ("int8", "float8_e4m3fn")
+PAGE_SIZES = (16, 32, 64, 128, 256)
+# Sequences that share the CTAs of `pallas.decode_attention`, each of which scans their lengths.
+MAX_CHUNK = 32
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -20,9 +31,11 @@ def round_up(value: int, multiple: int) -> int:
 class AttentionShape:
     """Static facts of one attention call.
 
-    Sizes are B, T, S (cache capacity), N, K and H of `dot_product_attention`. `has_lengths` says
-    whether key_value_seq_lengths is given, which the heuristics need because cuDNN's padding mask
-    lets NaN behind the length through.
+    Sizes are B, T, S (cache capacity, of all pages of a sequence where the cache is paged), N, K and H of
+    `dot_product_attention`. `has_lengths` says whether key_value_seq_lengths is given, which the heuristics
+    need because cuDNN's padding mask lets NaN behind the length through. `kv_dtype` None means `dtype`,
+    `page_size` None a contiguous cache, and `scales` is one of "head" [K] and "token" [B, S, K] if the cache is
+    quantised.
     """
 
     batch: int
@@ -36,6 +49,11 @@ class AttentionShape:
     has_lengths: bool = True
     local_window_size: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
+    kv_dtype: str | None = None
+    page_size: int | None = None
+    scales: ScaleKind | None = None
+    has_sinks: bool = False
+    has_query_offset: bool = False
 
     @property
     def group_size(self) -> int:
@@ -46,6 +64,17 @@ class AttentionShape:
     def rows(self) -> int:
         """Query rows a CTA holds for one key/value head, padded to the 8 that wgmma's N asks for."""
         return round_up(self.group_size * self.query_length, 8)
+
+    @property
+    def padded_head_dim(self) -> int:
+        """Head dim as the kernel holds it: whole swizzle tiles of 64."""
+        return round_up(self.head_dim, 64)
+
+    @property
+    def kv_itemsize(self) -> int:
+        """Bytes of one element of the cache."""
+        dtype = self.kv_dtype or self.dtype
+        return 1 if dtype in QUANTISED_DTYPES else 4 if dtype == "float32" else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +89,32 @@ class MatmulShape:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeAttentionConfig:
-    """Tiles of `pallas.decode_attention`: keys a tile, KV splits (CTAs) a head, depth of the TMA ring."""
+    """Tiles of `pallas.decode_attention`: keys a tile, CTAs a key/value head, depth of the TMA ring.
+
+    The `num_splits` CTAs of a head share the live tiles of up to MAX_CHUNK sequences evenly; with combine="launch" each
+    sequence has so many of its own.
+    """
 
     block_kv: int
     num_splits: int
     num_stages: int
+    combine: Combine = "kernel"
 
     def smem_bytes(self, shape: AttentionShape) -> int:
-        """Shared memory one CTA asks for: the K and V ring, the query, the weights p and the float32 result."""
-        ring = self.num_stages * 2 * self.block_kv * shape.head_dim * 2
-        return (
-            ring + shape.rows * (shape.head_dim + self.block_kv) * 2 + shape.rows * shape.head_dim * 4 + _SMEM_RESERVE
-        )
+        """Shared memory one CTA asks for: the ring, the query, the weights p and the partial sums."""
+        head_dim, rows = shape.padded_head_dim, shape.rows
+        ring = self.num_stages * 2 * self.block_kv * head_dim * shape.kv_itemsize
+        if shape.kv_itemsize == 1:  # one tile of K and of V in 16 bits
+            ring += 2 * self.block_kv * head_dim * 2
+        if shape.scales == "token":  # those of 8 heads are loaded together
+            ring += self.num_stages * 2 * self.block_kv * 8 * 4
+        sums = self.staged_dims(head_dim, rows) * rows * 4
+        return ring + rows * (head_dim + self.block_kv) * 2 + sums + _SMEM_RESERVE
+
+    @staticmethod
+    def staged_dims(padded_head_dim: int, rows: int) -> int:
+        """Head dims of the float32 partial sums that lie in shared memory at a time: all, if they are small."""
+        return padded_head_dim if padded_head_dim * rows * 4 <= _STAGED_BYTES else 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +156,20 @@ class GemvConfig:
 
 # Barriers, alignment and the reduction scratch that Mosaic GPU adds to what a kernel asks for.
 _SMEM_RESERVE = 8 * 1024
+_STAGED_BYTES = 16 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """Which attention implementation runs, with what config, and why (one line)."""
+    """Which attention implementation runs, with what config, and why (one line).
+
+    `recompute` is where a row that left the window is redone, unless `UnifiedMax.recompute` names a place.
+    """
 
     implementation: AttentionImplementation
     config: DecodeAttentionConfig | XlaAttentionConfig
     reason: str
+    recompute: Recompute = "cond"
 
 
 @dataclasses.dataclass(frozen=True)

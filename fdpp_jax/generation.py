@@ -145,7 +145,7 @@ def stream(
         if len(phi_shape) > 2 or any(n not in (1, row) for n, row in zip(phi_shape[::-1], rows[::-1], strict=False)):
             raise ValueError(f"phi must broadcast to [B, N] = {list(rows)}, got shape {phi_shape}")
         # One dtype for a Python float and an array, so that a new phi never compiles.
-        softmax = UnifiedMax(jnp.asarray(softmax.phi, jnp.float32))
+        softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
     key = jax.random.key(0) if key is None else key
     return _run(model, prompts, lengths, max_new_tokens, tuple(eos_ids), sampling, key, softmax, chunk_size)
 

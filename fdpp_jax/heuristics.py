@@ -1,6 +1,6 @@
 """Which kernel runs: the paper's decision tree, from shapes and a device to a plan with its reason.
 
-Attention: the decode kernel for one query, split along KV only where batch x heads leave SMs idle; cuDNN for
+Attention: the decode kernel for up to 16 queries, split along KV only where batch x heads leave SMs idle; cuDNN for
 prefill; else the float32 reference. Matmul: M = 1 gemv (the paper's ImplA), M up to 64 flat (ImplB), else XLA (ImplC).
 The roofline says whether a call is memory- or compute-bound. All is analytic but `_MIN_FLAT_ROWS`, which is measured.
 
@@ -13,6 +13,9 @@ import functools
 
 from fdpp_jax import device as device_lib
 from fdpp_jax.config import (
+    MAX_CHUNK,
+    PAGE_SIZES,
+    QUANTISED_DTYPES,
     AttentionPlan,
     AttentionShape,
     DecodeAttentionConfig,
@@ -28,16 +31,17 @@ from fdpp_jax.device import Device
 # The paper's M2: the kernel's rows are the N operand of wgmma, and beyond 64 cuBLAS wastes no rows any more.
 MAX_FLAT_ROWS = 64
 MAX_ATTENTION_ROWS = 64
+MAX_QUERY_LENGTH = 16
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured. At M = 1 on an H200 flat takes 12.7 us
 # for 4096 x 4096 and 29.6 for 4096 x 12288, gemv 13.4 and 30.4 (best configs of one sweep each, 2026-11-23).
 _MIN_FLAT_ROWS = {"H200": 1}
-ATTENTION_HEAD_DIMS = (64, 128, 256)
+ATTENTION_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 _KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
 _KERNEL_DTYPES = ("bfloat16", "float16")
 _ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths, of which the narrowest is 32 bytes
 _BLOCK_KV = 64
-_MAX_KV_SPLITS = 32
+_MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
 _MAX_K_SPLITS = 8
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
 _MAX_STAGES = 8
@@ -62,7 +66,7 @@ def plan_attention(shape: AttentionShape, device: Device | str) -> AttentionPlan
     refusal = refuse_mosaic_attention(shape, device)
     if refusal is None:
         config = decode_attention_config(shape, device)
-        return AttentionPlan("mosaic_gpu", config, _split_reason(shape, device, config))
+        return AttentionPlan("mosaic_gpu", config, _split_reason(shape, device, config), recompute="kernel")
     if device.is_gpu and device.arch != _KERNEL_ARCH and _attention_shape_refusal(shape) is None:
         config = decode_attention_config(shape, device)
         refusal += f"; the rule here would be: decode kernel, {_split_reason(shape, device, config)}"
@@ -116,12 +120,15 @@ def refuse_kernel_matmul(shape: MatmulShape, device: Device | str, implementatio
 def decode_attention_config(shape: AttentionShape, device: Device | str) -> DecodeAttentionConfig:
     """Tiles and splits of the decode kernel, whether or not it is the plan's choice."""
     device = device_lib.resolve(device)
-    num_ctas = shape.batch * shape.num_kv_heads
+    chunk = min(shape.batch, MAX_CHUNK)
+    num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
     smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES)
     two_fit = smallest.smem_bytes(shape) <= device.smem_bytes_shared(2)
-    max_splits = min(_MAX_KV_SPLITS, shape.capacity // _BLOCK_KV)
-    num_splits = _num_splits(num_ctas, max_splits, device, wanted_per_sm=1, ctas_per_sm=2 if two_fit else 1)
-    smem_bytes = _smem_budget(num_ctas * num_splits, two_fit, device)
+    num_splits = (2 if two_fit else 1) * device.num_sms // num_heads
+    if num_splits > chunk:  # where sequences are of one length, shares that end with them need not be added up
+        num_splits -= num_splits % chunk
+    num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // _BLOCK_KV), _MAX_KV_SPLITS))
+    smem_bytes = _smem_budget(num_heads * num_splits, two_fit, device)
     for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
         config = DecodeAttentionConfig(_BLOCK_KV, num_splits, num_stages)
         if config.smem_bytes(shape) <= smem_bytes:
@@ -152,21 +159,24 @@ def _device_refusal(device: Device) -> str | None:
 
 
 def _attention_shape_refusal(shape: AttentionShape) -> str | None:
-    if shape.query_length != 1:
-        return f"the decode kernel takes one query, got T = {shape.query_length}"
-    if shape.is_causal and shape.capacity > 1:
-        # jax.nn aligns the causal mask to the top left, so that T = 1 sees key 0 only.
-        return "the decode kernel has no causal mask"
-    if shape.local_window_size is not None:
-        return f"the decode kernel has no local window, got {shape.local_window_size}"
-    if shape.logits_soft_cap is not None:
-        return f"the decode kernel has no soft cap, got {shape.logits_soft_cap}"
+    if not 1 <= shape.query_length <= MAX_QUERY_LENGTH:
+        return f"the decode kernel takes 1 to {MAX_QUERY_LENGTH} queries, got T = {shape.query_length}"
     if shape.dtype not in _KERNEL_DTYPES:
         return f"the decode kernel takes {' or '.join(_KERNEL_DTYPES)}, got {shape.dtype}"
+    if shape.kv_dtype not in (None, shape.dtype, *QUANTISED_DTYPES):
+        return f"the decode kernel takes a cache of {shape.dtype}, int8 or float8_e4m3fn, got {shape.kv_dtype}"
     if shape.head_dim not in ATTENTION_HEAD_DIMS:
         return f"the decode kernel takes head dims {ATTENTION_HEAD_DIMS}, got H = {shape.head_dim}"
     if shape.rows > MAX_ATTENTION_ROWS:
         return f"the decode kernel holds {MAX_ATTENTION_ROWS} query rows a key/value head, got {shape.rows}"
+    if shape.page_size not in (None, *PAGE_SIZES):
+        return f"the decode kernel takes page sizes {PAGE_SIZES}, got {shape.page_size}"
+    if shape.scales == "token" and shape.dtype == "float16":
+        return "a weight times its token's scale may leave float16's range"
+    if shape.kv_itemsize == 1 and shape.head_dim % 32:
+        return f"TMA reads whole swizzle widths of 32 bytes: 8-bit head dims are multiples of 32, got {shape.head_dim}"
+    if shape.scales == "token" and shape.num_kv_heads % 4:
+        return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
     if shape.capacity < 1:
         return f"the decode kernel needs a key, got S = {shape.capacity}"
     return None
@@ -193,6 +203,10 @@ def _cudnn_refusal(shape: AttentionShape, device: Device) -> str | None:
         return f"no cuDNN attention on {device.arch}"
     if shape.has_lengths:
         return "cuDNN lets NaN beyond the lengths through"
+    if shape.page_size is not None or shape.kv_dtype not in (None, shape.dtype):
+        return "no paged or quantised cache through cuDNN"
+    if shape.has_sinks or shape.has_query_offset:
+        return "no sinks or query offset through cuDNN"
     if shape.dtype not in _KERNEL_DTYPES:
         return f"cuDNN has no {shape.dtype}"
     if shape.local_window_size is not None or shape.logits_soft_cap is not None:
@@ -245,18 +259,14 @@ def _matmul_config(
 
 
 def _split_reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig) -> str:
-    """ "32 CTAs (B x K) leave SMs of 132 idle: split 4 (memory-bound: intensity 1 < ridge 223)"."""
-    num_ctas = shape.batch * shape.num_kv_heads
-    if config.num_splits > 1:
-        why = f"leave SMs of {device.num_sms} idle: split {config.num_splits}"
-    elif 4 * num_ctas >= 3 * device.num_sms:
-        why = f"fill {device.num_sms} SMs: no split"
-    else:
-        why = f"leave SMs of {device.num_sms} idle, but S = {shape.capacity} leaves nothing to split"
-        if shape.capacity >= 2 * config.block_kv:
-            why = f"fill the shared memory of {num_ctas} of {device.num_sms} SMs: no split"
-    # QK^T and PV: 4 B N S H flop over 4 B K S H bytes.
-    return f"{num_ctas} CTAs (B x K) {why} ({_bound(shape.group_size, device)})"
+    """ "8 CTAs a head share the keys of 1 sequence: 256 on 132 SMs (memory-bound: intensity 1 < ridge 223)"."""
+    chunk = min(shape.batch, MAX_CHUNK)
+    num_ctas = -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads * config.num_splits
+    shared = f"{config.num_splits} CTAs a head share" if config.num_splits > 1 else "1 CTA a head takes"
+    keys = f"the keys of {chunk} sequence" + ("s" if chunk != 1 else "")
+    # QK^T and PV: 4 B T N S H flop over 2 B K S H elements.
+    intensity = 2 * shape.group_size * shape.query_length / shape.kv_itemsize
+    return f"{shared} {keys}: {num_ctas} on {device.num_sms} SMs ({_bound(intensity, device)})"
 
 
 def _matmul_intensity(shape: MatmulShape) -> float:

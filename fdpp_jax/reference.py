@@ -11,75 +11,81 @@ from jax import lax
 from fdpp_jax import unified_max
 
 
-def attention_mask(
-    query_length: int,
-    capacity: int,
-    *,
-    is_causal: bool = False,
-    query_seq_lengths: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    local_window_size: tuple[int, int] | None = None,
-) -> jax.Array:
-    """Which query sees which key, [B or 1, T, S] bool. Query t stands at position t, as in jax.nn."""
-    query_pos = jnp.arange(query_length)[None, :, None]  # [1, T, 1]
-    key_pos = jnp.arange(capacity)[None, None, :]  # [1, 1, S]
-    mask = jnp.ones((1, query_length, capacity), bool)
-    if is_causal:
-        mask &= key_pos <= query_pos
-    if local_window_size is not None:
-        left, right = local_window_size
-        mask &= (key_pos >= query_pos - left) & (key_pos <= query_pos + right)
-    if query_seq_lengths is not None:
-        mask &= query_pos < query_seq_lengths[:, None, None]
-    if key_value_seq_lengths is not None:
-        mask &= key_pos < key_value_seq_lengths[:, None, None]
-    return mask
-
-
 def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    lengths: jax.Array | None = None,
+    phi: jax.Array | None = None,
     *,
     scale: float,
-    mask: jax.Array,
+    query_offset: jax.Array | None = None,
+    is_causal: bool = False,
+    local_window_size: tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
-    phi: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T) v, with the row's own max, or with phi in its place.
 
     Args:
       query: [B, T, N, H].
-      key: [B, S, K, H], K divides N.
-      value: [B, S, K, H].
+      key: [B, S, K, H], K divides N; or a pool [P, page_size, K, H] with page_table.
+      value: As key.
+      lengths: [B] int32 live keys, or None for all S.
+      phi: [B, N] or [] float32, natural-log units, or None for the exact max of each row.
       scale: Factor on the scores.
-      mask: [B or 1, T, S] bool, see `attention_mask`.
+      query_offset: [B] int32, the position of query 0 among the keys; None means 0.
+      is_causal: A query sees the keys up to its position.
+      local_window_size: (left, right) keys around its position that a query sees.
       logits_soft_cap: The scores become cap * tanh(scores / cap).
-      phi: [B, N] float32, natural-log units, or None for the exact max of each row.
+      sinks: [N], one more score of each head, with a value of zero. Neither scaled nor capped.
+      page_table: [B, pages] int32; entries of pages beyond the lengths may be anything.
+      key_scale: [K] or like key without H, float32: the factor on a quantised key.
+      value_scale: As key_scale.
 
     Returns:
       [B, T, N, H] in the query's dtype. With phi, rows whose denominator left the safe window of
       `unified_max` are NaN and must be recomputed without it.
     """
     batch, query_length, num_heads, head_dim = query.shape
+    key, value = _contiguous(key, key_scale, page_table), _contiguous(value, value_scale, page_table)
     _, capacity, num_kv_heads, _ = key.shape
-    grouped = query.reshape(batch, query_length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    precision = _precision(query.dtype)
+    by_head = (num_kv_heads, num_heads // num_kv_heads)
+    precision = _precision(key.dtype)
     scores = jnp.einsum(
-        "btkgh,bskh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32
+        "btkgh,bskh->bkgts",
+        query.reshape(batch, query_length, *by_head, head_dim),
+        key,
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )  # [B, K, G, T, S]
     scores *= scale
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    mask = mask[:, None, None]  # [B or 1, 1, 1, T, S]
+    mask = _attention_mask(
+        query_length,
+        capacity,
+        lengths=lengths,
+        query_offset=query_offset,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+    )[:, None, None]  # [B or 1, 1, 1, T, S]
     scores = jnp.where(mask, scores, -jnp.inf)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *by_head, 1, 1)
     if phi is None:
-        row_max = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-        shift = jnp.where(jnp.isneginf(row_max), 0.0, row_max)  # a row without keys
+        shift = scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
+        if sink is not None:
+            shift = jnp.maximum(shift, sink)
+        shift = lax.stop_gradient(jnp.where(jnp.isneginf(shift), 0.0, shift))  # a row without keys
     else:
-        shift = phi.reshape(batch, num_kv_heads, num_heads // num_kv_heads, 1, 1)
+        shift = jnp.broadcast_to(phi, (batch, num_heads)).reshape(batch, *by_head, 1, 1)
     weights = jnp.where(mask, jnp.exp(scores - shift), 0.0)
     den = weights.sum(axis=-1)  # [B, K, G, T]
+    if sink is not None:
+        den += jnp.exp(sink - shift)[..., 0]
     live_key = mask.any(axis=(1, 2, 3))  # [B or 1, S]
     value = jnp.where(live_key[:, :, None, None], value, 0)  # 0 * NaN would be NaN
     num = jnp.einsum(
@@ -90,6 +96,45 @@ def dot_product_attention(
         den = jnp.where(unified_max.leaves_window(den, capacity, jnp.float32), jnp.nan, den)
     den = jnp.where(mask.any(axis=-1), den, 1.0)  # a row without keys: 0 / 1
     return (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
+
+
+def _attention_mask(
+    query_length: int,
+    capacity: int,
+    *,
+    lengths: jax.Array | None,
+    query_offset: jax.Array | None,
+    is_causal: bool,
+    local_window_size: tuple[int, int] | None,
+) -> jax.Array:
+    """Which query sees which key, [B or 1, T, S] bool. Query t stands at position query_offset + t."""
+    query_pos = jnp.arange(query_length)[None, :, None]  # [1, T, 1]
+    if query_offset is not None:
+        query_pos += query_offset[:, None, None]  # [B, T, 1]
+    key_pos = jnp.arange(capacity)[None, None, :]  # [1, 1, S]
+    mask = jnp.ones((1, query_length, capacity), bool)
+    if is_causal:
+        mask &= key_pos <= query_pos
+    if local_window_size is not None:
+        left, right = local_window_size
+        mask &= (key_pos >= query_pos - left) & (key_pos <= query_pos + right)
+    if lengths is not None:
+        mask &= key_pos < lengths[:, None, None]
+    return mask
+
+
+def _gather(pool: jax.Array, page_table: jax.Array) -> jax.Array:
+    """[P, page_size, K, ...] -> [B, S, K, ...]."""
+    pages = jnp.take(pool, page_table, axis=0, mode="clip")  # [B, pages, page_size, K, ...]
+    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+
+
+def _contiguous(cache: jax.Array, scale: jax.Array | None, page_table: jax.Array | None) -> jax.Array:
+    """The keys or the values as [B, S, K, H]; a quantised cache in float32."""
+    if page_table is not None:
+        cache = _gather(cache, page_table)
+        scale = scale if scale is None or scale.ndim == 1 else _gather(scale, page_table)
+    return cache if scale is None else cache.astype(jnp.float32) * scale[..., None]
 
 
 def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -40,29 +40,44 @@ def _prefill(**changes):
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_kv_heads", "capacity", "num_splits"),
+    ("batch", "num_kv_heads", "capacity", "num_splits", "combine"),
     [
-        (1, 32, 4096, 4),  # 32 CTAs -> 128 of 132 SMs
-        (1, 8, 4096, 16),
-        (1, 1, 16384, 32),  # at most 32 splits
-        (2, 32, 4096, 2),
-        (4, 32, 4096, 1),  # 128 CTAs fill the SMs
-        (8, 32, 4096, 1),
-        (9, 8, 4096, 2),  # 72 CTAs -> 144, two of which share an SM
-        (13, 8, 4096, 1),  # 104 of 132 SMs is enough
-        (1, 8, 64, 1),  # one tile cannot be split
-        (1, 8, 1, 1),
-        (1, 8, 65, 1),  # every split keeps a whole tile
-        (1, 8, 300, 4),
+        (1, 32, 4096, 4, "cluster"),  # 32 CTAs -> 128 of 132 SMs
+        (1, 8, 4096, 8, "cluster"),  # at most 8 in a cluster
+        (1, 8, 131072, 8, "cluster"),  # 64 CTAs are enough for a second launch not to pay
+        (1, 1, 16384, 32, "launch"),  # at most 32 splits
+        (1, 1, 8191, 8, "cluster"),  # too few keys to pay for a second launch
+        (1, 5, 8192, 32, "launch"),  # 40 CTAs of a cluster are under a third of the SMs
+        (1, 6, 8192, 8, "cluster"),
+        (2, 32, 4096, 2, "cluster"),
+        (4, 32, 4096, 1, "cluster"),  # 128 CTAs fill the SMs
+        (8, 32, 4096, 1, "cluster"),
+        (9, 8, 4096, 2, "cluster"),  # 72 CTAs -> 144, two of which share an SM
+        (13, 8, 4096, 1, "cluster"),  # 104 of 132 SMs is enough
+        (1, 8, 64, 1, "cluster"),  # one tile cannot be split
+        (1, 8, 1, 1, "cluster"),
+        (1, 8, 65, 1, "cluster"),  # every split keeps a whole tile
+        (1, 8, 300, 4, "cluster"),
     ],
 )
-def test_kv_is_split_only_when_heads_leave_sms_idle(batch, num_kv_heads, capacity, num_splits):
-    plan = plan_attention(_decode(batch=batch, num_kv_heads=num_kv_heads, capacity=capacity), "H200")
+def test_kv_is_split_only_when_heads_leave_sms_idle(batch, num_kv_heads, capacity, num_splits, combine):
+    shape = _decode(batch=batch, num_query_heads=num_kv_heads, num_kv_heads=num_kv_heads, capacity=capacity)
+    plan = plan_attention(shape, "H200")
     assert plan.implementation == "mosaic_gpu"
-    assert plan.config.num_splits == num_splits
+    assert (plan.config.num_splits, plan.config.combine) == (num_splits, combine)
+    assert plan.recompute == ("kernel" if combine == "cluster" else "cond")
+    if num_splits > 1:
+        how = "in a cluster" if combine == "cluster" else "and added in a second launch"
+        assert f"split {num_splits} {how}" in plan.reason
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_cluster_can_be_asked_for():
+    shape = _decode(num_query_heads=1, num_kv_heads=1, capacity=16384)
+    config = heuristics.decode_attention_config(shape, "H200", "cluster")
+    assert (config.num_splits, config.combine) == (8, "cluster")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(32, 32), (32, 8), (64, 8), (32, 1), (64, 1)])
 def test_decode_on_hopper_takes_the_kernel(head_dim, dtype, num_query_heads, num_kv_heads):
@@ -70,23 +85,77 @@ def test_decode_on_hopper_takes_the_kernel(head_dim, dtype, num_query_heads, num
     plan = plan_attention(shape, "H100")
     if shape.rows * head_dim == 64 * 256:
         assert plan.implementation == "xla"
-        assert "64 query rows of head dim 256 need 245760 bytes of shared memory, a CTA gets 232448" in plan.reason
+        assert "64 query rows of head dim 256 need 278528 bytes of shared memory, a CTA gets 232448" in plan.reason
         return
     assert plan.implementation == "mosaic_gpu"
     assert isinstance(plan.config, DecodeAttentionConfig)
     assert "memory-bound" in plan.reason
 
 
+FEATURES = {
+    "draft": dict(query_length=5, is_causal=True, has_query_offset=True),
+    "most queries": dict(query_length=16, num_query_heads=128),
+    "window": dict(local_window_size=(128, 0)),
+    "soft cap": dict(logits_soft_cap=50.0),
+    "sinks": dict(has_sinks=True),
+    "pages": dict(page_size=16),
+    "large pages": dict(page_size=256),
+    "int8": dict(kv_dtype="int8", scales="head"),
+    "float8 by token": dict(kv_dtype="float8_e4m3fn", scales="token"),
+    "odd capacity": dict(capacity=4099),
+}
+FEATURES["all"] = dict(query_length=3, **FEATURES["window"], **FEATURES["sinks"], **FEATURES["pages"]) | dict(
+    is_causal=True, has_query_offset=True, kv_dtype="int8", scales="token", logits_soft_cap=30.0
+)
+
+
+@pytest.mark.parametrize("name", device.names())
+@pytest.mark.parametrize("features", FEATURES)
+def test_every_feature_has_a_legal_plan_everywhere(features, name):
+    shape = _decode(**FEATURES[features])
+    plan = plan_attention(shape, name)
+    assert plan.reason
+    assert "\n" not in plan.reason
+    if device.by_name(name).arch == "sm_90":
+        assert plan.implementation == "mosaic_gpu"
+        assert plan.config.smem_bytes(shape) <= device.by_name(name).smem_bytes
+    else:
+        assert plan.config == XlaAttentionConfig("reference")
+        assert plan.recompute == "cond"
+        assert name == "cpu" or "the rule here would be: decode kernel" in plan.reason
+
+
+def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
+    config = DecodeAttentionConfig(64, 1, 2)
+    tile = 64 * 128
+    plain = config.smem_bytes(DECODE)
+    assert plain == 2 * 2 * tile * 2 + 8 * (128 * 8 + 64 * 2) + 8192
+    assert config.smem_bytes(_decode(head_dim=80)) == config.smem_bytes(_decode(head_dim=96)) == plain
+    by_head = config.smem_bytes(_decode(kv_dtype="int8", scales="head"))
+    assert by_head == plain - 2 * 2 * tile + 2 * tile * 2
+    assert config.smem_bytes(_decode(kv_dtype="int8", scales="token")) == by_head + 2 * 2 * 64 * 8 * 4
+    stages = [
+        heuristics.decode_attention_config(_decode(head_dim=256, **changes), H200).num_stages
+        for changes in ({}, dict(kv_dtype="int8", scales="head"))
+    ]
+    assert stages == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"query_length": 2}, "takes one query, got T = 2"),
-        ({"is_causal": True}, "no causal mask"),
-        ({"local_window_size": (128, 0)}, r"no local window, got \(128, 0\)"),
-        ({"logits_soft_cap": 50.0}, "no soft cap, got 50.0"),
+        ({"query_length": 17}, "takes 1 to 16 queries, got T = 17"),
+        ({"query_length": 0}, "takes 1 to 16 queries, got T = 0"),
         ({"dtype": "float32"}, "takes bfloat16 or float16, got float32"),
-        ({"head_dim": 96}, r"takes head dims \(64, 128, 256\), got H = 96"),
+        ({"kv_dtype": "float16"}, "takes a cache of bfloat16, int8 or float8_e4m3fn, got float16"),
+        ({"head_dim": 72}, r"takes head dims \(64, 80, 96, 128, 256\), got H = 72"),
         ({"num_query_heads": 128, "num_kv_heads": 1}, "holds 64 query rows a key/value head, got 128"),
+        ({"num_query_heads": 256, "query_length": 9}, "holds 64 query rows a key/value head, got 72"),
+        ({"page_size": 8}, r"takes page sizes \(16, 32, 64, 128, 256\), got 8"),
+        (
+            {"num_kv_heads": 2, "kv_dtype": "int8", "scales": "token"},
+            "scales per token need 4, 8, ... heads, got K = 2",
+        ),
         ({"capacity": 0}, "needs a key, got S = 0"),
     ],
 )
@@ -117,6 +186,11 @@ def test_refused_decode_falls_back_with_its_reason(changes, reason):
         (_prefill(has_lengths=True), "H200", "reference"),
         (_prefill(logits_soft_cap=30.0), "H200", "reference"),
         (_prefill(local_window_size=(64, 0)), "H200", "reference"),
+        (_prefill(page_size=16), "H200", "reference"),
+        (_prefill(kv_dtype="int8", scales="head"), "H200", "reference"),
+        (_prefill(has_sinks=True), "H200", "reference"),
+        (_prefill(has_query_offset=True), "H200", "reference"),
+        (_prefill(kv_dtype="bfloat16"), "H200", "cudnn"),
         (DECODE, "A100", "reference"),
         (DECODE, "cpu", "reference"),
     ],
@@ -222,15 +296,18 @@ def test_unknown_device_is_an_error():
 
 
 _HOPPER = st.sampled_from(["H100", "H200"])
+_QUANTISED = [(None, None), *((dtype, scales) for dtype in ("int8", "float8_e4m3fn") for scales in ("head", "token"))]
 _ATTENTION = st.builds(
-    AttentionShape,
+    lambda quantised, **sizes: AttentionShape(**sizes, kv_dtype=quantised[0], scales=quantised[1]),
     batch=st.integers(1, 256),
-    query_length=st.just(1),
+    query_length=st.integers(1, 16),
     capacity=st.integers(1, 200_000),
     num_query_heads=st.just(64),
     num_kv_heads=st.sampled_from([1, 2, 8, 32, 64]),
-    head_dim=st.sampled_from([64, 128, 256]),
+    head_dim=st.sampled_from(heuristics.ATTENTION_HEAD_DIMS),
     dtype=st.sampled_from(["bfloat16", "float16"]),
+    page_size=st.sampled_from([None, 16, 64, 256]),
+    quantised=st.sampled_from(_QUANTISED),
 )
 _MATMUL = st.builds(
     MatmulShape,
@@ -243,18 +320,23 @@ _MATMUL = st.builds(
 @hypothesis.given(_ATTENTION, _HOPPER)
 def test_any_attention_config_fits_the_sm(shape, name):
     gpu = device.by_name(name)
-    hypothesis.assume(shape.rows * shape.head_dim < 64 * 256)  # refused
-    config = plan_attention(shape, gpu).config
+    plan = plan_attention(shape, gpu)
+    assert (plan.implementation == "mosaic_gpu") == (heuristics.refuse_mosaic_attention(shape, gpu) is None)
+    hypothesis.assume(plan.implementation == "mosaic_gpu")
     num_ctas = shape.batch * shape.num_kv_heads
-    assert config.smem_bytes(shape) <= gpu.smem_bytes
-    assert 2 <= config.num_stages <= 8
-    assert config.num_splits & (config.num_splits - 1) == 0
-    if config.num_splits > 1:
-        assert config.num_splits * config.block_kv <= shape.capacity
-        assert num_ctas < gpu.num_sms
-        assert num_ctas * config.num_splits < 1.5 * gpu.num_sms
-        if num_ctas * config.num_splits > gpu.num_sms:
-            assert config.smem_bytes(shape) <= gpu.smem_bytes_shared(2)
+    for config in (plan.config, heuristics.decode_attention_config(shape, gpu, "cluster")):
+        assert config.smem_bytes(shape) <= gpu.smem_bytes
+        assert 2 <= config.num_stages <= 8
+        assert config.num_splits in ((1, 2, 4, 8) if config.combine == "cluster" else (2, 4, 8, 16, 32))
+        if shape.page_size is not None:
+            assert config.block_kv % shape.page_size == 0 or shape.page_size % config.block_kv == 0
+        if config.num_splits > 1:
+            assert config.num_splits * config.block_kv <= shape.capacity
+            assert num_ctas < gpu.num_sms
+            assert num_ctas * config.num_splits < 1.5 * gpu.num_sms
+            if num_ctas * config.num_splits > gpu.num_sms:
+                assert config.smem_bytes(shape) <= gpu.smem_bytes_shared(2)
+    assert plan.recompute == ("kernel" if plan.config.combine == "cluster" else "cond")
 
 
 @hypothesis.given(_MATMUL, _HOPPER)

@@ -186,6 +186,9 @@ def test_matmul_under_vmap_and_grad(mapped):
 
 QUERY = jnp.zeros((2, 1, 4, 64))
 KEY = jnp.zeros((2, 16, 2, 64))
+INT8 = KEY.astype(jnp.int8)
+SCALE = jnp.ones(2)
+TABLE = jnp.zeros((2, 3), jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,10 @@ KEY = jnp.zeros((2, 16, 2, 64))
     [
         ((QUERY[0], KEY, KEY, {}), r"query must have 4 axes .* got shape \(1, 4, 64\)"),
         ((QUERY, KEY[:, :, :1].repeat(3, 2), KEY[:, :, :1].repeat(3, 2), {}), "key has 3 heads, .* query's 4"),
-        ((QUERY, KEY.astype(jnp.bfloat16), KEY, {}), "one floating-point dtype"),
+        ((QUERY, KEY.astype(jnp.bfloat16), KEY, {}), "one shape .* and dtype; got bfloat16 .* and float32"),
+        ((QUERY.astype(jnp.bfloat16), KEY, KEY, {}), "one floating-point dtype, or key and value be int8 or float8"),
+        ((QUERY.astype(int), INT8, INT8, {}), "one floating-point dtype"),
+        ((QUERY.astype(jnp.float8_e4m3fn),) + 2 * (KEY.astype(jnp.float8_e4m3fn),) + ({},), "one floating-point dtype"),
         ((QUERY, KEY, KEY[:, :8], {}), "key and value must have one shape"),
         ((QUERY, KEY[:1], KEY[:1], {}), r"key must be \[B=2, S, K, H=64\]"),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([3, 17])}), r"must lie in 0..16; got 3..17"),
@@ -204,6 +210,32 @@ KEY = jnp.zeros((2, 16, 2, 64))
         ((QUERY, KEY, KEY, {"softmax": 6.0}), "None or a UnifiedMax; got 6.0"),
         ((QUERY, KEY, KEY, {"logits_soft_cap": 0.0}), "must be positive; got 0.0"),
         ((QUERY, KEY, KEY, {"local_window_size": -1}), "must not be negative"),
+        ((QUERY, KEY, KEY, {"query_offset": jnp.zeros(2)}), r"query_offset must be \[B=2\] integers; got .* float32"),
+        ((QUERY, KEY, KEY, {"sinks": jnp.zeros(2)}), r"sinks must be \[N=4\] of floating point; got float32 of \(2,\)"),
+        ((QUERY, KEY, KEY, {"sinks": jnp.zeros(4, int)}), r"sinks must be \[N=4\] of floating point; got int32"),
+        ((QUERY, KEY, KEY, {"key_max_norm": SCALE}), r"key_max_norm must be \[B=2, K=2\] of floating point"),
+        (
+            (QUERY, KEY, KEY, {"softmax": UnifiedMax(jnp.zeros(3))}),
+            r"broadcast to \[B, N\] = \[2, 4\], got",
+        ),
+        ((QUERY, INT8, INT8, {}), r"must be float32 \(2,\) or \(2, 16, 2\), both alike, .* int8; got None and None"),
+        ((QUERY, INT8, INT8, {"key_scale": SCALE}), r"both alike, .* got \(\(2,\), 'float32'\) and None"),
+        ((QUERY, INT8, INT8, {"key_scale": SCALE, "value_scale": KEY[..., 0]}), "both alike"),
+        ((QUERY, INT8, INT8, {"key_scale": KEY, "value_scale": KEY}), r"got \(\(2, 16, 2, 64\), 'float32'\)"),
+        ((QUERY, INT8, INT8) + ({"key_scale": INT8[0, 0, :, 0], "value_scale": INT8[0, 0, :, 0]},), "'int8'"),
+        ((QUERY, KEY, KEY, {"key_scale": SCALE, "value_scale": SCALE}), "must be None for a cache of float32, .* got"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE[0]}), r"page_table must be \[B=2, pages\] integers; got \(3,\)"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE[:1]}), r"page_table must be \[B=2, pages\] integers; got \(1, 3\)"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE + 0.5}), "integers; got .* float32"),
+        (
+            (QUERY, KEY[:, :8], KEY[:, :8], {"page_table": TABLE}),
+            r"must hold 16, 32, 64, 128, 256 keys; got",
+        ),
+        ((QUERY, KEY[..., :8], KEY[..., :8], {"page_table": TABLE}), r"key must be \[P, page_size, K, H=64\]"),
+        (
+            (QUERY, KEY, KEY, {"page_table": TABLE, "key_value_seq_lengths": jnp.array([3, 49])}),
+            r"must lie in 0..48; got 3..49",
+        ),
     ],
 )
 def test_attention_says_what_is_wrong(arguments, message):

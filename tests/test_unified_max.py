@@ -39,20 +39,89 @@ def test_phi_is_a_traced_value():
     assert len(calls) == 1
 
 
+def test_recompute_is_static_and_checked():
+    softmax = UnifiedMax(2.0, "launch")
+    assert jax.tree.leaves(softmax) == [2.0]
+    assert jax.tree.structure(softmax) != jax.tree.structure(UnifiedMax(2.0))
+    assert jax.tree.map(lambda phi: phi + 1, softmax) == UnifiedMax(3.0, "launch")
+    assert UnifiedMax.bound("cond") == UnifiedMax(None, "cond")
+    with pytest.raises(ValueError, match="recompute must be None, kernel, launch, cond; got 'host'"):
+        UnifiedMax(recompute="host")
+
+
+def row_phi(query, key, scale, lengths=None, softmax=None, dtype="float32", logits_soft_cap=None, **arrays):
+    softmax = UnifiedMax.bound() if softmax is None else softmax
+    # Under jit, as it is used: one program instead of one for each operation.
+    call = jax.jit(
+        lambda softmax, query, key, lengths, arrays: unified_max.row_phi(
+            softmax, query, key, scale, lengths, dtype=dtype, logits_soft_cap=logits_soft_cap, **arrays
+        )
+    )
+    return call(softmax, query, key, lengths, arrays)
+
+
 @pytest.mark.parametrize("scale", [0.3, -0.3])
-def test_bound_is_above_every_live_score_and_ignores_dead_keys(scale):
+def test_bound_fits_every_live_score_and_ignores_dead_keys(scale):
     keys = jax.random.split(jax.random.key(0), 2)
     query = jax.random.normal(keys[0], (2, 1, 8, 16))
     key = jax.random.normal(keys[1], (2, 12, 2, 16)).at[0, 7:].set(jnp.nan)
     lengths = jnp.array([7, 12])
-    phi = unified_max.row_phi(UnifiedMax.bound(), query, key, scale, lengths)  # [B, N]
+    phi = row_phi(query, key, scale, lengths)  # [B, N]
     scores = scale * jnp.einsum("btkgh,bskh->bkgs", query.reshape(2, 1, 2, 4, 16), key).reshape(2, 8, 12)
     live = jnp.arange(12) < lengths[:, None, None]
-    assert (jnp.where(live, scores, -jnp.inf) <= phi[..., None]).all()
+    den = jnp.where(live, jnp.exp(scores - phi[..., None]), 0.0).sum(axis=-1)
+    assert not unified_max.leaves_window(den, 12, jnp.float32).any()
     assert jnp.isfinite(phi).all()
 
 
-def test_phi_broadcasts_over_heads():
+@pytest.mark.parametrize("sink", [None, 0.0, 100.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("num_keys", [1, 1024, 2**17])
+def test_bound_cannot_overflow_and_wastes_no_room(num_keys, dtype, sink):
+    """Keys along the query and all of full length make the largest denominator that there is."""
+    _, den_max = unified_max.window(dtype, num_keys)
+    for size in (0.01, 3.0, 300.0):
+        query = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(size)
+        key = jnp.broadcast_to(query[0, 0, 0], (1, num_keys, 1, 4))
+        phi = row_phi(query, key, 1.0, dtype=dtype, sinks=None if sink is None else jnp.array([sink]))
+        scores = np.append(np.full(num_keys, size**2), [] if sink is None else [sink])
+        log_den = np.log(np.exp(scores - scores.max()).sum()) + scores.max() - float(phi[0, 0])
+        assert log_den <= np.log(den_max)
+        if sink is None:
+            assert log_den > np.log(den_max) - 1.1 - 2e-5 * size**2
+
+
+def test_bound_of_capped_scores_is_the_cap():
+    query, key = 100 * jnp.ones((1, 1, 2, 16)), jnp.ones((1, 4, 1, 16))
+    capped = row_phi(query, key, 1.0, logits_soft_cap=30.0)
+    free = row_phi(jnp.ones((1, 1, 2, 1)), 30 * jnp.ones((1, 4, 1, 1)), 1.0)
+    np.testing.assert_allclose(capped, free)
+
+
+def test_bound_takes_the_largest_of_the_queries_and_a_given_norm():
+    query = jnp.ones((1, 3, 2, 4)) * jnp.array([1.0, 5.0, 2.0])[None, :, None, None]
+    key = jnp.ones((1, 8, 1, 4))
+    np.testing.assert_allclose(row_phi(query, key, 1.0), row_phi(query[:, 1:2], key, 1.0))
+    given = row_phi(query, jnp.full_like(key, jnp.nan), 1.0, key_max_norm=jnp.full((1, 1), 2.0))
+    np.testing.assert_allclose(given, row_phi(query, key, 1.0))
+
+
+def test_bound_of_quantised_pages():
+    key = jax.random.randint(jax.random.key(0), (5, 16, 2, 8), -127, 128).astype(jnp.int8)
+    table = jnp.array([[3, 1], [4, -7]])
+    lengths = jnp.array([20, 16])
+    query = jnp.ones((2, 1, 2, 8))
+    for scale in (jnp.array([0.1, 0.2]), jax.random.uniform(jax.random.key(1), (5, 16, 2))):
+        phi = row_phi(query, key, 1.0, lengths, page_table=table, key_scale=scale)
+        whole = key.astype(jnp.float32) * scale[..., None]
+        plain = jnp.stack([jnp.concatenate([whole[3], whole[1]]), jnp.concatenate([whole[4], whole[0]])])
+        np.testing.assert_allclose(phi, row_phi(query, plain, 1.0, lengths), rtol=1e-5)
+
+
+def test_phi_broadcasts_over_heads_and_a_scalar_stays_one():
     query, key = jnp.ones((2, 1, 4, 8)), jnp.ones((2, 3, 2, 8))
-    phi = unified_max.row_phi(UnifiedMax(jnp.arange(4.0)), query, key, 1.0, None)
+    phi = row_phi(query, key, 1.0, softmax=UnifiedMax(jnp.arange(4.0)))
     np.testing.assert_array_equal(phi, [[0, 1, 2, 3]] * 2)
+    assert row_phi(query, key, 1.0, softmax=UnifiedMax(2)).shape == ()
+    with pytest.raises(ValueError, match=r"broadcast to \[B, N\] = \[2, 4\], got shape \(3,\)"):
+        row_phi(query, key, 1.0, softmax=UnifiedMax(jnp.ones(3)))

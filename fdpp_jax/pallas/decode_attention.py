@@ -1,21 +1,23 @@
-"""Split-KV decode attention with a unified max, for Hopper (Mosaic GPU).
+"""Split-KV decode attention with a unified max, in one launch, for Hopper (Mosaic GPU).
 
-One query token a sequence. A CTA takes one key/value head of one sequence and one share of its live KV
-tiles. K and V come through a ring of TMA stages; both products run on the tensor cores with the tile as the
-64-row operand and the query rows (the G heads of the group, padded to 8) as the narrow one:
+The CTAs of a key/value head share the live KV tiles of all sequences evenly. K and V come through a ring of TMA
+stages; both products run on the tensor cores with the tile as the 64-row operand and the query rows (the G heads of
+the group times T tokens, padded to 8) as the narrow one:
 
     s [block_kv, rows] = K [block_kv, H] @ q^T [H, rows]
     o [H, rows]       += V^T [H, block_kv] @ p [block_kv, rows],   p = e^(s - phi)
 
-With phi fixed in advance no split keeps a running max, so o and sum(p) of the splits only add up. With
-phi=None the same kernel keeps the running max of each split (online softmax); the splits are rescaled when
-they are added.
+With phi fixed in advance no CTA keeps a running max, so o and sum(p) only add up, in any order: a CTA publishes the
+sums of a sequence that it does not end, and the CTA of the sequence's last tile adds them to its own and writes the
+result. If a denominator left the safe window, that CTA goes over the sequence again with online softmax. With phi=None
+all do so from the start: each keeps the running max of its share, and the shares are rescaled when they are added.
 
 Source: FlashDecoding++ (arXiv 2311.01282), sections 3 and 4.
 """
 
 import functools
-import math
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +26,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import DecodeAttentionConfig, round_up
-from fdpp_jax.pallas import ring
-
-_LOG2E = math.log2(math.e)
-# Lower than any finite score, yet finite, so that max - max of a split without keys is not a NaN.
-_LOWEST = -1e30
-
-_TRANSFORMS = ring.tile_transforms(64)  # head dims and tiles are multiples of 64
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # one value a query row
+from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, round_up
+from fdpp_jax.pallas import attention_rows, flags, kv_tiles, ring
+from fdpp_jax.pallas.attention_rows import LOG2E, Facts, Live, Rows
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "config", "is_causal", "local_window_size", "logits_soft_cap", "recompute", "interpret"),
+)
 def decode_attention(
     query: jax.Array,
     key: jax.Array,
@@ -46,176 +45,246 @@ def decode_attention(
     *,
     scale: float,
     config: DecodeAttentionConfig,
+    query_offset: jax.Array | None = None,
+    is_causal: bool = False,
+    local_window_size: tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    recompute: bool = False,
+    prior: jax.Array | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """softmax(scale * q k^T) v for one query token a sequence.
+    """softmax(scale * q k^T) v for a few query tokens a sequence.
 
     Args:
-      query: [B, N, H] bfloat16 or float16; H is 64, 128 or 256.
-      key: [B, S, K, H]; K divides N.
-      value: [B, S, K, H].
+      query: [B, T, N, H] bfloat16 or float16; H is a multiple of 16 up to 256.
+      key: [B, S, K, H], or with a page table the pool [num_pages, page_size, K, H]; K divides N. The query's dtype,
+        or int8 or float8_e4m3fn with scales.
+      value: As key.
       lengths: [B] int32 live keys, 0..S. What lies beyond is not used, NaN included.
-      phi: [B, N] float32 in natural-log units, or None for online softmax.
+      phi: float32 in natural-log units, one for all rows [] or [B, N]; None for online softmax.
       scale: Factor on the scores.
       config: Tiles, splits and stages.
+      query_offset: [B] int32 position of query 0 among the keys; None for 0.
+      is_causal: Query t sees keys up to query_offset + t.
+      local_window_size: (left, right) keys around query_offset + t that query t sees.
+      logits_soft_cap: Scores become cap * tanh(scores / cap).
+      sinks: [N] float32 logits that join the denominators only.
+      page_table: [B, pages] int32; an entry beyond the length may be anything.
+      key_scale: float32 factors of int8 or float8 keys: [K], or one for every token and head, key.shape[:3].
+      value_scale: As key_scale.
+      recompute: Redo rows outside the safe window inside the kernel; needs splits that are one cluster.
+      prior: [B, T, N, H], an earlier result. Only the heads of a sequence that hold NaN in it are computed, the
+        others are copied.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      [B, N, H] in the query's dtype. Rows whose denominator left the safe window are NaN and must be
-      recomputed with phi=None.
+      [B, T, N, H] in the query's dtype. Without recompute, rows whose denominator left the safe window are NaN and
+      must be recomputed with phi=None.
     """
-    batch, num_heads, head_dim = query.shape
-    _, capacity, num_kv_heads, _ = key.shape
+    batch, query_length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
     group = num_heads // num_kv_heads
-    rows = round_up(group, 8)
-    dtype = query.dtype
-    online = phi is None
+    live_rows = group * query_length
+    rows, padded_dim = round_up(live_rows, 8), round_up(head_dim, 64)
+    token_scales = key_scale is not None and key_scale.ndim == 3
+    in_kernel = config.combine == "kernel"
+    chunk = min(batch, MAX_CHUNK) if in_kernel else 1
+    shares = (-(-batch // chunk), num_kv_heads, config.num_splits)
+    assert in_kernel or not recompute
 
-    def by_group(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [B, K, rows, ...]
-        x = x.reshape(batch, num_kv_heads, group, *x.shape[2:])
-        return jnp.pad(x, [(0, 0), (0, 0), (0, rows - group)] + [(0, 0)] * (x.ndim - 3))
+    def by_group(x: jax.Array) -> jax.Array:  # [B, T, N, ...] -> [B, K, T * G, ...]
+        x = x.reshape(*x.shape[:2], num_kv_heads, group, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(x.shape[0], num_kv_heads, live_rows, *x.shape[4:])
 
-    if dead_rows := -capacity % 8:  # TMA reads tiles of 8 rows; a capacity that is a multiple of 8 saves this copy
-        key, value = (jnp.pad(x, ((0, 0), (0, dead_rows), (0, 0), (0, 0))) for x in (key, value))
-    operands = [by_group(query), key, value, lengths.astype(jnp.int32)]
+    def padded(x: jax.Array, num: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, 0), (0, num)] + [(0, 0)] * (x.ndim - 3)) if num else x
+
+    def by_row(x: jax.Array) -> jax.Array:  # [1 or B, N] -> [1 or B, K, rows] float32
+        x = jnp.broadcast_to(x[:, None], (x.shape[0], query_length, num_heads))
+        return padded(by_group(x).astype(jnp.float32), rows - live_rows)
+
+    if dead_keys := -key.shape[1] % 8:  # TMA reads tiles of 8 keys; a capacity that is a multiple of 8 saves this copy
+        key, value = (jnp.pad(x, ((0, 0), (0, dead_keys), (0, 0), (0, 0))) for x in (key, value))
+    # A TMA box of 8 rows may reach beyond fewer than 8, not beyond 12.
+    out_rows = live_rows if live_rows < 8 else rows
+    grouped_query = padded(by_group(query), out_rows - live_rows)
+    operands = dict(q=grouped_query, k=key, v=value, lengths=lengths.astype(jnp.int32))
     if phi is not None:
-        operands.append(by_group(phi * _LOG2E))
-    partial = (batch, num_kv_heads, config.num_splits)
-    stats = [jax.ShapeDtypeStruct((*partial, rows), jnp.float32)] * (2 if online else 1)  # den and max, or den
-    num, den, *row_max = plgpu.kernel(
-        functools.partial(_body, online=online, scale=scale, config=config),
-        out_type=[jax.ShapeDtypeStruct((*partial, head_dim, rows), jnp.float32), *stats],
-        scratch_types=dict(
-            q_smem=plgpu.SMEM((rows, head_dim), dtype, transforms=_TRANSFORMS),
-            k_smem=plgpu.SMEM((config.num_stages, config.block_kv, head_dim), dtype, transforms=_TRANSFORMS),
-            v_smem=plgpu.SMEM((config.num_stages, config.block_kv, head_dim), dtype, transforms=_TRANSFORMS),
-            p_smem=plgpu.SMEM((rows, config.block_kv), dtype, transforms=_TRANSFORMS),
-            num_smem=plgpu.SMEM((head_dim, rows), jnp.float32),
-            den_smem=plgpu.SMEM((rows,), jnp.float32),
-            max_smem=plgpu.SMEM((rows,), jnp.float32),
-            q_ready=plgpu.Barrier(),
-            k_ready=plgpu.Barrier(num_barriers=config.num_stages),
-            v_ready=plgpu.Barrier(num_barriers=config.num_stages),
+        operands["phi"] = phi.astype(jnp.float32).reshape(1) if phi.ndim == 0 else by_row(phi)
+    if query_offset is not None:
+        operands["offset"] = query_offset.astype(jnp.int32)
+    if sinks is not None:
+        operands["sinks"] = by_row(sinks[None])
+    if page_table is not None:
+        operands["pages"] = page_table.astype(jnp.int32)
+    if key_scale is not None and value_scale is not None:
+        operands |= dict(k_scale=key_scale, v_scale=value_scale)
+    if prior is not None:
+        operands["prior"] = padded(by_group(prior), out_rows - live_rows)
+
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    out_types = dict(num=f32((*shares, padded_dim, rows)), den=f32((*shares, rows)), max=f32((*shares, rows)))
+    if in_kernel:
+        out_types = dict(out=jax.ShapeDtypeStruct(grouped_query.shape, query.dtype)) | out_types
+        out_types["flag"] = jax.ShapeDtypeStruct((*shares, flags.WORDS), jnp.int32)
+
+    transforms = ring.tile_transforms(head_dim)
+    scratch: dict[str, Any] = dict(
+        q=plgpu.SMEM((rows, padded_dim), query.dtype, transforms=transforms),
+        p=plgpu.SMEM((rows, config.block_kv), query.dtype, transforms=transforms),
+        num=plgpu.SMEM((config.staged_dims(padded_dim, rows), rows), jnp.float32),
+        den=plgpu.SMEM((rows,), jnp.float32),
+        max=plgpu.SMEM((rows,), jnp.float32),
+        q_ready=plgpu.Barrier(),
+        **kv_tiles.scratch(
+            key, config, padded_dim, query.dtype, paged=page_table is not None, token_scales=token_scales
         ),
-        grid=(batch, num_kv_heads, config.num_splits),
-        grid_names=("batch", "kv_head", "split"),
+    )
+    facts = Facts(
+        config=config,
+        scale=scale,
+        batch=batch,
+        query_length=query_length,
+        group=group,
+        capacity=key.shape[1] * (1 if page_table is None else page_table.shape[1]),
+        chunk=chunk,
+        is_causal=is_causal,
+        window=local_window_size,
+        cap=logits_soft_cap,
+        recompute=recompute,
+        is_interpreted=interpret is not None,
+    )
+
+    def body(*refs: Any, **smem: Any) -> None:
+        gmem = dict(zip((*operands, *out_types), refs, strict=True))
+        _body(types.SimpleNamespace(**gmem), types.SimpleNamespace(**smem), facts)
+
+    outs = plgpu.kernel(
+        body,
+        out_type=list(out_types.values()),
+        scratch_types=scratch,
+        grid=shares,
+        grid_names=("chunk", "kv_head", "share"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-        kernel_name=f"decode_attention_{'online' if online else 'unified'}",
-    )(*operands)  # [B, K, splits, H, rows], [B, K, splits, rows], and the max [B, K, splits, rows]
-
-    if online:
-        weight = jnp.exp2(row_max[0] - row_max[0].max(axis=2, keepdims=True))  # [B, K, splits, rows]
-        num, den = num * weight[..., None, :], den * weight
-    num, den = num.sum(axis=2)[..., :group], den.sum(axis=2)[..., :group]  # [B, K, H, G], [B, K, G]
-    out = num.swapaxes(-1, -2) / den[..., None]  # [B, K, G, H]
-    if not online:
-        out = jnp.where(unified_max.leaves_window(den, capacity, dtype)[..., None], jnp.nan, out)
-    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0)
-    return out.reshape(query.shape).astype(dtype)
-
-
-def _body(
-    q_gmem,
-    k_gmem,
-    v_gmem,
-    lengths_gmem,
-    *refs,
-    q_smem,
-    k_smem,
-    v_smem,
-    p_smem,
-    num_smem,
-    den_smem,
-    max_smem,
-    q_ready,
-    k_ready,
-    v_ready,
-    online,
-    scale,
-    config,
-):
-    """One CTA: its share of the live tiles of one sequence and one key/value head."""
-    if online:
-        num_gmem, den_gmem, max_gmem = refs
+        kernel_name=f"decode_attention_{'unified' if 'phi' in operands else 'online'}",
+    )(*operands.values())
+    if in_kernel:
+        out = outs[0]
     else:
-        phi_gmem, num_gmem, den_gmem = refs
-    rows, head_dim = q_smem.shape
-    block_kv, num_stages, dtype = config.block_kv, config.num_stages, k_smem.dtype
-    batch, kv_head, split = (lax.axis_index(name) for name in ("batch", "kv_head", "split"))
-    length = lengths_gmem[batch]
-    num_tiles = lax.div(length + (block_kv - 1), jnp.int32(block_kv))
-    # Shares of the live tiles: the cost follows the length, not the capacity.
-    first, last = ring.share(split, config.num_splits, num_tiles)
+        num, den, row_max = outs
+        phi, sinks = operands.get("phi"), operands.get("sinks")
+        out = _combine(num, den, row_max, lengths, query_offset, phi, sinks, facts, query.dtype)
+        out = out[..., :head_dim].astype(query.dtype)
+    out = out[:, :, :live_rows].reshape(batch, num_kv_heads, query_length, group, head_dim)
+    return out.swapaxes(1, 2).reshape(query.shape)
 
-    def fetch(tile, slot):
-        tile_slice = pl.ds(tile * block_kv, block_kv)
-        plgpu.copy_gmem_to_smem(k_gmem.at[batch, tile_slice, kv_head], k_smem.at[slot], k_ready.at[slot])
-        plgpu.copy_gmem_to_smem(v_gmem.at[batch, tile_slice, kv_head], v_smem.at[slot], v_ready.at[slot])
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[batch, kv_head], q_smem, q_ready)
-    ring.fill(fetch, first, last, num_stages)
-    if not online:
-        phi = plgpu.load(phi_gmem.at[batch, kv_head], layout=_ROW_LAYOUT, optimized=False)  # [rows], base 2
-    plgpu.barrier_wait(q_ready)
+def _body(gmem: Any, smem: Any, facts: Facts) -> None:
+    """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
+    block_kv, num_shares = facts.config.block_kv, facts.config.num_splits
+    chunk, kv_head, share = (lax.axis_index(name) for name in ("chunk", "kv_head", "share"))
+    first_sequence = chunk * facts.chunk
 
-    def step(tile, carry):
-        slot = lax.rem(tile - first, jnp.int32(num_stages))
-        plgpu.barrier_wait(k_ready.at[slot])
+    def live_of(sequence: jax.Array) -> Live:
+        batch = jnp.minimum(sequence, facts.batch - 1)  # the last chunk may have fewer sequences
+        length = gmem.lengths[batch]
+        offset = gmem.offset[batch] if hasattr(gmem, "offset") else 0
+        low, _ = attention_rows.bounds(length, offset, 0, facts)
+        _, high = attention_rows.bounds(length, offset, facts.query_length - 1, facts)
+        first = lax.div(jnp.int32(low), jnp.int32(block_kv))
+        # A sequence that sees no key has one tile all the same: someone must write its zeros.
+        count = jnp.maximum(lax.div(high + (block_kv - 1), jnp.int32(block_kv)) - first, 1)
+        if facts.batch % facts.chunk:
+            count = jnp.where(sequence < facts.batch, count, 0)
+        return Live(length, offset, low, high, first, count)
 
-        def scores(acc_ref):
-            plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.transpose((1, 0)))
-            return acc_ref[...]
+    counts = [live_of(first_sequence + i).count for i in range(facts.chunk)]
+    total = sum(counts[1:], counts[0])
+    begin, end = ring.share(share, num_shares, total)
 
-        s = pl.run_scoped(scores, plgpu.ACC((block_kv, rows), jnp.float32)) * (scale * _LOG2E)
-        position = plgpu.broadcasted_iota(jnp.int32, (block_kv, rows), 0, layout=plgpu.Layout.WGMMA)
-        live = position < length - tile * block_kv
-        num, den, *row_max = carry
-        if online:
-            shift = jnp.maximum(row_max[0], jnp.where(live, s, _LOWEST).max(axis=0))
-            alpha = jnp.exp2(row_max[0] - shift)
-            num *= lax.broadcast_in_dim(alpha, num.shape, [1])
-            den *= lax.broadcast_in_dim(alpha, den.shape, [1])
-            row_max = [shift]
-        else:
-            shift = phi
-        p = jnp.where(live, jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [1])), 0.0).astype(dtype)
-        # The sum of the weights as rounded: a rounding error common to numerator and denominator cancels. Summed
-        # over the keys once, after the last tile.
-        den += p.astype(jnp.float32)
-        p_smem.transpose((1, 0))[...] = p
-        plgpu.barrier_wait(v_ready.at[slot])
+    def attend(sequence: jax.Array, start: jax.Array) -> None:
+        """The part of this CTA's tiles [begin, end) that belongs to a sequence, whose own tiles begin at `start`."""
+        live = live_of(sequence)
+        stop = start + live.count
+        first, last = (live.first + jnp.clip(tile, start, stop) - start for tile in (begin, end))
+        is_owner = end >= stop  # the CTA of a sequence's last tile adds up
+        rows = Rows(gmem, smem, facts, sequence, kv_head, live)
 
-        @pl.when((tile + 1) * block_kv > length)
-        def _clear_dead_values():  # 0 * NaN would be NaN
-            v = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
-            row = plgpu.broadcasted_iota(jnp.int32, (block_kv, head_dim), 0, layout=plgpu.Layout.WGMMA)
-            v_smem[slot] = jnp.where(row < length - tile * block_kv, v, jnp.zeros_like(v))
+        def run() -> None:
+            rows.load_query()
+            sums = rows.attend(first, last, online=not hasattr(gmem, "phi"))
+            here = (chunk, kv_head, share)
+            if facts.config.combine == "launch":
+                rows.publish(sums, here)
+                return
+            pl.when(jnp.logical_not(is_owner))(lambda: rows.publish(sums, here))
 
-        plgpu.commit_smem()
+            @pl.when(is_owner)
+            def _finish() -> None:
+                first_share = lax.div((start + 1) * num_shares - 1, total)
+                rows.finish(sums, chunk, first_share, share - first_share)
 
-        def weighted_values(acc_ref):
-            plgpu.wgmma(acc_ref, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
-            return acc_ref[...]
+        if not hasattr(gmem, "prior"):
+            run()
+            return
+        failed = rows.prior_is_nan()
+        pl.when(failed)(run)
+        pl.when(jnp.logical_not(failed) & is_owner)(rows.copy_prior)
 
-        num += pl.run_scoped(weighted_values, plgpu.ACC((head_dim, rows), jnp.float32))
-        pl.when(tile + num_stages < last)(functools.partial(fetch, tile + num_stages, slot))
-        return num, den, *row_max
+    if facts.config.combine == "launch":  # which adds up all shares, also empty ones
+        attend(first_sequence, jnp.int32(0))
+        return
+    if facts.chunk == 1:
+        pl.when(end > begin)(lambda: attend(first_sequence, jnp.int32(0)))
+        return
+    # The last sequence first: what other CTAs wait for is published before this one waits for any.
+    sequence, stop, start = first_sequence, counts[0], counts[0]
+    for i, count in enumerate(counts[1:], 1):
+        sequence = jnp.where(end > start, first_sequence + i, sequence)
+        stop = jnp.where(end > start, start + count, stop)
+        start += count
 
-    def full(shape, fill, layout):
-        return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
+    def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sequence, stop = carry
+        start = stop - live_of(sequence).count
+        attend(sequence, start)
+        return sequence - 1, start
 
-    carry = [full((head_dim, rows), 0, plgpu.Layout.WGMMA), full((block_kv, rows), 0, plgpu.Layout.WGMMA)]
-    if online:
-        carry.append(full((rows,), _LOWEST, _ROW_LAYOUT))
-    num, den, *row_max = lax.fori_loop(first, last, step, tuple(carry))
-    num_smem[...] = num
-    den_smem[...] = den.sum(axis=0)
-    if online:
-        max_smem[...] = row_max[0]
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(num_smem, num_gmem.at[batch, kv_head, split])
-    plgpu.copy_smem_to_gmem(den_smem, den_gmem.at[batch, kv_head, split])
-    if online:
-        plgpu.copy_smem_to_gmem(max_smem, max_gmem.at[batch, kv_head, split])
-    plgpu.wait_smem_to_gmem(0)
+    lax.while_loop(lambda carry: carry[1] > begin, step, (sequence, jnp.where(end > begin, stop, 0)))
+
+
+def _combine(
+    num: jax.Array,  # [B, K, splits, H, rows]
+    den: jax.Array,  # [B, K, splits, rows]
+    row_max: jax.Array,
+    lengths: jax.Array,
+    offset: jax.Array | None,
+    phi: jax.Array | None,
+    sinks: jax.Array | None,
+    facts: Facts,
+    dtype: Any,
+) -> jax.Array:
+    """Adds the splits up in XLA, a launch of its own: [B, K, rows, H] float32."""
+    if phi is None:
+        shift = row_max.max(axis=2)  # [B, K, rows]
+        if sinks is not None:
+            shift = jnp.maximum(shift, sinks * LOG2E)
+        weight = jnp.exp2(row_max - shift[:, :, None])
+        num, den = num * weight[..., None, :], den * weight
+    else:
+        shift = jnp.broadcast_to(phi * LOG2E, den[:, :, 0].shape)
+    num, den = num.sum(axis=2), den.sum(axis=2)
+    if sinks is not None:
+        den += jnp.exp2(sinks * LOG2E - shift)
+    if phi is not None:
+        den = jnp.where(unified_max.leaves_window(den, facts.capacity, dtype), jnp.nan, den)
+    token = jnp.arange(den.shape[-1]) // facts.group
+    position = 0 if offset is None else offset[:, None]
+    low, high = attention_rows.bounds(lengths[:, None], position, token, facts)  # [B, rows]
+    sees_key = jnp.broadcast_to(high > low, (den.shape[0], den.shape[-1]))[:, None, :]
+    return jnp.where(sees_key[..., None], num.swapaxes(-1, -2) / den[..., None], 0.0)

@@ -10,15 +10,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def tile_transforms(minor_size: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """How 16-bit tiles of an array lie in shared memory: the widest swizzle whose width divides the array's last axis.
+def tile_transforms(
+    minor_size: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """How tiles of an array lie in shared memory: the widest swizzle whose width divides the array's last axis.
 
-    TMA reads whole swizzle widths, so a last axis of 16 * odd elements, such as OPT's vocabulary, gets a narrower one.
+    TMA reads whole swizzle widths, so a last axis of 32 * odd bytes, such as OPT's vocabulary, gets a narrower one.
     """
+    itemsize = jnp.dtype(dtype).itemsize
     for swizzle_bytes in (128, 64, 32):
-        if minor_size % (swizzle_bytes // 2) == 0:
-            return plgpu.TilingTransform((8, swizzle_bytes // 2)), plgpu.SwizzleTransform(swizzle_bytes)
-    raise NotImplementedError(f"tiles need a last axis that is a multiple of 16; got {minor_size}")
+        if minor_size * itemsize % swizzle_bytes == 0:
+            return plgpu.TilingTransform((8, swizzle_bytes // itemsize)), plgpu.SwizzleTransform(swizzle_bytes)
+    raise NotImplementedError(f"tiles need a last axis that is a multiple of {32 // itemsize}; got {minor_size}")
 
 
 def share(index: jax.Array, num_shares: int, num_tiles: jax.Array | int) -> tuple[jax.Array, jax.Array]:

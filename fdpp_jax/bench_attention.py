@@ -1,0 +1,384 @@
+"""How fast decode attention is: kernel, ablations and public op, beside jax.nn and the read floor of the live keys.
+
+Ours gets lengths, as a decode step has them; jax.nn gets none where all keys are live, which spares it the mask.
+"""
+
+import dataclasses
+import functools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdpp_jax import device, heuristics, ops, timing
+from fdpp_jax.config import MAX_CHUNK, AttentionPlan, AttentionShape, DecodeAttentionConfig, Recompute, ScaleKind
+from fdpp_jax.device import Device
+from fdpp_jax.timing import BenchReport, Candidate, Timings
+from fdpp_jax.unified_max import UnifiedMax
+
+type Lengths = Literal["full", "mixed"] | int
+
+_PHI = 6.0  # the scores of normal queries and keys are normal: every row is safe
+_SHORTEST_MIXED = 64
+_INT8_STEP = 1 / 32  # normal keys and values reach 127 steps at 4
+_UNIFIED, _PUBLIC, _ONLINE, _SEPARATE = "unified max", "public op", "online softmax", "separate combine"
+_CUDNN, _XLA = "jax.nn, cudnn", "jax.nn, xla"
+_PEERS = (_CUDNN, _XLA)
+_VARIANTS: tuple[Recompute, ...] = ("kernel", "launch", "cond")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """One shape to time.
+
+    Attributes:
+      shape: Of the call; see `attention_case`.
+      lengths: Live keys of each sequence: all ("full"), so many, or "mixed": from 64 to the capacity, log-uniform
+        and the same every time, both ends included.
+    """
+
+    shape: AttentionShape
+    lengths: Lengths = "full"
+
+    def live_lengths(self) -> tuple[int, ...]:
+        """Live keys of each sequence, B of them."""
+        batch, capacity = self.shape.batch, self.shape.capacity
+        if self.lengths != "mixed":
+            return (capacity if self.lengths == "full" else self.lengths,) * batch
+        seeded = random.Random(0)
+        octaves = math.log2(capacity / _SHORTEST_MIXED)
+        between = [round(_SHORTEST_MIXED * 2 ** (octaves * seeded.random())) for _ in range(batch - 2)]
+        lengths = [_SHORTEST_MIXED, capacity, *between]
+        seeded.shuffle(lengths)
+        return tuple(lengths)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the live keys and values, and of their scales where every token has one."""
+        shape = self.shape
+        token_bytes = shape.head_dim * shape.kv_itemsize + (4 if shape.scales == "token" else 0)
+        return 2 * sum(self.live_lengths()) * shape.num_kv_heads * token_bytes
+
+    @property
+    def label(self) -> str:
+        """B, heads, S and what is special: "8, 32/8, 4096, pages of 16"."""
+        shape = self.shape
+        parts = [str(shape.batch), f"{shape.num_query_heads}/{shape.num_kv_heads}", str(shape.capacity)]
+        if shape.query_length > 1:
+            parts.append(f"T {shape.query_length}")
+        if self.lengths == "mixed":
+            parts.append(f"lengths {_SHORTEST_MIXED}..{shape.capacity}")
+        elif self.lengths != "full":
+            parts.append(f"length {self.lengths}")
+        if shape.page_size is not None:
+            parts.append(f"pages of {shape.page_size}")
+        if shape.scales is not None:
+            parts.append(f"{'fp8' if shape.kv_dtype == 'float8_e4m3fn' else shape.kv_dtype} a {shape.scales}")
+        return ", ".join(parts)
+
+
+def attention_case(
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    capacity: int,
+    *,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    query_length: int = 1,
+    lengths: Lengths = "full",
+    page_size: int | None = None,
+    kv_dtype: str | None = None,
+    scales: ScaleKind = "head",
+) -> AttentionCase:
+    """A case from sizes. Several queries are the last tokens of their sequence, causally masked (speculation).
+
+    Raises:
+      ValueError: The sizes do not fit together.
+    """
+    if min(batch, num_heads, num_kv_heads, capacity, head_dim, query_length) < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "expected positive sizes and query heads that are a multiple of the key/value heads, got "
+            f"{batch=} {num_heads=} {num_kv_heads=} {capacity=} {head_dim=} {query_length=}"
+        )
+    if lengths == "mixed" and (batch < 2 or capacity < _SHORTEST_MIXED):
+        raise ValueError(f"mixed lengths need two sequences and {_SHORTEST_MIXED} keys, got {batch=} {capacity=}")
+    shortest = _SHORTEST_MIXED if lengths == "mixed" else capacity if lengths == "full" else lengths
+    if not query_length <= shortest <= capacity:
+        raise ValueError(f"lengths must lie in {query_length=}..{capacity=}, got {shortest}")
+    if page_size is not None and (page_size < 1 or capacity % page_size):
+        raise ValueError(f"the capacity must be whole pages, got {capacity=} and {page_size=}")
+    shape = AttentionShape(
+        batch=batch,
+        query_length=query_length,
+        capacity=capacity,
+        num_query_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        is_causal=query_length > 1,
+        kv_dtype=dtype if kv_dtype is None else kv_dtype,
+        page_size=page_size,
+        scales=None if kv_dtype is None else scales,
+        has_query_offset=query_length > 1,
+    )
+    return AttentionCase(shape, lengths)
+
+
+TABLE = (
+    attention_case(1, 32, 32, 1024),
+    attention_case(1, 32, 32, 4096),
+    attention_case(1, 32, 32, 16384),
+    attention_case(8, 32, 32, 1024),
+    attention_case(8, 32, 32, 4096),
+    attention_case(32, 32, 32, 1024),
+    attention_case(1, 32, 8, 4096),
+    attention_case(8, 32, 8, 4096),
+    attention_case(1, 64, 8, 16384),
+    attention_case(8, 32, 8, 8192, lengths="mixed"),
+    attention_case(1, 32, 32, 16384, lengths=1024),
+    attention_case(8, 32, 8, 4096, page_size=16),
+    attention_case(8, 32, 8, 4096, page_size=64),
+    attention_case(8, 32, 8, 4096, page_size=256),
+    attention_case(8, 32, 8, 4096, kv_dtype="int8"),
+    attention_case(8, 32, 8, 4096, kv_dtype="int8", scales="token"),
+    attention_case(8, 32, 8, 4096, kv_dtype="float8_e4m3fn"),
+    attention_case(8, 32, 32, 4096, kv_dtype="int8"),
+    attention_case(8, 32, 32, 4096, kv_dtype="int8", scales="token"),
+    attention_case(8, 32, 32, 4096, kv_dtype="float8_e4m3fn"),
+)
+
+
+def bench_attention(case: AttentionCase, *, quick: bool = False) -> BenchReport:
+    """Times one shape, a line for each kernel.
+
+    - unified max: the kernel as planned, without a recompute; only where there is a kernel
+    - public op: dot_product_attention with UnifiedMax, and with the recompute in its other places
+    - online softmax, separate combine: the kernel with a running max, and with the splits added in a second launch
+    - jax.nn's two, where they can: no paged and no quantised cache
+
+    Args:
+      case: The shape.
+      quick: Leaves out ablations and peers.
+
+    Raises:
+      Exception: What one of ours raised; a peer may fail.
+    """
+    running = device.current()
+    candidates, timings, plan = _measure(case, running, quick)
+    title = (
+        f"Decode attention on {running.kind}: B, N/K, S = {case.label}, H {case.shape.head_dim}, {case.shape.dtype}, "
+        f"{case.live_bytes / 1e6:.1f} MB of live K and V; {plan.implementation}: {plan.reason}"
+    )
+    what = {"attention": _record(case, plan)}
+    baseline = _UNIFIED if _UNIFIED in candidates else _PUBLIC
+    return timing.kernel_report(title, candidates, timings, case.live_bytes, what, baseline)
+
+
+_COLUMNS = (
+    "B, N/K, S",
+    "MB",
+    "floor us",
+    "ours us",
+    "x floor",
+    "public op us",
+    "online us (saved)",
+    "separate combine us (saved)",
+    "cuDNN us",
+    "XLA us",
+    "x best peer",
+)
+_NUM_QUICK_COLUMNS = 6
+
+
+def bench_attention_table(cases: Sequence[AttentionCase] = TABLE, *, quick: bool = False) -> BenchReport:
+    """Times many shapes, a line each; "ours" is the kernel as planned, or the public op where there is no kernel.
+
+    A kernel that fails, ours or a peer, leaves its cell empty and its error in the record.
+
+    Args:
+      cases: The shapes.
+      quick: Leaves out ablations and peers.
+    """
+    running = device.current()
+    columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
+    rows, records = [], []
+    for index, case in enumerate(cases):
+        timing.progress(f"{index + 1} of {len(cases)}: {case.label}")
+        candidates, timings, plan = _measure(case, running, quick)
+        for name, error in timings.failures.items():
+            timing.progress(f"{name} does not run: {timing.first_line(error)}")
+        rows.append(_table_cells(case, timings)[: len(columns)])
+        records.append(_record(case, plan) | timing.timings_record(candidates, timings, case.live_bytes))
+        timing.progress(" | ".join(rows[-1]))
+    title = f"Decode attention on {running.kind}: medians in microseconds"
+    return BenchReport(title, columns, tuple(rows), timing.provenance() | {"attention_table": records})
+
+
+def _table_cells(case: AttentionCase, timings: Timings) -> tuple[str, ...]:
+    def cell(name: str) -> str:
+        return timing.us(timings.seconds[name]) if name in timings.seconds else "-"
+
+    def cell_saved(name: str) -> str:
+        other = timings.seconds.get(name)
+        return "-" if other is None else f"{cell(name)} ({timing.saving(timings.seconds.get(ours), other)})"
+
+    ours = _UNIFIED if _UNIFIED in timings.seconds else _PUBLIC
+    ours_seconds = timings.seconds.get(ours, math.nan)
+    return (
+        case.label,
+        f"{case.live_bytes / 1e6:.1f}",
+        timing.us(timings.floor),
+        cell(ours),
+        timing.ratio(ours_seconds, timings.floor),
+        cell(_PUBLIC),
+        cell_saved(_ONLINE),
+        cell_saved(_SEPARATE),
+        cell(_CUDNN),
+        cell(_XLA),
+        timing.ratio(ours_seconds, timings.best(_PEERS)),
+    )
+
+
+def _record(case: AttentionCase, plan: AttentionPlan) -> dict[str, Any]:
+    return {
+        "label": case.label,
+        "shape": dataclasses.asdict(case.shape),
+        "lengths": list(case.live_lengths()),
+        "plan": dataclasses.asdict(plan),
+    }
+
+
+def _measure(case: AttentionCase, running: Device, quick: bool) -> tuple[dict[str, Candidate], Timings, AttentionPlan]:
+    plan = heuristics.plan_attention(case.shape, running)
+    candidates = _candidates(case, plan, running, quick)
+    x, kv = _inputs(case)
+    sets = timing.copies(kv, timing.num_sets(case.live_bytes, running))
+    # As a layer's query follows from the layer before; its values become small, which no kernel minds.
+    timings = timing.time_kernels(candidates, x, sets, case.live_bytes, lambda x, out: x | {"query": out})
+    return candidates, timings, plan
+
+
+# What is timed: functions of x (query, lengths and what else is small) and one cache.
+
+
+def _candidates(case: AttentionCase, plan: AttentionPlan, running: Device, quick: bool) -> dict[str, Candidate]:
+    def ours(function: Callable[..., jax.Array], *, place: Recompute | None = None, **static: Any) -> Candidate:
+        # lax.cond breaks the command buffer: some 20 us each, and the longest to compile.
+        return Candidate(functools.partial(function, case.shape, **static), is_short=place == "cond")
+
+    config = plan.config if isinstance(plan.config, DecodeAttentionConfig) else None
+    candidates = {}
+    if config is not None:
+        candidates[_UNIFIED] = ours(_kernel, config=config, phi=_PHI)
+    candidates[_PUBLIC] = ours(_op, softmax=UnifiedMax(_PHI), place=plan.recompute)
+    if quick:
+        return candidates
+    if config is None:
+        candidates[_ONLINE] = ours(_op, softmax=None)
+    else:
+        for place in _VARIANTS:
+            if place != plan.recompute:
+                candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(_PHI, place), place=place)
+        candidates[_ONLINE] = ours(_kernel, config=config, phi=None)
+        splits = max(1, config.num_splits // min(case.shape.batch, MAX_CHUNK))  # of each sequence
+        separate = dataclasses.replace(config, combine="launch", num_splits=splits)
+        candidates[_SEPARATE] = ours(_kernel, config=separate, phi=_PHI)
+    if case.shape.page_size is None and case.shape.scales is None:
+        if running.is_nvidia and case.shape.dtype != "float32":
+            candidates[_CUDNN] = Candidate(functools.partial(_jax_nn, case, implementation="cudnn"), is_peer=True)
+        candidates[_XLA] = Candidate(functools.partial(_jax_nn, case, implementation="xla"), is_peer=True)
+    return candidates
+
+
+def _kernel(
+    shape: AttentionShape, x: dict[str, jax.Array], kv: dict[str, jax.Array], *, config: Any, phi: float | None
+) -> jax.Array:
+    from fdpp_jax.pallas import decode_attention
+
+    small = {name: array for name, array in x.items() if name not in ("query", "lengths")}
+    large = {name: array for name, array in kv.items() if name not in ("key", "value")}
+    return decode_attention.decode_attention(
+        x["query"],
+        kv["key"],
+        kv["value"],
+        x["lengths"],
+        None if phi is None else jnp.float32(phi),
+        scale=1 / math.sqrt(shape.head_dim),
+        config=config,
+        is_causal=shape.is_causal,
+        **small,
+        **large,
+    )
+
+
+def _op(
+    shape: AttentionShape, x: dict[str, jax.Array], kv: dict[str, jax.Array], *, softmax: UnifiedMax | None
+) -> jax.Array:
+    arrays: dict[str, Any] = x | kv
+    lengths = arrays.pop("lengths")
+    return ops.dot_product_attention(
+        **arrays, key_value_seq_lengths=lengths, is_causal=shape.is_causal, softmax=softmax
+    )
+
+
+def _jax_nn(
+    case: AttentionCase, x: dict[str, jax.Array], kv: dict[str, jax.Array], *, implementation: Any
+) -> jax.Array:
+    shape, mask = case.shape, None
+    if shape.is_causal:  # jax.nn's own causal mask starts at key 0
+        query_pos = x["query_offset"][:, None] + jnp.arange(shape.query_length)
+        mask = (jnp.arange(shape.capacity) <= query_pos[:, :, None])[:, None]  # [B, 1, T, S]
+    return jax.nn.dot_product_attention(
+        x["query"],
+        kv["key"],
+        kv["value"],
+        mask=mask,
+        key_value_seq_lengths=None if case.lengths == "full" else x["lengths"],
+        implementation=implementation,
+    )
+
+
+def _inputs(case: AttentionCase) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The small arrays of a call and one cache, random; the pages of a sequence lie anywhere in the pool."""
+    shape = case.shape
+    keys = jax.random.split(jax.random.key(0), 5)
+    query_shape = (shape.batch, shape.query_length, shape.num_query_heads, shape.head_dim)
+    x = {
+        "query": timing.random_normal(keys[0], query_shape, jnp.dtype(shape.dtype)),
+        "lengths": jnp.array(case.live_lengths(), jnp.int32),
+    }
+    if shape.has_query_offset:
+        x["query_offset"] = x["lengths"] - shape.query_length
+    rows = (shape.batch, shape.capacity)
+    if shape.page_size is not None:
+        pages = np.random.default_rng(0).permutation(shape.batch * shape.capacity // shape.page_size)
+        x["page_table"] = jnp.asarray(pages.reshape(shape.batch, -1), jnp.int32)
+        rows = (pages.size, shape.page_size)
+    cache_shape = (*rows, shape.num_kv_heads, shape.head_dim)
+    kv = {"key": _random_cache(keys[1], cache_shape, shape), "value": _random_cache(keys[2], cache_shape, shape)}
+    if shape.scales is not None:
+        # By a quarter around what makes the values normal again.
+        middle = _INT8_STEP if shape.kv_dtype == "int8" else 1.0
+        per_token = shape.scales == "token"
+        scale_shape = cache_shape[:3] if per_token else (shape.num_kv_heads,)
+        for name, seed in (("key_scale", keys[3]), ("value_scale", keys[4])):
+            scale = jax.random.uniform(seed, scale_shape, jnp.float32, 0.75 * middle, 1.25 * middle)
+            (kv if per_token else x)[name] = scale
+    return x, kv
+
+
+def _random_cache(key: jax.Array, cache_shape: tuple[int, ...], shape: AttentionShape) -> jax.Array:
+    if shape.kv_dtype == "int8":
+        return _random_int8(key, cache_shape)
+    return timing.random_normal(key, cache_shape, jnp.dtype(shape.kv_dtype or shape.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="cache_shape")
+def _random_int8(key: jax.Array, cache_shape: tuple[int, ...]) -> jax.Array:
+    steps = jnp.round(jax.random.normal(key, cache_shape, jnp.float32) / _INT8_STEP)
+    return jnp.clip(steps, -127, 127).astype(jnp.int8)

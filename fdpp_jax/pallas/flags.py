@@ -1,0 +1,80 @@
+"""One CTA tells another, through global memory, that its sums are there: no counter to zero, so no second launch.
+
+A flag is four words of scratch memory whose earlier content may be anything. It counts as raised when all 128 bits
+equal a pattern, and the CTA that waits for it lowers it again: so a flag of an earlier launch is never found raised,
+and other data passes for one with a chance of 2^-128.
+
+A CTA may wait only for CTAs of lower index, which the GPU starts before it, and which must not wait for it.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WORDS = 4
+_PATTERN = (0x5F3759DF, 0x2545F491, 0x6C078965, 0x41C64E6D)
+
+_RAISE = f"""{{
+  .reg .pred is_first;
+  .reg .b32 thread;
+  .reg .b32 w<4>;
+  mov.u32 thread, %tid.x;
+  setp.eq.u32 is_first, thread, 0;
+  mov.b32 w0, {_PATTERN[0]:#x};
+  mov.b32 w1, {_PATTERN[1]:#x};
+  mov.b32 w2, {_PATTERN[2]:#x};
+  mov.b32 w3, {_PATTERN[3]:#x};
+  @is_first fence.acq_rel.gpu;
+  @is_first st.volatile.global.v4.b32 [$0], {{w0, w1, w2, w3}};
+}}"""
+
+# Thread i polls flag i, so that all are waited for at once.
+_AWAIT = f"""{{
+  .reg .pred is_idle, is_low;
+  .reg .b32 thread, zero;
+  .reg .b32 w<4>;
+  .reg .b64 flag;
+  mov.u32 thread, %tid.x;
+  mov.b32 zero, 0;
+  mad.wide.u32 flag, thread, {4 * WORDS}, $0;
+  setp.ge.u32 is_idle, thread, $1;
+  @is_idle bra DONE;
+POLL:
+  ld.volatile.global.v4.b32 {{w0, w1, w2, w3}}, [flag];
+  setp.ne.b32 is_low, w0, {_PATTERN[0]:#x};
+  @is_low bra POLL;
+  setp.ne.b32 is_low, w1, {_PATTERN[1]:#x};
+  @is_low bra POLL;
+  setp.ne.b32 is_low, w2, {_PATTERN[2]:#x};
+  @is_low bra POLL;
+  setp.ne.b32 is_low, w3, {_PATTERN[3]:#x};
+  @is_low bra POLL;
+  fence.acq_rel.gpu;
+  st.volatile.global.v4.b32 [flag], {{zero, zero, zero, zero}};
+DONE:
+}}"""
+
+
+def raise_flag(flag_gmem: Any) -> None:
+    """Raises the flag flag_gmem [WORDS]: whoever finds it raised sees what this CTA wrote before."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def emit(_: Any, flag: Any) -> None:
+        mgpu.utils.inline_ptx(_RAISE, mgpu.utils.memref_ptr(flag), has_side_effects=True)
+
+    emit(flag_gmem)
+
+
+def await_flags(flag_gmem: Any, num: jax.Array) -> None:
+    """Waits until `num` flags (at most 128) from flag_gmem [WORDS] on are raised, and lowers them."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def emit(_: Any, flag: Any, num: Any) -> None:
+        mgpu.utils.inline_ptx(
+            _AWAIT, mgpu.utils.memref_ptr(flag), num.registers.item(), has_side_effects=True, convergent=True
+        )
+        mgpu.utils.warpgroup_barrier()
+
+    emit(flag_gmem, num)

@@ -1,0 +1,135 @@
+"""A case of the decode kernel: its static facts, random inputs with poison wherever no query looks, and how to run it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax import unified_max
+from fdpp_jax.config import DecodeAttentionConfig
+from fdpp_jax.pallas.decode_attention import decode_attention
+
+ON_GPU = jax.default_backend() == "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """All inputs of one case share one compilation for each kind of phi and of recompute.
+
+    Queries stand at the end of their sequence (query_offset = length - T) where a mask needs to know where they stand.
+    """
+
+    batch: int
+    capacity: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    config: DecodeAttentionConfig
+    query_length: int = 1
+    dtype: str = "bfloat16"
+    is_causal: bool = False
+    local_window_size: tuple[int, int] | None = None
+    logits_soft_cap: float | None = None
+    has_sinks: bool = False
+    page_size: int | None = None
+    kv_dtype: str | None = None
+    scales: str | None = None
+
+    @property
+    def options(self):
+        """The static arguments that the oracle takes too."""
+        return dict(
+            scale=self.head_dim**-0.5,
+            is_causal=self.is_causal,
+            local_window_size=self.local_window_size,
+            logits_soft_cap=self.logits_soft_cap,
+        )
+
+    @property
+    def group(self):
+        return self.num_heads // self.num_kv_heads
+
+    def inputs(self, seed, lengths, query_scale=1.0, poison=np.nan, query_offset=None):
+        """The array arguments of the kernel and of the oracle, phi aside; poison where no query of a sequence looks."""
+        rng = np.random.default_rng(seed)
+        lengths = np.asarray(lengths, np.int32)
+
+        def normal(*shape):
+            return rng.standard_normal(shape, np.float32)
+
+        query = query_scale * normal(self.batch, self.query_length, self.num_heads, self.head_dim)
+        key, value = (normal(self.batch, self.capacity, self.num_kv_heads, self.head_dim) for _ in range(2))
+        offset = lengths - self.query_length if query_offset is None else np.asarray(query_offset, np.int32)
+        first, last = np.zeros_like(lengths), lengths - 1
+        if self.is_causal:
+            last = np.minimum(last, offset + self.query_length - 1)
+        if self.local_window_size is not None:
+            left, right = self.local_window_size
+            first, last = offset - left, np.minimum(last, offset + self.query_length - 1 + right)
+        position = np.arange(self.capacity)
+        dead = (position < first[:, None]) | (position > last[:, None])
+        key[dead], value[dead] = poison, poison
+        dtype = jnp.dtype(self.dtype)
+        arrays = dict(query=query.astype(dtype))
+        if self.kv_dtype is None:
+            arrays |= dict(key=key.astype(dtype), value=value.astype(dtype))
+        else:
+            arrays["key"], arrays["key_scale"] = oracle.quantised(key, self.kv_dtype, self.scales)
+            arrays["value"], arrays["value_scale"] = oracle.quantised(value, self.kv_dtype, self.scales)
+        if self.page_size is not None:
+            names = ["key", "value"] + (["key_scale", "value_scale"] if self.scales == "token" else [])
+            *pools, arrays["page_table"] = oracle.paged(seed, [arrays[x] for x in names], lengths, self.page_size)
+            arrays |= dict(zip(names, pools, strict=True))
+        if self.is_causal or self.local_window_size is not None or query_offset is not None:
+            arrays["query_offset"] = offset
+        if self.has_sinks:
+            arrays["sinks"] = rng.uniform(-3, 6, self.num_heads).astype(np.float32)
+        arrays["lengths"] = lengths
+        return {name: jnp.asarray(x) for name, x in arrays.items()}
+
+    def expected(self, inputs):
+        """The oracle's output [B, T, N, H], and ln sum e^s of its rows [B, T, N]."""
+        return oracle.attention_and_log_sum(**inputs, **self.options)
+
+    def run(self, inputs, phi, *, recompute=False, prior=None):
+        """The kernel; interpreted, where there is no GPU, with race detection, which raises."""
+        interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=True)
+        phi = None if phi is None else jnp.asarray(phi, jnp.float32)
+        try:
+            out = decode_attention(
+                **inputs,
+                **self.options,
+                phi=phi,
+                config=self.config,
+                recompute=recompute,
+                prior=prior,
+                interpret=interpret,
+            )
+            assert out.dtype == self.dtype
+            return jax.block_until_ready(out)
+        except BaseException:
+            gpu_callbacks.reset_gpu_interpret_mode_state()
+            raise
+
+    def leaves_window(self, log_sum, phi):
+        """[B, T, N]: whether the row's denominator leaves the safe window, and whether rounding may decide it."""
+        phi = np.broadcast_to(np.asarray(phi, np.float64), (self.batch, self.num_heads))
+        capacity = self.capacity if self.page_size is None else -(-self.capacity // self.page_size) * self.page_size
+        low, high = np.log(unified_max.window(self.dtype, capacity))
+        log_den = log_sum - phi[:, None]
+        is_near = np.minimum(abs(log_den - low), abs(log_den - high)) < 0.1
+        return np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high)), is_near
+
+
+def check(case, out, expected, factor=1.0):
+    """That out is right: as a whole, and in every number."""
+    out = np.asarray(out, np.float64)
+    assert np.isfinite(out).all()
+    tolerance = factor * oracle.TOLERANCE[case.dtype]
+    assert oracle.relative_error(out, expected) < tolerance
+    largest = abs(expected).max(axis=-1, keepdims=True)  # of the row
+    assert (abs(out - expected) <= 5 * tolerance * largest).all()
