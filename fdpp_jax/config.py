@@ -101,20 +101,14 @@ class DecodeAttentionConfig:
     combine: Combine = "kernel"
 
     def smem_bytes(self, shape: AttentionShape) -> int:
-        """Shared memory one CTA asks for: the ring, the query, the weights p and the partial sums."""
+        """Shared memory one CTA asks for: the ring, the query and the weights p."""
         head_dim, rows = shape.padded_head_dim, shape.rows
         ring = self.num_stages * 2 * self.block_kv * head_dim * shape.kv_itemsize
-        if shape.kv_itemsize == 1:  # one tile of K and of V in 16 bits
-            ring += 2 * self.block_kv * head_dim * 2
+        if shape.kv_itemsize == 1:  # one tile in 16 bits
+            ring += self.block_kv * head_dim * 2
         if shape.scales == "token":  # those of 8 heads are loaded together
             ring += self.num_stages * 2 * self.block_kv * 8 * 4
-        sums = self.staged_dims(head_dim, rows) * rows * 4
-        return ring + rows * (head_dim + self.block_kv) * 2 + sums + _SMEM_RESERVE
-
-    @staticmethod
-    def staged_dims(padded_head_dim: int, rows: int) -> int:
-        """Head dims of the float32 partial sums that lie in shared memory at a time: all, if they are small."""
-        return padded_head_dim if padded_head_dim * rows * 4 <= _STAGED_BYTES else 64
+        return ring + rows * (head_dim + self.block_kv) * 2 + _ATTENTION_SMEM_RESERVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +150,7 @@ class GemvConfig:
 
 # Barriers, alignment and the reduction scratch that Mosaic GPU adds to what a kernel asks for.
 _SMEM_RESERVE = 8 * 1024
-_STAGED_BYTES = 16 * 1024
+_ATTENTION_SMEM_RESERVE = 4 * 1024  # 3 KiB measured
 
 
 @dataclasses.dataclass(frozen=True)

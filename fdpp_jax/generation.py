@@ -216,7 +216,8 @@ def _run(
     prefill_args = (weights, jnp.asarray(prompts), jnp.asarray(prompt_lengths), sampling, eos, jax.random.clone(key))
 
     started = time.perf_counter()
-    prefill, compile_seconds = _executable(_prefill, (graphdef, capacity), prefill_args)
+    with_key_norms = softmax is not None and softmax.is_bound
+    prefill, compile_seconds = _executable(_prefill, (graphdef, capacity, with_key_norms), prefill_args)
     started += compile_seconds
     loop = jax.block_until_ready(prefill(*prefill_args))
     new_tokens = np.full((prompts.shape[0], max_new_tokens), eos_ids[0] if eos_ids else 0, np.int32)
@@ -251,10 +252,11 @@ def _run(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
     graphdef: nnx.GraphDef,
     capacity: int,
+    with_key_norms: bool,
     weights: nnx.State,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
@@ -265,7 +267,7 @@ def _prefill(
     """Fills a new cache from the prompts and draws the first token of every row."""
     model = nnx.merge(graphdef, weights)
     batch = prompts.shape[0]
-    cache = KVCache.create(model.config, batch, capacity, model.dtype)
+    cache = KVCache.create(model.config, batch, capacity, model.dtype, with_key_norms=with_key_norms)
     logits, cache = model.prefill(prompts, prompt_lengths, cache)
     key, sample_key = jax.random.split(key)
     tokens = sample(logits, sample_key, sampling)
@@ -335,14 +337,16 @@ def decode_step(
     Returns:
       (logits [B, V] float32, the cache with one more token, whether the step was redone [] bool).
     """
-    lengths = cache.lengths
+    lengths, norms = cache.lengths, cache.key_max_norms
     logits, cache, overflow = model.decode(tokens, cache, softmax=softmax)
     if softmax is None:
         return logits, cache, jnp.zeros((), bool)
 
     def redo(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         del logits
-        logits, cache, _ = model.decode(tokens, dataclasses.replace(cache, lengths=lengths), softmax=None)
+        # Keys behind an overflow are NaN, and so are the norms that took them in.
+        cache = dataclasses.replace(cache, lengths=lengths, key_max_norms=norms)
+        logits, cache, _ = model.decode(tokens, cache, softmax=None)
         return logits, cache
 
     def keep(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -41,6 +41,12 @@ _KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
 _KERNEL_DTYPES = ("bfloat16", "float16")
 _ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths, of which the narrowest is 32 bytes
 _BLOCK_KV = 64
+# A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where it has more, adding up
+# more shares costs what that saves; a CTA alone on its SM takes tiles of 128 keys: 35.6 us with 16 such CTAs a head,
+# 36.3 with tiles of 64, 36.9 with 32 CTAs (B 8, 32/8 heads, 4096 keys). 8-bit caches want three an SM, since widening
+# a tile is a long chain of short steps: 86 us against 91 with four and 99 with two (B 8, 32/32 heads, 4096 keys).
+# All on an H200, 2026-11-23.
+_FEW_SPLITS = 8
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
 _MAX_K_SPLITS = 8
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
@@ -122,13 +128,20 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     device = device_lib.resolve(device)
     chunk = min(shape.batch, MAX_CHUNK)
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
-    smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES)
-    two_fit = smallest.smem_bytes(shape) <= device.smem_bytes_shared(2)
-    num_splits = (2 if two_fit else 1) * device.num_sms // num_heads
-    if num_splits > chunk:  # where sequences are of one length, shares that end with them need not be added up
-        num_splits -= num_splits % chunk
+    smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES).smem_bytes(shape)
+    wanted_per_sm = 3 if shape.kv_itemsize == 1 else 2 if device.num_sms < _FEW_SPLITS * num_heads else 1
+    ctas_per_sm = max(
+        num for num in range(1, wanted_per_sm + 1) if num == 1 or smallest <= device.smem_bytes_shared(num)
+    )
+    num_splits = ctas_per_sm * device.num_sms // num_heads
+    if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
+        num_splits -= num_splits % chunk  # shares that end with sequences of one length need not be added up
     num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // _BLOCK_KV), _MAX_KV_SPLITS))
-    smem_bytes = _smem_budget(num_heads * num_splits, two_fit, device)
+    smem_bytes = device.smem_bytes_shared(min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms)))
+    wide = DecodeAttentionConfig(2 * _BLOCK_KV, num_splits, 3)
+    has_wide_tiles = chunk * -(-shape.capacity // wide.block_kv) >= num_splits
+    if wanted_per_sm == 1 and shape.rows <= 16 and has_wide_tiles and wide.smem_bytes(shape) <= smem_bytes:
+        return wide
     for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
         config = DecodeAttentionConfig(_BLOCK_KV, num_splits, num_stages)
         if config.smem_bytes(shape) <= smem_bytes:

@@ -114,6 +114,7 @@ def unchecked_decode_attention(
     *,
     scale: float | None = None,
     key_value_seq_lengths: jax.Array,
+    key_max_norm: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
     implementation: AttentionImplementation | None = None,
 ) -> jax.Array:
@@ -128,6 +129,7 @@ def unchecked_decode_attention(
       value: [B, S, K, H], finite also beyond the lengths.
       scale: Factor on the scores; 1 / sqrt(H) by default.
       key_value_seq_lengths: [B] int32 live keys.
+      key_max_norm: As in `dot_product_attention`.
       softmax: As in `dot_product_attention`; its recompute does not matter.
       implementation: As in `dot_product_attention`.
 
@@ -141,13 +143,14 @@ def unchecked_decode_attention(
     options = attention.Options(_scale(scale, query))
     _check_options(options, softmax, implementation)
     _check_integers(arrays, None)
+    _check_floats(arrays, key_max_norm)
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
     shape = attention.shape_of(arrays._replace(lengths=None), options)
     config = attention.plan(shape, implementation).config
     if softmax is None and config == XlaAttentionConfig("cudnn"):
         return attention.run_cudnn(arrays, options)
     in_kernel = isinstance(config, DecodeAttentionConfig)
-    arrays = attention.with_phi(arrays, options, softmax, None, in_kernel=in_kernel)
+    arrays = attention.with_phi(arrays, options, softmax, key_max_norm, in_kernel=in_kernel)
     if isinstance(config, DecodeAttentionConfig):
         return attention.run_kernel(arrays, options, config)
     return attention.run_reference(arrays, options)

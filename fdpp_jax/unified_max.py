@@ -63,6 +63,11 @@ class UnifiedMax:
         """phi per row from Cauchy-Schwarz, s <= scale * |q| * max|k|: no overflow, no calibration."""
         return cls(None, recompute)
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether phi is a bound, which wants the norms of the keys."""
+        return self.phi is None
+
 
 def window(dtype: jax.typing.DTypeLike, num_keys: int) -> tuple[float, float]:
     """Safe range [den_min, den_max] of a row's denominator sum e^(s - phi).
@@ -130,7 +135,7 @@ def row_phi(
       ValueError: softmax.phi does not broadcast to [B, N].
     """
     batch, _, num_heads, _ = query.shape
-    if softmax.phi is not None:
+    if not softmax.is_bound:
         phi = jnp.asarray(softmax.phi, jnp.float32)
         if phi.ndim == 0:
             return phi
@@ -138,7 +143,7 @@ def row_phi(
             raise ValueError(f"phi must broadcast to [B, N] = {[batch, num_heads]}, got shape {phi.shape}")
         return jnp.broadcast_to(phi, (batch, num_heads))
     if key_max_norm is None:
-        key_max_norm = _key_max_norm(key, lengths, page_table, key_scale)
+        key_max_norm = max_norm(key, lengths, page_table, key_scale)
     query_norm = jnp.linalg.norm(query.astype(jnp.float32), axis=-1).max(axis=1)  # [B, N]
     bound = abs(scale) * query_norm * jnp.repeat(key_max_norm, num_heads // key.shape[2], axis=1)
     if logits_soft_cap is not None:
@@ -152,8 +157,11 @@ def row_phi(
     return bound * (1 + _BOUND_SLACK) - room
 
 
-def _key_max_norm(
-    key: jax.Array, lengths: jax.Array | None, page_table: jax.Array | None, key_scale: jax.Array | None
+def max_norm(
+    key: jax.Array,
+    lengths: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
 ) -> jax.Array:
     """max |k| over the live keys, [B, K] float32; arguments as `row_phi`."""
     norm = jnp.linalg.norm(key.astype(jnp.float32), axis=-1)  # [B, S, K] or [P, page_size, K]

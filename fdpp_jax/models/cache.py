@@ -19,15 +19,28 @@ class KVCache:
       keys: One [B, S, K, H] array a layer. Slots at and beyond the row's length hold anything.
       values: As keys.
       lengths: [B] int32 live tokens of each row.
+      key_max_norms: One [B, K] float32 array a layer, max |k| over the live keys as stored, for UnifiedMax.bound();
+        empty where no one asked for them.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
+    key_max_norms: tuple[jax.Array, ...] = ()
 
     @classmethod
-    def create(cls, config: LlamaConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> "KVCache":
+    def create(
+        cls,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        dtype: jax.typing.DTypeLike,
+        *,
+        with_key_norms: bool = False,
+    ) -> "KVCache":
         """An empty cache for `batch` rows of up to `capacity` tokens.
+
+        `with_key_norms` spares a step with UnifiedMax.bound() a pass over all keys, and costs any other step a little.
 
         Raises:
           ValueError: batch or capacity is not positive.
@@ -40,6 +53,7 @@ class KVCache:
             keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
             values=tuple(jnp.zeros(shape, dtype) for _ in layers),
             lengths=jnp.zeros(batch, jnp.int32),
+            key_max_norms=tuple(jnp.zeros((batch, shape[2]), jnp.float32) for _ in layers if with_key_norms),
         )
 
     @property

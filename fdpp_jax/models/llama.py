@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdpp_jax import ops
+from fdpp_jax import ops, unified_max
 from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.cache import KVCache, write_prompt, write_token
 from fdpp_jax.models.config import LlamaConfig
@@ -182,18 +182,20 @@ class LlamaForCausalLM(nnx.Module):
         _check_batch(cache, tokens=tokens, lengths=lengths)
         if tokens.shape[1] > cache.capacity:
             raise ValueError(f"a prompt of {tokens.shape[1]} tokens does not fit a cache of capacity {cache.capacity}")
-        keys, values = list(cache.keys), list(cache.values)
+        keys, values, norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             keys[layer] = write_prompt(keys[layer], key)
             values[layer] = write_prompt(values[layer], value)
+            if norms:
+                norms[layer] = unified_max.max_norm(key.astype(keys[layer].dtype), lengths)
             # Padding stands on the right, so the causal mask already hides it from every live query.
             return _causal_attend(layer, query, key, value)
 
         hidden = self.hidden_states(tokens, _positions(tokens), attend)  # [B, T, D]
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
-        return self._head(hidden), KVCache(tuple(keys), tuple(values), lengths.astype(jnp.int32))
+        return self._head(hidden), KVCache(tuple(keys), tuple(values), lengths.astype(jnp.int32), tuple(norms))
 
     def decode(
         self,
@@ -205,8 +207,8 @@ class LlamaForCausalLM(nnx.Module):
     ) -> tuple[jax.Array, KVCache, jax.Array]:
         """One decode step: appends a token to each row and predicts the next.
 
-        Where `overflow` is true the logits and the new slots are not usable: call again with softmax=None on
-        the returned keys and values and the lengths from before. That writes the same slots.
+        Where `overflow` is true the logits, the new slots and the norms are not usable: call again with softmax=None
+        on the returned keys and values, and the lengths and norms from before. That writes the same slots.
 
         Args:
           tokens: [B] integers.
@@ -225,17 +227,20 @@ class LlamaForCausalLM(nnx.Module):
         _check_batch(cache, tokens=tokens)
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
-        keys, values = list(cache.keys), list(cache.values)
+        keys, values, norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
         lengths = cache.lengths + 1
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             keys[layer] = write_token(keys[layer], key, cache.lengths)
             values[layer] = write_token(values[layer], value, cache.lengths)
+            if norms:
+                norms[layer] = jnp.maximum(norms[layer], unified_max.max_norm(key.astype(keys[layer].dtype)))
             return ops.unchecked_decode_attention(
                 query,
                 keys[layer],
                 values[layer],
                 key_value_seq_lengths=lengths,
+                key_max_norm=norms[layer] if norms else None,
                 softmax=softmax,
                 implementation=implementation,
             )
@@ -245,7 +250,7 @@ class LlamaForCausalLM(nnx.Module):
         # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
         # A constant False lets XLA drop the caller's recompute branch altogether.
         overflow = jnp.zeros((), bool) if softmax is None else jnp.isnan(logits[:, 0]).any()
-        return logits, KVCache(tuple(keys), tuple(values), lengths), overflow
+        return logits, KVCache(tuple(keys), tuple(values), lengths, tuple(norms)), overflow
 
     def hidden_states(
         self,

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
 from fdpp_jax.config import DecodeAttentionConfig
-from fdpp_jax.pallas import flags, kv_tiles, ring
+from fdpp_jax.pallas import handover, kv_tiles, ring
 
 LOG2E = 1.4426950408889634
 # Lower than any finite score, yet finite, so that max - max of a share without keys is not a NaN.
@@ -109,22 +109,24 @@ class Rows:
 
     def _any(self, is_set: jax.Array) -> jax.Array:
         """Whether any live row is set, for [rows] float32 of 0 and 1: a scalar, by way of shared memory."""
-        self.smem.den[...] = is_set
+        self.smem.failed[...] = is_set
         plgpu.commit_smem()
         live_rows = self.facts.group * self.facts.query_length
-        return functools.reduce(jnp.logical_or, [self.smem.den[row] > 0 for row in range(live_rows)])
+        return functools.reduce(jnp.logical_or, [self.smem.failed[row] > 0 for row in range(live_rows)])
 
     def load_query(self) -> None:
+        """Starts the load that the first attend() waits for."""
         plgpu.copy_gmem_to_smem(self.gmem.q.at[self.box], self.smem.q, self.smem.q_ready)
-        plgpu.barrier_wait(self.smem.q_ready)
 
-    def attend(self, first: jax.Array, last: jax.Array, *, online: bool) -> Sums:
-        """The sums of the tiles [first, last), after load_query()."""
+    def attend(self, first: jax.Array, last: jax.Array, *, online: bool, again: bool = False) -> Sums:
+        """The sums of the tiles [first, last), after load_query(); `again` once more with the same query."""
         smem, facts, live_keys = self.smem, self.facts, self.live
         block_kv, num_stages = facts.config.block_kv, facts.config.num_stages
         fetch = functools.partial(kv_tiles.fetch, self.gmem, smem, self.batch, self.kv_head)
         ring.fill(fetch, first, last, num_stages)
         phi = None if online else self._phi()
+        if not again:
+            plgpu.barrier_wait(self.smem.q_ready)
 
         def step(tile: jax.Array, carry: Sums) -> Sums:
             slot = lax.rem(tile - first, jnp.int32(num_stages))
@@ -157,12 +159,10 @@ class Rows:
             smem.p.transpose((1, 0))[...] = p
             if not self.token_scales:
                 plgpu.barrier_wait(smem.v_ready.at[slot])
-            values = kv_tiles.widened(smem, "v", slot)
+            values = kv_tiles.wide_values(smem, slot) if kv_tiles.is_narrow(smem) else smem.v.at[slot]
 
             @pl.when((tile * block_kv < live_keys.low) | ((tile + 1) * block_kv > live_keys.high))
             def _clear_dead_values() -> None:
-                if hasattr(smem, "v_wide"):
-                    plgpu.commit_smem()
                 kv_tiles.clear_rows(values, live_keys.low - tile * block_kv, live_keys.high - tile * block_kv)
 
             plgpu.commit_smem()
@@ -190,11 +190,11 @@ class Rows:
         """[block_kv, rows] in base 2, of the tile in `slot`."""
         facts, smem = self.facts, self.smem
         plgpu.barrier_wait(smem.k_ready.at[slot])
-        keys = kv_tiles.widened(smem, "k", slot)
-        if hasattr(smem, "k_wide"):
-            plgpu.commit_smem()
+        keys = kv_tiles.wide_keys(smem, slot) if kv_tiles.is_narrow(smem) else smem.k.at[slot]
 
         def product(acc: Any) -> jax.Array:
+            if kv_tiles.is_narrow(smem) and facts.is_interpreted:  # whose wgmma takes no registers
+                return jnp.dot(keys.astype(jnp.float32), smem.q[...].astype(jnp.float32).T)
             plgpu.wgmma(acc, keys, smem.q.transpose((1, 0)))
             return acc[...]
 
@@ -209,31 +209,24 @@ class Rows:
         return s * (facts.cap * LOG2E)
 
     def publish(self, sums: Sums, here: tuple[jax.Array, ...]) -> None:
-        """Writes the sums to the place `here` [chunk, kv_head, share] of the partial sums, and says so."""
-        gmem, smem = self.gmem, self.smem
-        num, *stats = _laid_out(sums)
-        slab_dim = smem.num.shape[0]
-        for name, value in zip(("den", "max"), stats, strict=False):
-            getattr(smem, name)[...] = value
-        for start in range(0, self.padded_dim, slab_dim):
-            if start:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            smem.num[...] = lax.slice(num, (start, 0), (start + slab_dim, self.num_rows))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.num, gmem.num.at[*here, pl.ds(start, slab_dim)])
-        for name, _ in zip(("den", "max"), stats, strict=False):
-            plgpu.copy_smem_to_gmem(getattr(smem, name), getattr(gmem, name).at[here])
-        plgpu.wait_smem_to_gmem(0)
-        if hasattr(gmem, "flag") and not self.facts.is_interpreted:
-            flags.raise_flag(gmem.flag.at[here])
+        """Leaves the sums at the place `here` [chunk, kv_head, share]."""
+        for name, value in zip(("num", "den", "max"), _laid_out(sums), strict=False):
+            if self.facts.is_interpreted:
+                getattr(self.gmem, name)[here] = value
+            else:
+                handover.store(value, getattr(self.gmem, name).at[here])
+        if hasattr(self.gmem, "flag") and not self.facts.is_interpreted:
+            handover.raise_flag(self.gmem.flag.at[here])
 
     def finish(self, sums: Sums, chunk: jax.Array, first_share: jax.Array, num_others: jax.Array) -> None:
-        """Adds the sums that `num_others` shares from first_share on published, and writes the result."""
+        """Adds the sums that `num_others` shares from first_share on publish, and writes the result."""
         gmem = self.gmem
         if not self.facts.is_interpreted:  # the interpreter runs one CTA after the other
             flag = gmem.flag.at[chunk, self.kv_head, first_share]
-            pl.when(num_others > 0)(lambda: flags.await_flags(flag, num_others))
-        unroll = max(1, 64 * 128 // (self.padded_dim * self.num_rows))  # loads in flight: 64 registers a thread
+            pl.when(num_others > 0)(lambda: handover.await_flags(flag, num_others))
+        # Loads in flight: 128 registers a thread, or 32 where more than two CTAs share an SM's registers.
+        num_registers = 32 if kv_tiles.is_narrow(self.smem) else 128
+        unroll = max(1, num_registers * 128 // (self.padded_dim * self.num_rows))
 
         def add(turn: jax.Array, sums: Sums) -> Sums:
             for i in range(unroll):
@@ -280,7 +273,7 @@ class Rows:
         @pl.when(failed)
         def _recompute() -> None:
             first = self.live.first
-            self.write(self.attend(first, first + self.live.count, online=True))
+            self.write(self.attend(first, first + self.live.count, online=True, again=True))
 
     def _store(self, num: jax.Array, factor: jax.Array) -> None:
         """Writes num * factor, and zeros to rows that see no key. The query is not needed any more: its place is."""
@@ -289,7 +282,7 @@ class Rows:
         self.smem.q.transpose((1, 0))[...] = (num * _across(factor, num.shape)).astype(self.smem.q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.smem.q, self.gmem.out.at[self.box])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def prior_is_nan(self) -> jax.Array:
         """Whether a row of the earlier result is NaN."""

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
 from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, round_up
-from fdpp_jax.pallas import attention_rows, flags, kv_tiles, ring
+from fdpp_jax.pallas import attention_rows, handover, kv_tiles, ring
 from fdpp_jax.pallas.attention_rows import LOG2E, Facts, Live, Rows
 
 
@@ -127,18 +127,17 @@ def decode_attention(
         operands["prior"] = padded(by_group(prior), out_rows - live_rows)
 
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    out_types = dict(num=f32((*shares, padded_dim, rows)), den=f32((*shares, rows)), max=f32((*shares, rows)))
+    out_types: dict[str, Any] = dict(num=f32((*shares, padded_dim, rows)), den=f32((*shares, rows)))
+    out_types["max"] = f32((*shares, rows))
     if in_kernel:
         out_types = dict(out=jax.ShapeDtypeStruct(grouped_query.shape, query.dtype)) | out_types
-        out_types["flag"] = jax.ShapeDtypeStruct((*shares, flags.WORDS), jnp.int32)
+        out_types["flag"] = jax.ShapeDtypeStruct((*shares, handover.WORDS), jnp.int32)
 
     transforms = ring.tile_transforms(head_dim)
     scratch: dict[str, Any] = dict(
         q=plgpu.SMEM((rows, padded_dim), query.dtype, transforms=transforms),
         p=plgpu.SMEM((rows, config.block_kv), query.dtype, transforms=transforms),
-        num=plgpu.SMEM((config.staged_dims(padded_dim, rows), rows), jnp.float32),
-        den=plgpu.SMEM((rows,), jnp.float32),
-        max=plgpu.SMEM((rows,), jnp.float32),
+        failed=plgpu.SMEM((rows,), jnp.float32),
         q_ready=plgpu.Barrier(),
         **kv_tiles.scratch(
             key, config, padded_dim, query.dtype, paged=page_table is not None, token_scales=token_scales

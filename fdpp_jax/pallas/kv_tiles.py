@@ -14,6 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fdpp_jax.config import DecodeAttentionConfig
 from fdpp_jax.pallas import ring
 
+# A thread converts 8 neighbours at a time: 8 lanes take 64 columns of a row, 4 rows a warp, 16 rows the four warps.
+_CONVERT = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 _SCALE_HEADS = 8  # heads of per-token scales that are loaded together: the columns of a WGMMA tile
 
 
@@ -38,8 +42,7 @@ def scratch(
     ready = plgpu.Barrier(num_arrivals=copies * (1 + token_scales), num_barriers=num_stages)
     refs = dict(k=tile, v=tile, k_ready=ready, v_ready=ready)
     if key.dtype.itemsize == 1:
-        wide = plgpu.SMEM((block_kv, padded_dim), dtype, transforms=ring.tile_transforms(head_dim, dtype))
-        refs |= dict(k_wide=wide, v_wide=wide)
+        refs["v_wide"] = plgpu.SMEM((block_kv, padded_dim), dtype, transforms=ring.tile_transforms(head_dim, dtype))
     if token_scales:
         factors = plgpu.SMEM((num_stages, block_kv, _SCALE_HEADS), jnp.float32)
         refs |= dict(k_factors=factors, v_factors=factors)
@@ -76,17 +79,28 @@ def fetch(gmem: Any, smem: Any, batch: jax.Array, kv_head: jax.Array, tile: jax.
             copy(name, page, lax.rem(position, jnp.int32(page_size)), size, pl.ds(part * size, size))
 
 
-def widened(smem: Any, name: str, slot: jax.Array) -> Any:
-    """The 16-bit tile of slot: the ring's own, or the 8-bit one converted."""
-    tile = getattr(smem, name).at[slot]
-    if not hasattr(smem, f"{name}_wide"):
-        return tile
-    wide = getattr(smem, f"{name}_wide")
-    narrow = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+def is_narrow(smem: Any) -> bool:
+    """Whether keys and values have 8 bits."""
+    return hasattr(smem, "v_wide")
+
+
+def wide_keys(smem: Any, slot: jax.Array) -> jax.Array:
+    """An 8-bit tile of keys in the query's dtype, in registers, from where wgmma takes it."""
+    return plgpu.layout_cast(_load_wide(smem, smem.k.at[slot], plgpu.Layout.WGMMA_UPCAST_2X), plgpu.Layout.WGMMA)
+
+
+def wide_values(smem: Any, slot: jax.Array) -> Any:
+    """An 8-bit tile of values in the query's dtype, in shared memory, where wgmma transposes it."""
+    smem.v_wide[...] = _load_wide(smem, smem.v.at[slot], _CONVERT)
+    plgpu.commit_smem()
+    return smem.v_wide
+
+
+def _load_wide(smem: Any, tile: Any, layout: Any) -> jax.Array:
+    narrow = plgpu.load(tile, layout=layout, optimized=False)
     if narrow.dtype != jnp.int8:
         narrow = narrow.astype(jnp.float16).astype(jnp.float32)  # the only way out of float8_e4m3fn
-    wide[...] = plgpu.layout_cast(narrow.astype(wide.dtype), plgpu.Layout.WGMMA)
-    return wide
+    return narrow.astype(smem.v_wide.dtype)
 
 
 def factors(smem: Any, name: str, slot: jax.Array, kv_head: jax.Array) -> jax.Array:

@@ -1,4 +1,6 @@
-"""One CTA tells another, through global memory, that its sums are there: no counter to zero, so no second launch.
+"""One CTA hands its sums to another through global memory: no counter to zero, so no second launch.
+
+The giver stores them and raises its flag; the taker waits for the flags of all, and reads.
 
 A flag is four words of scratch memory whose earlier content may be anything. It counts as raised when all 128 bits
 equal a pattern, and the CTA that waits for it lowers it again: so a flag of an earlier launch is never found raised,
@@ -42,7 +44,7 @@ _AWAIT = f"""{{
   setp.ge.u32 is_idle, thread, $1;
   @is_idle bra DONE;
 POLL:
-  ld.volatile.global.v4.b32 {{w0, w1, w2, w3}}, [flag];
+  ld.acquire.gpu.global.v4.b32 {{w0, w1, w2, w3}}, [flag];
   setp.ne.b32 is_low, w0, {_PATTERN[0]:#x};
   @is_low bra POLL;
   setp.ne.b32 is_low, w1, {_PATTERN[1]:#x};
@@ -51,17 +53,28 @@ POLL:
   @is_low bra POLL;
   setp.ne.b32 is_low, w3, {_PATTERN[3]:#x};
   @is_low bra POLL;
-  fence.acq_rel.gpu;
   st.volatile.global.v4.b32 [flag], {{zero, zero, zero, zero}};
 DONE:
 }}"""
 
 
+def store(value: jax.Array, ref_gmem: Any) -> None:
+    """ref_gmem[...] = value straight from registers: JAX 0.12 wants such a layout to pass through shared memory."""
+    layout = plgpu.Layout.WGMMA if value.ndim == 2 else plgpu.Layout.WGMMA.reduce(0)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def emit(_: Any, ref: Any, value: Any) -> None:
+        value.store_untiled(ref, optimized=False)
+
+    emit(ref_gmem, value)
+
+
 def raise_flag(flag_gmem: Any) -> None:
-    """Raises the flag flag_gmem [WORDS]: whoever finds it raised sees what this CTA wrote before."""
+    """Raises the flag flag_gmem [WORDS]: whoever finds it raised sees what this CTA stored before."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_: Any, flag: Any) -> None:
+        mgpu.utils.warpgroup_barrier()  # thread 0 speaks for all
         mgpu.utils.inline_ptx(_RAISE, mgpu.utils.memref_ptr(flag), has_side_effects=True)
 
     emit(flag_gmem)
