@@ -195,7 +195,9 @@ _COLUMNS = (
 _NUM_QUICK_COLUMNS = 6
 
 
-def bench_attention_table(cases: Sequence[AttentionCase] = TABLE, *, quick: bool = False) -> BenchReport:
+def bench_attention_table(
+    cases: Sequence[AttentionCase] = TABLE, *, quick: bool = False, record_path: str | None = None
+) -> BenchReport:
     """Times many shapes, a line each; "ours" is the kernel as planned, or the public op where there is no kernel.
 
     A kernel that fails, ours or a peer, leaves its cell empty and its error in the record.
@@ -203,20 +205,27 @@ def bench_attention_table(cases: Sequence[AttentionCase] = TABLE, *, quick: bool
     Args:
       cases: The shapes.
       quick: Leaves out ablations and peers.
+      record_path: Where the record is written after each shape, so that a run that is cut short leaves what it has.
     """
     running = device.current()
     columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
-    rows, records = [], []
+    rows: list[tuple[str, ...]] = []
+    record = timing.provenance() | {"attention_table": list[dict[str, Any]]()}
+    report = BenchReport(f"Decode attention on {running.kind}: medians in microseconds", columns, (), record)
     for index, case in enumerate(cases):
         timing.progress(f"{index + 1} of {len(cases)}: {case.label}")
         candidates, timings, plan = _measure(case, running, quick)
         for name, error in timings.failures.items():
             timing.progress(f"{name} does not run: {timing.first_line(error)}")
         rows.append(_table_cells(case, timings)[: len(columns)])
-        records.append(_record(case, plan) | timing.timings_record(candidates, timings, case.live_bytes))
         timing.progress(" | ".join(rows[-1]))
-    title = f"Decode attention on {running.kind}: medians in microseconds"
-    return BenchReport(title, columns, tuple(rows), timing.provenance() | {"attention_table": records})
+        record["attention_table"].append(
+            _record(case, plan) | timing.timings_record(candidates, timings, case.live_bytes)
+        )
+        report = dataclasses.replace(report, rows=tuple(rows))
+        if record_path is not None:
+            report.save(record_path)
+    return report
 
 
 def _table_cells(case: AttentionCase, timings: Timings) -> tuple[str, ...]:

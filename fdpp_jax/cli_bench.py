@@ -90,4 +90,4 @@ def attention_bench(args: argparse.Namespace, running: "Device") -> "Callable[[]
     if not cases:
         labels = "; ".join(case.label for case in bench_attention.TABLE)
         raise ValueError(f"--only {args.only!r} is in no label of the table: {labels}")
-    return functools.partial(bench_attention.bench_attention_table, cases, quick=args.quick)
+    return functools.partial(bench_attention.bench_attention_table, cases, quick=args.quick, record_path=args.json)

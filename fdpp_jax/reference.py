@@ -48,7 +48,7 @@ def dot_product_attention(
 
     Returns:
       [B, T, N, H] in the query's dtype. With phi, rows whose denominator left the safe window of
-      `unified_max` are NaN and must be recomputed without it.
+      `unified_max`, or whose sum of values is not finite, are NaN and must be recomputed without it.
     """
     batch, query_length, num_heads, head_dim = query.shape
     key, value = _contiguous(key, key_scale, page_table), _contiguous(value, value_scale, page_table)
@@ -93,7 +93,9 @@ def dot_product_attention(
     )  # [B, T, K, G, H]
     if phi is not None:
         # The weights are float32 here whatever the inputs are, so float32's window applies.
-        den = jnp.where(unified_max.leaves_window(den, capacity, jnp.float32), jnp.nan, den)
+        failed = unified_max.leaves_window(den, capacity, jnp.float32)
+        failed |= ~jnp.isfinite(num).all(axis=-1).transpose(0, 2, 3, 1)  # values as large as 1e18 overflow a safe row
+        den = jnp.where(failed, jnp.nan, den)
     den = jnp.where(mask.any(axis=-1), den, 1.0)  # a row without keys: 0 / 1
     return (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
 

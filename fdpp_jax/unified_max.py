@@ -41,7 +41,7 @@ class UnifiedMax:
       phi: The constant subtracted from the scaled scores, in natural-log units: a float or an array that
         broadcasts to [B, N]. It is a traced value; changing it compiles nothing anew. None means a bound
         for each row, see `bound`.
-      recompute: Where a row that left the window is redone: "kernel" (by the CTAs that hold it), "launch" (by a
+      recompute: Where a row that left the window is redone: "kernel" (by the CTA that adds it up), "launch" (by a
         second kernel, which exits early where no row failed) or "cond" (by a second call under `lax.cond`).
         None lets the heuristics choose. Without a kernel it is always "cond".
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_plan_on_hopper_takes_the_kernels(capsys):
     assert "flat" in out
     assert "measured faster than gemv" in " ".join(out.split())
     assert "mosaic_gpu" in out
-    assert "num_splits 16" in out
+    assert re.search(r"block_kv \d+, num_splits \d+", " ".join(out.split()))
 
 
 def test_plan_of_a_directory(capsys, tmp_path):
@@ -195,7 +196,8 @@ def test_bench_attention_of_one_shape(capsys, monkeypatch, tmp_path):
 def test_bench_attention_of_the_table(capsys, monkeypatch):
     tables = []
 
-    def bench(cases, *, quick):
+    def bench(cases, *, quick, record_path):
+        assert record_path is None
         tables.append((cases, quick))
         return timing.BenchReport("title", ("shape",), (), {})
 
