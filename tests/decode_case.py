@@ -1,19 +1,35 @@
-"""A case of the decode kernel: its static facts, random inputs with poison wherever no query looks, and how to run it."""
+"""A case of the decode kernel: its static facts, how to run it, and random inputs with poison where no query looks."""
 
 import dataclasses
+import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import DecodeAttentionConfig
+from fdpp_jax.config import DecodeAttentionConfig, round_up
 from fdpp_jax.pallas.decode_attention import decode_attention
 
 ON_GPU = jax.default_backend() == "gpu"
+
+_reset_clocks = shared_memory.GPUSharedMemory.reset_per_cluster_state
+
+
+def _keep_clocks(memory):
+    """Called between CTAs, which run one after the other: what one wrote, the next may read.
+
+    The interpreter's own method starts the clocks anew, so that such a read is a race to it or not as the clocks fall.
+    """
+    clocks = list(memory.clocks.values())
+    _reset_clocks(memory)
+    for clock in memory.clocks.values():
+        for earlier in clocks:
+            clock.update(earlier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,26 +115,20 @@ class Case:
         """The kernel; interpreted, where there is no GPU, with race detection, which raises."""
         interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=True)
         phi = None if phi is None else jnp.asarray(phi, jnp.float32)
+        call = functools.partial(decode_attention, **self.options, config=self.config, interpret=interpret)
         try:
-            out = decode_attention(
-                **inputs,
-                **self.options,
-                phi=phi,
-                config=self.config,
-                recompute=recompute,
-                prior=prior,
-                interpret=interpret,
-            )
-            assert out.dtype == self.dtype
-            return jax.block_until_ready(out)
+            with mock.patch.object(shared_memory.GPUSharedMemory, "reset_per_cluster_state", _keep_clocks):
+                out = jax.block_until_ready(call(**inputs, phi=phi, recompute=recompute, prior=prior))
         except BaseException:
             gpu_callbacks.reset_gpu_interpret_mode_state()
             raise
+        assert out.dtype == self.dtype
+        return out
 
     def leaves_window(self, log_sum, phi):
         """[B, T, N]: whether the row's denominator leaves the safe window, and whether rounding may decide it."""
         phi = np.broadcast_to(np.asarray(phi, np.float64), (self.batch, self.num_heads))
-        capacity = self.capacity if self.page_size is None else -(-self.capacity // self.page_size) * self.page_size
+        capacity = round_up(self.capacity, self.page_size or 8)
         low, high = np.log(unified_max.window(self.dtype, capacity))
         log_den = log_sum - phi[:, None]
         is_near = np.minimum(abs(log_den - low), abs(log_den - high)) < 0.1

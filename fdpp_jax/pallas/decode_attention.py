@@ -95,6 +95,7 @@ def decode_attention(
     chunk = min(batch, MAX_CHUNK) if in_kernel else 1
     shares = (-(-batch // chunk), num_kv_heads, config.num_splits)
     assert in_kernel or not recompute
+    assert config.num_splits <= handover.MAX_GIVERS + 1 or not in_kernel
 
     def by_group(x: jax.Array) -> jax.Array:  # [B, T, N, ...] -> [B, K, T * G, ...]
         x = x.reshape(*x.shape[:2], num_kv_heads, group, *x.shape[3:]).swapaxes(1, 2)
@@ -185,7 +186,7 @@ def decode_attention(
 
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:
     """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
-    block_kv, num_shares = facts.config.block_kv, facts.config.num_splits
+    block_kv = facts.config.block_kv
     chunk, kv_head, share = (lax.axis_index(name) for name in ("chunk", "kv_head", "share"))
     first_sequence = chunk * facts.chunk
 
@@ -204,7 +205,9 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
 
     counts = [live_of(first_sequence + i).count for i in range(facts.chunk)]
     total = sum(counts[1:], counts[0])
-    begin, end = ring.share(share, num_shares, total)
+    # No share between others may be empty: the owner waits for all of them. CTAs beyond the tiles have nothing to do.
+    num_shares = jnp.minimum(facts.config.num_splits, total)
+    begin, end = (jnp.minimum(tile, total) for tile in ring.share(share, num_shares, total))
 
     def attend(sequence: jax.Array, start: jax.Array) -> None:
         """The part of this CTA's tiles [begin, end) that belongs to a sequence, whose own tiles begin at `start`."""

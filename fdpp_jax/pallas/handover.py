@@ -16,6 +16,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WORDS = 4
+MAX_GIVERS = 128  # threads of a CTA
 _PATTERN = (0x5F3759DF, 0x2545F491, 0x6C078965, 0x41C64E6D)
 
 _RAISE = f"""{{
@@ -81,7 +82,7 @@ def raise_flag(flag_gmem: Any) -> None:
 
 
 def await_flags(flag_gmem: Any, num: jax.Array) -> None:
-    """Waits until `num` flags (at most 128) from flag_gmem [WORDS] on are raised, and lowers them."""
+    """Waits until `num` flags (at most MAX_GIVERS) from flag_gmem [WORDS] on are raised, and lowers them."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
     def emit(_: Any, flag: Any, num: Any) -> None:

@@ -24,7 +24,7 @@ def tile_transforms(
     raise NotImplementedError(f"tiles need a last axis that is a multiple of {32 // itemsize}; got {minor_size}")
 
 
-def share(index: jax.Array, num_shares: int, num_tiles: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def share(index: jax.Array, num_shares: jax.Array | int, num_tiles: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """First tile of share `index` and of the next one: even shares of `num_tiles`, known at run time or before."""
     first = lax.div(index * num_tiles, jnp.int32(num_shares))
     return first, lax.div((index + 1) * num_tiles, jnp.int32(num_shares))
