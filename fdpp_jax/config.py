@@ -9,8 +9,8 @@ from typing import Literal
 
 AttentionImplementation = Literal["mosaic_gpu", "triton", "xla"]
 MatmulImplementation = Literal["gemv", "flat", "xla"]
-# Where a row that left the safe window is redone: by the CTAs that hold it, by a second launch that exits early where
-# no row failed, or by a second call under lax.cond.
+# Where a row that left the safe window is redone: by the CTA that holds its sequence's last tile, by a second launch
+# that exits early where no row failed, or by a second call under lax.cond.
 Recompute = Literal["kernel", "launch", "cond"]
 # Who adds up the partial sums of a sequence: the CTA that holds its last tile, or a second launch.
 Combine = Literal["kernel", "launch"]

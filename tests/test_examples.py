@@ -5,11 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from fdpp_jax import models
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+REPOSITORY = pathlib.Path(__file__).parent.parent
+EXAMPLES = REPOSITORY / "examples"
 
 
 def test_quickstart_runs_from_top_to_bottom(capsys):
@@ -20,6 +22,17 @@ def test_quickstart_runs_from_top_to_bottom(capsys):
             exec("".join(cell["source"]), names)
     assert "47 of 47 steps recomputed" in capsys.readouterr().out
     assert len(names["results"]) == 4
+
+
+def test_the_readme_s_kernel_calls_run():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    code = text.split("## Use the kernels")[1].split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    for name in ("sinks", "page_table", "query_offset", "local_window_size", "value_scale"):
+        assert name in code
+    assert names["out"].shape == names["query"].shape
+    assert np.isfinite(names["out"].astype(np.float32)).all()
 
 
 @pytest.mark.slow

@@ -159,7 +159,17 @@ def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
     graphdef, weights = nnx.split(model)
     eos_ids = jnp.array([3], jnp.int32)
     prompts, lengths = jnp.zeros((batch, 16), jnp.int32), jnp.full((batch,), 5, jnp.int32)
-    prefill = (graphdef, capacity, weights, prompts, lengths, Sampling(), eos_ids, jax.random.key(0))
+    prefill = (
+        graphdef,
+        capacity,
+        softmax is not None and softmax.is_bound,
+        weights,
+        prompts,
+        lengths,
+        Sampling(),
+        eos_ids,
+        jax.random.key(0),
+    )
     loop = generation._prefill(*prefill)
     return graphdef, 8, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
 

@@ -91,6 +91,49 @@ def test_bound_cannot_overflow_and_wastes_no_room(num_keys, dtype, sink):
             assert log_den > np.log(den_max) - 1.1 - 2e-5 * size**2
 
 
+def _adversarial_keys(query, num_keys, norm):
+    """Keys [rows, num_keys, H] of norms up to `norm` that make the bound of query [rows, H] as loose as can be."""
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((len(query), num_keys, query.shape[1])).astype(np.float32)
+    along = query / np.linalg.norm(query, axis=-1, keepdims=True)
+    across = keys - (keys @ along[..., None]) * along[:, None]
+    across /= np.linalg.norm(across, axis=-1, keepdims=True)
+    one_huge = across.copy()
+    one_huge[:, 3] = norm * rng.choice([-1, 1], (len(query), 1)) * along
+    return {
+        "orthogonal": across * rng.uniform(1, norm, (len(query), num_keys, 1)).astype(np.float32),
+        "one huge": one_huge,
+        "all equal": np.broadcast_to(norm * across[:, :1], keys.shape),
+        "along": np.broadcast_to(norm * along[:, None], keys.shape),
+        "against": np.broadcast_to(-norm * along[:, None], keys.shape),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("norm", [10.0, 100.0, 1000.0])
+def test_no_keys_make_a_bound_overflow_and_only_loose_ones_recompute(norm, dtype):
+    num_keys, head_dim = 128, 64
+    query = np.random.default_rng(1).standard_normal((64, head_dim)).astype(np.float32)
+    q = jnp.asarray(query, dtype)
+    den_min, den_max = unified_max.window(dtype, num_keys)
+    for name, keys in _adversarial_keys(query, num_keys, norm).items():
+        k = jnp.asarray(keys, dtype)
+        phi = row_phi(q[:, None, None], k[:, :, None], head_dim**-0.5, dtype=dtype)  # [rows, 1]
+        scores = np.asarray(q, np.float64)[:, None] @ np.asarray(k, np.float64).transpose(0, 2, 1) * head_dim**-0.5
+        weights = jnp.exp(jnp.asarray(scores[:, 0], jnp.float32) - phi)
+        den = np.asarray(weights.astype(dtype).astype(jnp.float32).sum(axis=-1))
+        assert (den <= den_max).all(), name
+        top = scores[:, 0].max(axis=-1)
+        log_sum = top + np.log(np.exp(scores[:, 0] - top[:, None]).sum(axis=-1))
+        sizes = np.linalg.norm(np.asarray(q, np.float64), axis=-1), np.linalg.norm(np.asarray(k, np.float64), axis=-1)
+        looseness = sizes[0] * sizes[1].max(axis=1) * head_dim**-0.5 - log_sum
+        depth = np.log(den_max / den_min) - np.log(num_keys) - 1
+        failed = np.asarray(unified_max.leaves_window(jnp.asarray(den), num_keys, dtype))
+        is_clear = abs(looseness - depth) > 0.1
+        np.testing.assert_array_equal(failed[is_clear], (looseness > depth)[is_clear], name)
+        assert not failed.any() or name != "along"
+
+
 def test_bound_of_capped_scores_is_the_cap():
     query, key = 100 * jnp.ones((1, 1, 2, 16)), jnp.ones((1, 4, 1, 16))
     capped = row_phi(query, key, 1.0, logits_soft_cap=30.0)

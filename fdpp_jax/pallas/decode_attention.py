@@ -76,7 +76,7 @@ def decode_attention(
       page_table: [B, pages] int32; an entry beyond the length may be anything.
       key_scale: float32 factors of int8 or float8 keys: [K], or one for every token and head, key.shape[:3].
       value_scale: As key_scale.
-      recompute: Redo rows outside the safe window inside the kernel; needs splits that are one cluster.
+      recompute: Redo rows outside the safe window inside the kernel; not with combine="launch".
       prior: [B, T, N, H], an earlier result. Only the heads of a sequence that hold NaN in it are computed, the
         others are copied.
       interpret: Runs the kernel interpreted on the CPU.

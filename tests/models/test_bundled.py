@@ -1,11 +1,15 @@
 """The bundled checkpoint: the same text on every device in float32, and on Hopper's kernels in bfloat16."""
 
+import pathlib
+import sysconfig
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fdpp_jax
-from fdpp_jax import UnifiedMax, device, models
+from fdpp_jax import UnifiedMax, device, models, unified_max
 
 # fmt: off
 GREEDY = {  # 48 tokens in float32 on a CPU
@@ -43,10 +47,60 @@ def test_float32_tokens_are_the_same_everywhere(tokenizer, softmax):
     tokens, lengths = prompts(tokenizer)
     result = fdpp_jax.generate(model, tokens, lengths, max_new_tokens=48, softmax=softmax)
     assert result.tokens.tolist() == list(GREEDY.values())
-    recomputed = {None: 0, 6.0: 0, -200.0: result.decode_steps}
-    phi = None if softmax is None else softmax.phi
-    if softmax != UnifiedMax.bound():  # may be too loose for the window, at any step
-        assert result.recomputed_steps == recomputed[phi]
+    assert result.recomputed_steps == (result.decode_steps if softmax == UnifiedMax(-200.0) else 0)
+
+
+@pytest.fixture(scope="module")
+def rows_of_held_out_text(tokenizer):
+    """ln of the sum of e^score, and phi of UnifiedMax.bound(): [steps, layers, heads] each.
+
+    Of the decode steps of 512 tokens that the model never saw in training.
+    """
+    model = models.load(models.bundled_path(), dtype=jnp.float32)
+    text = (pathlib.Path(sysconfig.get_path("stdlib")) / "getopt.py").read_text(encoding="utf-8")
+    tokens = jnp.array([tokenizer.encode(text)[:512]])
+    num_tokens, num_heads = tokens.shape[1], model.config.num_attention_heads
+    log_sums, phis = [], []
+
+    def attend(layer, query, key, value):
+        del layer
+        group, scale = num_heads // key.shape[2], key.shape[3] ** -0.5
+        scores = jnp.einsum("tnh,snh->tns", query[0], key[0].repeat(group, axis=1), precision="highest") * scale
+        scores = jnp.where(jnp.tri(num_tokens, dtype=bool)[:, None], scores, -jnp.inf)
+        log_sums.append(jax.nn.logsumexp(scores, axis=-1))
+        phis.append(
+            unified_max.row_phi(
+                UnifiedMax.bound(),
+                query[0][:, None],  # each token is a step of its own, over the keys so far
+                jax.ShapeDtypeStruct((num_tokens, *key.shape[1:]), key.dtype),
+                scale,
+                None,
+                dtype=key.dtype,
+                key_max_norm=jax.lax.cummax(jnp.linalg.norm(key[0], axis=-1), axis=0),
+            )
+        )
+        return fdpp_jax.dot_product_attention(query, key, value, is_causal=True)
+
+    @jax.jit
+    def probe(tokens):
+        model.hidden_states(tokens, jnp.arange(num_tokens)[None], attend)
+        return jnp.stack(log_sums, axis=1), jnp.stack(phis, axis=1)
+
+    return probe(tokens)
+
+
+@pytest.mark.parametrize("softmax", ["unified", "bound", "phi = bound"])
+def test_which_steps_of_held_out_text_recompute(rows_of_held_out_text, softmax):
+    """Hardly any; most, if phi were the bound itself. docs/numerics.md has the numbers of more text."""
+    log_sums, phi = rows_of_held_out_text
+    num_steps = len(log_sums)
+    assert num_steps == 512
+    phi = {"unified": 6.0, "bound": phi, "phi = bound": phi + np.log(2.0**64) - np.log(num_steps) - 1}[softmax]
+    failed = unified_max.leaves_window(jnp.exp(log_sums - phi), num_steps, jnp.float32).any(axis=(1, 2))
+    if softmax == "phi = bound":
+        assert failed.mean() > 0.5
+    else:
+        assert failed.mean() < 0.01
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The KV cache is written in place: the compiled program holds no copy of it."""
+"""The KV cache is written in place: the compiled program holds no copy of it. The norms of its keys are kept."""
 
 import re
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from fdpp_jax import UnifiedMax, models
+from fdpp_jax.generation import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig
 from fdpp_jax.models.cache import write_prompt, write_token
 
@@ -111,6 +112,41 @@ def test_recomputed_steps_give_the_same_tokens(split: Any, batch: int, phi: floa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cache, exact_cache)
 
 
+def true_norms(cache: KVCache, lengths: Any) -> list[np.ndarray]:
+    """max |k| [B, K] of each layer's stored keys below the lengths."""
+    live = np.arange(cache.capacity) < np.asarray(lengths)[:, None]
+    stored = [np.where(live[:, :, None, None], np.asarray(keys, np.float64), 0.0) for keys in cache.keys]
+    return [np.linalg.norm(keys, axis=-1).max(axis=1) for keys in stored]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_are_those_of_the_live_keys_as_stored(dtype: Any) -> None:
+    graphdef, state = nnx.split(models.random_model(CONFIG, dtype))
+    lengths = jnp.array([6, 1, 3])
+    tokens = jnp.arange(18).reshape(3, 6) % CONFIG.vocab_size  # also where they are padding
+
+    @jax.jit
+    def run(state: Any, softmaxes: list[UnifiedMax]) -> tuple[KVCache, list[KVCache], list[jax.Array]]:
+        model = nnx.merge(graphdef, state)
+        cache = KVCache.create(CONFIG, 3, CAPACITY, dtype, with_key_norms=True)
+        prefilled, caches, redone = model.prefill(tokens, lengths, cache)[1], [], []
+        cache = prefilled
+        for i, softmax in enumerate(softmaxes):
+            _, cache, is_redone = decode_step(model, tokens[:, i], cache, softmax)
+            caches, redone = [*caches, cache], [*redone, is_redone]
+        return prefilled, caches, redone
+
+    softmaxes = [UnifiedMax.bound(), UnifiedMax(6.0), UnifiedMax(300.0), UnifiedMax.bound(), None, UnifiedMax.bound()]
+    prefilled, caches, redone = run(state, softmaxes)
+    assert [bool(is_redone) for is_redone in redone] == [False, False, True, False, False, False]
+    for num_steps, cache in enumerate([prefilled, *caches]):
+        np.testing.assert_array_equal(cache.lengths, lengths + num_steps)
+        for norms, expected in zip(cache.key_max_norms, true_norms(cache, cache.lengths), strict=True):
+            np.testing.assert_allclose(norms, expected, rtol=1e-6)
+    padded = true_norms(prefilled, [6, 6, 6])
+    assert any((norms > kept * 1.001).any() for norms, kept in zip(padded, prefilled.key_max_norms, strict=True))
+
+
 @pytest.mark.parametrize("lengths", [[0], [4], [0, 4, 2], [3, 3, 3]])
 def test_write_token_touches_one_slot_a_row(lengths: list[int]) -> None:
     rng = np.random.default_rng(0)
@@ -129,6 +165,8 @@ def test_write_prompt_fills_the_first_slots() -> None:
 
 def test_cache_is_a_pytree_of_its_arrays() -> None:
     cache = KVCache.create(CONFIG, 2, 5, jnp.bfloat16)
+    with_norms = KVCache.create(CONFIG, 2, 5, jnp.bfloat16, with_key_norms=True)
+    assert [(norms.shape, norms.dtype) for norms in with_norms.key_max_norms] == 2 * [((2, 2), jnp.float32)]
     assert (cache.batch, cache.capacity) == (2, 5)
     assert len(jax.tree.leaves(cache)) == 2 * CONFIG.num_hidden_layers + 1
     assert {leaf.dtype for leaf in cache.keys + cache.values} == {jnp.dtype(jnp.bfloat16)}

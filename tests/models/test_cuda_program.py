@@ -1,6 +1,7 @@
 """The decode step as it is lowered for Hopper GPUs, on whatever machine runs the tests."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from fdpp_jax.generation import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
 
 
-def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None) -> str:
+def traced_step(num_layers: int, batch: int, softmax: UnifiedMax | None, *, with_key_norms: bool = False) -> Any:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=256,
@@ -24,13 +25,16 @@ def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None) -> str
     )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
     graphdef, weights = nnx.split(model)
-    cache = jax.eval_shape(lambda: KVCache.create(config, batch, 256, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: KVCache.create(config, batch, 256, jnp.bfloat16, with_key_norms=with_key_norms))
 
     def step(weights, cache, tokens, softmax):
         return decode_step(nnx.merge(graphdef, weights), tokens, cache, softmax)
 
-    traced = jax.jit(step, donate_argnums=1).trace(weights, cache, jax.ShapeDtypeStruct((batch,), jnp.int32), softmax)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(step, donate_argnums=1).trace(weights, cache, jax.ShapeDtypeStruct((batch,), jnp.int32), softmax)
+
+
+def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None) -> str:
+    return traced_step(num_layers, batch, softmax).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,15 @@ def test_online_softmax_has_no_recompute(monkeypatch):
     assert text.count("custom_call @mosaic_gpu") == 6
     assert "stablehlo.case" not in text
     assert lowered_step(2, 1, UnifiedMax()).count("stablehlo.case") == 1
+
+
+def test_only_a_bound_without_its_norms_reads_all_keys_again(monkeypatch):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+    norms, all_keys = "f32[3,2]", "f32[3,256,2,64]"  # [B, K], and the cache in float32
+    for softmax, with_key_norms, expected in (
+        (UnifiedMax(), False, (False, False)),
+        (UnifiedMax.bound(), False, (True, True)),
+        (UnifiedMax.bound(), True, (True, False)),
+    ):
+        text = str(traced_step(2, 3, softmax, with_key_norms=with_key_norms).jaxpr)
+        assert (norms in text, all_keys in text) == expected
