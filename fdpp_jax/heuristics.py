@@ -1,6 +1,6 @@
 """Which kernel runs: the paper's decision tree, from shapes and a device to a plan with its reason.
 
-Attention: the decode kernel for up to 16 queries a sequence, with as many CTAs a key/value head as fill the SMs; cuDNN for
+Attention: the decode kernel for up to 16 queries, with as many CTAs a key/value head as fill the SMs; cuDNN for
 prefill; else the float32 reference. Matmul: M = 1 gemv (the paper's ImplA), M up to 64 flat (ImplB), else XLA (ImplC).
 The roofline says whether a call is memory- or compute-bound. Rules are analytic; `_MIN_FLAT_ROWS` and how many CTAs and
 keys a tile attention takes were measured.
