@@ -187,8 +187,8 @@ def _attention_shape_refusal(shape: AttentionShape) -> str | None:
         return f"the decode kernel takes page sizes {PAGE_SIZES}, got {shape.page_size}"
     if shape.scales == "token" and shape.dtype == "float16":
         return "a weight times its token's scale may leave float16's range"
-    if shape.kv_itemsize == 1 and shape.head_dim % 32:
-        return f"TMA reads whole swizzle widths of 32 bytes: 8-bit head dims are multiples of 32, got {shape.head_dim}"
+    if shape.kv_itemsize == 1 and shape.head_dim % 64:
+        return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
     if shape.scales == "token" and shape.num_kv_heads % 4:
         return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
     if shape.capacity < 1:

@@ -64,7 +64,7 @@ CASES_ON_GPU = {
     "more tiles than stages": (Case(1, 1000, 2, 1, 64, tiles(64, 1, 3), **HALF), (999,)),
     "prefix": (Case(1, 72, 6, 2, 64, tiles(64, 1, 2), 5), (71,)),  # queries that see all keys
     "pages of 16": (Case(2, 250, 4, 2, 64, tiles(64, 2, 4), page_size=16), (250, 33)),
-    "pages of 128": (Case(2, 250, 4, 2, 96, tiles(64, 2, 2), page_size=128, **INT8, **HEAD), (250, 33)),
+    "pages of 128": (Case(2, 250, 4, 2, 64, tiles(64, 2, 2), page_size=128, **INT8, **HEAD), (250, 33)),
     "pages of 256": (Case(2, 600, 2, 1, 128, tiles(128, 3, 2), page_size=256), (600, 1)),
     "int8": (Case(2, 200, 8, 4, 128, tiles(64, 2, 2), **INT8, **HEAD), (190, 40)),
     "float8 of many heads' tokens": (Case(1, 72, 24, 12, 64, tiles(128, 1, 2), **FLOAT8, **TOKEN), (70,)),

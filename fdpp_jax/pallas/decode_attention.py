@@ -62,7 +62,7 @@ def decode_attention(
     Args:
       query: [B, T, N, H] bfloat16 or float16; H is a multiple of 16 up to 256.
       key: [B, S, K, H], or with a page table the pool [num_pages, page_size, K, H]; K divides N. The query's dtype,
-        or int8 or float8_e4m3fn with scales.
+        or, where H is a multiple of 64, int8 or float8_e4m3fn with scales.
       value: As key.
       lengths: [B] int32 live keys, 0..S. What lies beyond is not used, NaN included.
       phi: float32 in natural-log units, one for all rows [] or [B, N]; None for online softmax.
