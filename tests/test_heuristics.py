@@ -172,7 +172,7 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
             "scales per token need 4, 8, ... heads, got K = 2",
         ),
         ({"dtype": "float16", "kv_dtype": "int8", "scales": "token"}, "may leave float16's range"),
-        ({"head_dim": 96, "kv_dtype": "int8", "scales": "head"}, "8-bit tiles are widened 64 columns at a time, got H = 96"),
+        ({"head_dim": 96, "kv_dtype": "int8", "scales": "head"}, "8-bit tiles are widened 64 columns at a time"),
         ({"capacity": 0}, "needs a key, got S = 0"),
     ],
 )
