@@ -191,8 +191,8 @@ def _attention_shape_refusal(shape: AttentionShape) -> str | None:
         return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
     if shape.scales == "token" and shape.num_kv_heads % 4:
         return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
-    if shape.capacity < 1:
-        return f"the decode kernel needs a key, got S = {shape.capacity}"
+    if shape.batch < 1 or shape.capacity < 1:
+        return f"the decode kernel needs a sequence and a key, got B = {shape.batch}, S = {shape.capacity}"
     return None
 
 

@@ -17,7 +17,10 @@ from fdpp_jax.config import AttentionShape, DecodeAttentionConfig
 from fdpp_jax.heuristics import ATTENTION_HEAD_DIMS, refuse_mosaic_attention
 
 # The interpreter multiplies in numpy, which warns of the infinities that these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+    pytest.mark.slow,
+]
 
 tiles = DecodeAttentionConfig  # block_kv, splits, stages
 CASE = Case(3, 100, 4, 1, 64, tiles(64, 2, 2))
@@ -191,7 +194,6 @@ def check_random_inputs(seed, num_inputs, num_repetitions):
             np.testing.assert_array_equal(redone[is_kept], out[is_kept])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="1,000 of these run here")
 @pytest.mark.parametrize("seed", [2])
 def test_random_inputs_are_right(seed):

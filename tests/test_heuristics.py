@@ -173,7 +173,8 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
         ),
         ({"dtype": "float16", "kv_dtype": "int8", "scales": "token"}, "may leave float16's range"),
         ({"head_dim": 96, "kv_dtype": "int8", "scales": "head"}, "8-bit tiles are widened 64 columns at a time"),
-        ({"capacity": 0}, "needs a key, got S = 0"),
+        ({"capacity": 0}, "needs a sequence and a key, got B = 1, S = 0"),
+        ({"batch": 0}, "needs a sequence and a key, got B = 0, S = 4096"),
     ],
 )
 def test_refused_decode_falls_back_with_its_reason(changes, reason):
