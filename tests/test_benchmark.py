@@ -17,6 +17,8 @@ from fdpp_jax.config import MatmulShape
 from fdpp_jax.models import LlamaConfig
 from fdpp_jax.timing import BenchReport, Candidate
 
+pytestmark = pytest.mark.slow  # many small programs to compile
+
 PEERS_SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "attention_peers.py"
 TINY = functools.partial(attention_case, 2, 4, 2, 64, head_dim=16, dtype="float32")
 CONFIG = LlamaConfig(

@@ -71,10 +71,10 @@ CASES_ON_GPU = {
     "second launch": (Case(2, 136, 8, 2, 128, tiles(64, 2, 2, "launch"), **HALF), (129, 0)),
 }
 ALL_CASES = CASES | CASES_ON_GPU
-SLOW = ["ragged", "two chunks", "int8 of tokens"]
+SLOW = ["ragged", "two chunks", "draft of 16", "pages of 32", "int8 of tokens", "float8 pages of 32 of tokens"]
 CASES_AND_PHI = [
     *(pytest.param(name, 1.5, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES),
-    *((name, None) for name in ONLINE),
+    *(pytest.param(name, None, marks=pytest.mark.slow) for name in ONLINE),
     *(pytest.param(name, 1.5, marks=pytest.mark.gpu) for name in CASES_ON_GPU),
     *(pytest.param(name, None, marks=pytest.mark.gpu) for name in ALL_CASES if name not in ONLINE),
 ]
