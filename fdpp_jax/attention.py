@@ -200,8 +200,11 @@ def _checked_kernel(options: Options, config: DecodeAttentionConfig, recompute: 
         (is_mapped,) = in_batched
         per_head = ("sinks", "key_scale", "value_scale")  # of all sequences: B cannot take a mapped axis of theirs in
         if any(getattr(is_mapped, name) and getattr(arrays, name).ndim == 2 for name in per_head):
-            pick = lambda i: jax.tree.map(lambda x, mapped: x[i] if mapped else x, arrays, is_mapped)  # noqa: E731
-            return lax.map(lambda i: call(pick(i)), jnp.arange(axis_size)), True
+
+            def call_one(i: jax.Array) -> jax.Array:
+                return call(jax.tree.map(lambda x, mapped: x[i] if mapped else x, arrays, is_mapped))
+
+            return lax.map(call_one, jnp.arange(axis_size)), True
         # A mapped lax.cond would run both branches for every row: B takes the mapped axis instead.
         out = call(_fold_into_batch(axis_size, is_mapped, arrays))
         return out.reshape(axis_size, -1, *out.shape[1:]), True

@@ -44,8 +44,8 @@ _ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths, of which the
 _BLOCK_KV = 64
 # A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where it has more, adding up
 # more shares costs what that saves; a CTA alone on its SM takes tiles of 128 keys: 35.6 us with 16 such CTAs a head,
-# 36.3 with tiles of 64, 36.9 with 32 CTAs (B 8, 32/8 heads, 4096 keys). 8-bit caches want three an SM, since widening
-# a tile is a long chain of short steps: 86 us against 91 with four and 99 with two (B 8, 32/32 heads, 4096 keys).
+# 36.3 with tiles of 64, 36.9 with 32 CTAs (B 8, 32/8 heads, 4096 keys). 8-bit caches want three an SM: 86 us
+# against 91 and, once more, 105 with four, and 99 with two (B 8, 32/32 heads, 4096 keys).
 # All on an H200, 2026-11-23.
 _FEW_SPLITS = 8
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
