@@ -116,6 +116,9 @@ TABLE = (
     Case(8, 32, 32, 4096, kv_dtype="int8", scales="head"),
     Case(8, 32, 32, 4096, kv_dtype="int8", scales="token"),
     Case(8, 32, 32, 4096, kv_dtype="fp8", scales="head"),
+    Case(8, 32, 8, 16384),
+    Case(8, 32, 8, 16384, kv_dtype="int8", scales="head"),
+    Case(8, 32, 8, 16384, kv_dtype="fp8", scales="head"),
 )
 
 

@@ -28,7 +28,7 @@ _INT8_STEP = 1 / 32  # normal keys and values reach 127 steps at 4
 _UNIFIED, _PUBLIC, _ONLINE, _SEPARATE = "unified max", "public op", "online softmax", "separate combine"
 _CUDNN, _XLA = "jax.nn, cudnn", "jax.nn, xla"
 _PEERS = (_CUDNN, _XLA)
-_VARIANTS: tuple[Recompute, ...] = ("kernel", "launch", "cond")
+_PLACES: tuple[Recompute, ...] = ("kernel", "launch", "cond")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +150,9 @@ TABLE = (
     attention_case(8, 32, 32, 4096, kv_dtype="int8"),
     attention_case(8, 32, 32, 4096, kv_dtype="int8", scales="token"),
     attention_case(8, 32, 32, 4096, kv_dtype="float8_e4m3fn"),
+    attention_case(8, 32, 8, 16384),
+    attention_case(8, 32, 8, 16384, kv_dtype="int8"),
+    attention_case(8, 32, 8, 16384, kv_dtype="float8_e4m3fn"),
 )
 
 
@@ -169,7 +172,7 @@ def bench_attention(case: AttentionCase, *, quick: bool = False) -> BenchReport:
       Exception: What one of ours raised; a peer may fail.
     """
     running = device.current()
-    candidates, timings, plan = _measure(case, running, quick)
+    candidates, timings, plan = _measure(case, running, quick, () if quick else _PLACES)
     title = (
         f"Decode attention on {running.kind}: B, N/K, S = {case.label}, H {case.shape.head_dim}, {case.shape.dtype}, "
         f"{case.live_bytes / 1e6:.1f} MB of live K and V; {plan.implementation}: {plan.reason}"
@@ -200,7 +203,8 @@ def bench_attention_table(
 ) -> BenchReport:
     """Times many shapes, a line each; "ours" is the kernel as planned, or the public op where there is no kernel.
 
-    A kernel that fails, ours or a peer, leaves its cell empty and its error in the record.
+    The recompute in its other places is left to `bench_attention`: `lax.cond` takes the longest to compile. A kernel
+    that fails, ours or a peer, leaves its cell empty and its error in the record.
 
     Args:
       cases: The shapes.
@@ -262,9 +266,11 @@ def _record(case: AttentionCase, plan: AttentionPlan) -> dict[str, Any]:
     }
 
 
-def _measure(case: AttentionCase, running: Device, quick: bool) -> tuple[dict[str, Candidate], Timings, AttentionPlan]:
+def _measure(
+    case: AttentionCase, running: Device, quick: bool, places: Sequence[Recompute] = ()
+) -> tuple[dict[str, Candidate], Timings, AttentionPlan]:
     plan = heuristics.plan_attention(case.shape, running)
-    candidates = _candidates(case, plan, running, quick)
+    candidates = _candidates(case, plan, running, quick, places)
     x, kv = _inputs(case)
     sets = timing.copies(kv, timing.num_sets(case.live_bytes, running))
     # As a layer's query follows from the layer before; its values become small, which no kernel minds.
@@ -275,7 +281,9 @@ def _measure(case: AttentionCase, running: Device, quick: bool) -> tuple[dict[st
 # What is timed: functions of x (query, lengths and what else is small) and one cache.
 
 
-def _candidates(case: AttentionCase, plan: AttentionPlan, running: Device, quick: bool) -> dict[str, Candidate]:
+def _candidates(
+    case: AttentionCase, plan: AttentionPlan, running: Device, quick: bool, places: Sequence[Recompute]
+) -> dict[str, Candidate]:
     def ours(function: Callable[..., jax.Array], *, place: Recompute | None = None, **static: Any) -> Candidate:
         # lax.cond breaks the command buffer: some 20 us each, and the longest to compile.
         return Candidate(functools.partial(function, case.shape, **static), is_short=place == "cond")
@@ -290,7 +298,7 @@ def _candidates(case: AttentionCase, plan: AttentionPlan, running: Device, quick
     if config is None:
         candidates[_ONLINE] = ours(_op, softmax=None)
     else:
-        for place in _VARIANTS:
+        for place in places:
             if place != plan.recompute:
                 candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(_PHI, place), place=place)
         candidates[_ONLINE] = ours(_kernel, config=config, phi=None)

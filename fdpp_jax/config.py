@@ -9,10 +9,10 @@ from typing import Literal
 
 AttentionImplementation = Literal["mosaic_gpu", "triton", "xla"]
 MatmulImplementation = Literal["gemv", "flat", "xla"]
-# Where a row that left the safe window is redone: by the CTA that holds its sequence's last tile, by a second launch
+# Where a row that left the safe window is redone: by the CTA that holds its sequence's first tile, by a second launch
 # that exits early where no row failed, or by a second call under lax.cond.
 Recompute = Literal["kernel", "launch", "cond"]
-# Who adds up the partial sums of a sequence: the CTA that holds its last tile, or a second launch.
+# Who adds up the partial sums of a sequence: the CTA that holds its first tile, or a second launch.
 Combine = Literal["kernel", "launch"]
 ScaleKind = Literal["head", "token"]
 
@@ -101,14 +101,15 @@ class DecodeAttentionConfig:
     combine: Combine = "kernel"
 
     def smem_bytes(self, shape: AttentionShape) -> int:
-        """Shared memory one CTA asks for: the ring, the query and the weights p."""
+        """Shared memory one CTA asks for: the ring, the query, the next sequence's, and the weights p."""
         head_dim, rows = shape.padded_head_dim, shape.rows
+        num_queries = 2 if shape.batch > 1 and self.combine == "kernel" else 1
         ring = self.num_stages * 2 * self.block_kv * head_dim * shape.kv_itemsize
         if shape.kv_itemsize == 1:  # one tile in 16 bits
             ring += self.block_kv * head_dim * 2
         if shape.scales == "token":  # those of 8 heads are loaded together
             ring += self.num_stages * 2 * self.block_kv * 8 * 4
-        return ring + rows * (head_dim + self.block_kv) * 2 + _ATTENTION_SMEM_RESERVE
+        return ring + rows * (num_queries * head_dim + self.block_kv) * 2 + _ATTENTION_SMEM_RESERVE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,11 +43,15 @@ _KERNEL_DTYPES = ("bfloat16", "float16")
 _ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths, of which the narrowest is 32 bytes
 _BLOCK_KV = 64
 # A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where it has more, adding up
-# more shares costs what that saves; a CTA alone on its SM takes tiles of 128 keys: 35.6 us with 16 such CTAs a head,
-# 36.3 with tiles of 64, 36.9 with 32 CTAs (B 8, 32/8 heads, 4096 keys). 8-bit caches want three an SM: 86 us
-# against 91 and, once more, 105 with four, and 99 with two (B 8, 32/32 heads, 4096 keys).
-# All on an H200, 2026-11-23.
+# more shares costs what that saves, and a CTA alone on its SM takes tiles of 128 keys: 36.4 us with 16 such CTAs a
+# head, 36.8 with tiles of 64 (B 8, 32/8 heads, 4096 keys). 8-bit caches want two an SM, and tiles of 128 where a share
+# has many of them: 71 us against 79 (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
 _FEW_SPLITS = 8
+_MANY_WIDE_TILES = 16
+# Loads in flight an SM. Memory is busy with a third of it; with twice as many, loads queue up, and the first and the
+# last tiles come later: 9.4 us against 9.1 (B 1, 32/8 heads, 4096 keys), 23.8 against 22.3 with mixed lengths.
+# All on an H200, 2026-11-23.
+_BYTES_IN_FLIGHT = 96 * 1024
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
 _MAX_K_SPLITS = 8
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
@@ -129,25 +133,35 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     device = device_lib.resolve(device)
     chunk = min(shape.batch, MAX_CHUNK)
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
+    is_narrow = shape.kv_itemsize == 1
     smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES).smem_bytes(shape)
-    wanted_per_sm = 3 if shape.kv_itemsize == 1 else 2 if device.num_sms < _FEW_SPLITS * num_heads else 1
-    ctas_per_sm = max(
-        num for num in range(1, wanted_per_sm + 1) if num == 1 or smallest <= device.smem_bytes_shared(num)
-    )
+    wants_two = is_narrow or device.num_sms < _FEW_SPLITS * num_heads
+    ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
         num_splits -= num_splits % chunk  # shares that end with sequences of one length need not be added up
     num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // _BLOCK_KV), _MAX_KV_SPLITS))
-    smem_bytes = device.smem_bytes_shared(min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms)))
-    wide = DecodeAttentionConfig(2 * _BLOCK_KV, num_splits, 3)
-    has_wide_tiles = chunk * -(-shape.capacity // wide.block_kv) >= num_splits
-    if wanted_per_sm == 1 and shape.rows <= 16 and has_wide_tiles and wide.smem_bytes(shape) <= smem_bytes:
-        return wide
-    for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
-        config = DecodeAttentionConfig(_BLOCK_KV, num_splits, num_stages)
-        if config.smem_bytes(shape) <= smem_bytes:
+    ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))
+    num_wide_tiles = chunk * -(-shape.capacity // (2 * _BLOCK_KV))
+    wants_wide = num_wide_tiles >= num_splits * (_MANY_WIDE_TILES if is_narrow else 1) and shape.rows <= 16
+    if wants_wide and (is_narrow or not wants_two):
+        wide = _with_stages(2 * _BLOCK_KV, num_splits, ctas_per_sm, shape, device)
+        if wide.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
+            return wide
+    return _with_stages(_BLOCK_KV, num_splits, ctas_per_sm, shape, device)
+
+
+def _with_stages(
+    block_kv: int, num_splits: int, ctas_per_sm: int, shape: AttentionShape, device: Device
+) -> DecodeAttentionConfig:
+    """As many stages as keep enough loads in flight and fit, at least two."""
+    stage_bytes = 2 * block_kv * shape.padded_head_dim * shape.kv_itemsize
+    num_stages = min(_MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * stage_bytes)))
+    while True:
+        config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, _MIN_STAGES))
+        if num_stages <= _MIN_STAGES or config.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
             return config
-    return DecodeAttentionConfig(_BLOCK_KV, num_splits, _MIN_STAGES)
+        num_stages -= 1
 
 
 def flat_matmul_config(shape: MatmulShape, device: Device | str) -> FlatMatmulConfig:

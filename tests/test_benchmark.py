@@ -157,7 +157,7 @@ def test_the_candidates_of_a_gpu_lower(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: h200)
     case = attention_case(2, 8, 4, 256, page_size=16, kv_dtype="int8")
     plan = heuristics.plan_attention(case.shape, h200)
-    candidates = bench_attention._candidates(case, plan, h200, quick=False)
+    candidates = bench_attention._candidates(case, plan, h200, quick=False, places=bench_attention._PLACES)
     assert {"unified max", "public op", "online softmax", "separate combine"} < set(candidates)
     assert {f"public op, {place}" for place in ("kernel", "launch", "cond") if place != plan.recompute} < set(
         candidates

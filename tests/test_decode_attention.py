@@ -111,7 +111,7 @@ def test_is_as_accurate_as_online_softmax(dtype):
 
 
 RECOMPUTED = {
-    "bfloat16": Case(4, 136, 4, 2, 64, tiles(64, 3, 2)),
+    "bfloat16": Case(6, 136, 4, 2, 64, tiles(64, 2, 4)),  # the ring holds tiles of several sequences
     "draft": Case(3, 139, 6, 2, 128, tiles(64, 4, 2), 3, page_size=16, has_sinks=True, **DRAFT, **HALF),
     "int8": Case(2, 139, 8, 4, 64, tiles(64, 2, 2), local_window_size=(70, 0), **INT8, **TOKEN),
 }

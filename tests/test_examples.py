@@ -14,6 +14,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 EXAMPLES = REPOSITORY / "examples"
 
 
+@pytest.mark.slow
 def test_quickstart_runs_from_top_to_bottom(capsys):
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     names = {}

@@ -116,6 +116,7 @@ def test_vmap_folds_into_the_batch():
         assert oracle.relative_error(out[i, :, 0], expected) < oracle.TOLERANCE["bfloat16"]
 
 
+@pytest.mark.slow
 def test_scan_and_gradient():
     query, key, value, lengths = decode_inputs("float32", lengths=(100, 7))
     key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)

@@ -6,8 +6,8 @@ CTAs and writes the result. Sums are num [H, rows], den [rows] and, with online 
 `gmem` and `smem` hold the kernel's refs by name. What a call lacks (offsets, sinks, pages, scales) has no ref.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import DecodeAttentionConfig
 from fdpp_jax.pallas import handover, kv_tiles, ring
+from fdpp_jax.pallas.kv_shares import Place, Share, bounds
 
 LOG2E = 1.4426950408889634
 # Lower than any finite score, yet finite, so that max - max of a share without keys is not a NaN.
@@ -28,56 +28,16 @@ _ROW = plgpu.Layout.WGMMA.reduce(0)  # one value a query row
 Sums = tuple[jax.Array, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What is static of a call. Sizes are those of `decode_attention`; a chunk is the sequences that share CTAs."""
-
-    config: DecodeAttentionConfig
-    scale: float
-    batch: int
-    query_length: int
-    group: int
-    capacity: int
-    chunk: int
-    is_causal: bool
-    window: tuple[int, int] | None
-    cap: float | None
-    recompute: bool
-    is_interpreted: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Live:
-    """What the queries of a sequence see: keys [low, high) of its `length`, in `count` tiles from `first` on."""
-
-    length: jax.Array
-    offset: jax.Array | int
-    low: jax.Array | int
-    high: jax.Array
-    first: jax.Array
-    count: jax.Array
-
-
-def bounds(length: Any, offset: Any, token: Any, facts: Facts) -> tuple[Any, Any]:
-    """The keys [low, high) that query `token` sees."""
-    low: Any = 0
-    high = length
-    if facts.is_causal:
-        high = jnp.minimum(high, offset + token + 1)
-    if facts.window is not None:
-        left, right = facts.window
-        low, high = jnp.maximum(offset + token - left, 0), jnp.minimum(high, offset + token + right + 1)
-    return low, high
-
-
 class Rows:
     """See the module."""
 
-    def __init__(self, gmem: Any, smem: Any, facts: Facts, batch: jax.Array, kv_head: jax.Array, live: Live):
-        self.gmem, self.smem, self.facts, self.batch, self.kv_head, self.live = gmem, smem, facts, batch, kv_head, live
-        self.num_rows, self.padded_dim = smem.q.shape
-        zero = batch * 0  # a traced start lets a TMA box reach beyond the axis: zeros are read, and not written
-        self.box = (batch, kv_head, pl.ds(zero, self.num_rows), pl.ds(zero, self.padded_dim))
+    def __init__(self, gmem: Any, smem: Any, share: Share, stream: kv_tiles.Stream, place: Place, slot: jax.Array):
+        self.gmem, self.smem, self.facts, self.share, self.stream = gmem, smem, share.facts, share, stream
+        self.place, self.slot = place, slot
+        self.batch, self.live = share.sequence(place[0]), share.live(place[0])
+        self.start, self.stop = place[1], place[1] + self.live.count
+        self.query = smem.q.at[slot]
+        _, self.num_rows, self.padded_dim = smem.q.shape
         self.token_scales = hasattr(smem, "k_factors")
         self.head_scales = hasattr(gmem, "k_scale") and not self.token_scales
 
@@ -90,7 +50,7 @@ class Rows:
     def _per_row(self, name: str) -> jax.Array:
         """[rows] of a float32 [1 or B, K, rows], in base 2."""
         ref = getattr(self.gmem, name)
-        row = ref.at[self.batch if ref.shape[0] > 1 else 0, self.kv_head]
+        row = ref.at[self.batch if ref.shape[0] > 1 else 0, self.share.kv_head]
         return plgpu.load(row, layout=_ROW, optimized=False) * LOG2E
 
     def _bounds(self, shape: tuple[int, ...], axis: int, layout: Any) -> tuple[Any, Any]:
@@ -114,29 +74,69 @@ class Rows:
         live_rows = self.facts.group * self.facts.query_length
         return functools.reduce(jnp.logical_or, [self.smem.failed[row] > 0 for row in range(live_rows)])
 
-    def load_query(self) -> None:
-        """Starts the load that the first attend() waits for."""
-        plgpu.copy_gmem_to_smem(self.gmem.q.at[self.box], self.smem.q, self.smem.q_ready)
+    def attend(self) -> Sums:
+        """The sums of this CTA's tiles.
 
-    def attend(self, first: jax.Array, last: jax.Array, *, online: bool, again: bool = False) -> Sums:
-        """The sums of the tiles [first, last), after load_query(); `again` once more with the same query."""
+        Their loads have been started by the stream, and that of the query by load_query().
+        """
+        share = self.share
+        first, last = (
+            self.live.first + jnp.clip(position, self.start, self.stop) - self.start
+            for position in (share.begin, share.end)
+        )
+        plgpu.barrier_wait(self.smem.q_ready.at[self.slot])
+        if kv_tiles.is_narrow(self.smem) and not self.facts.is_interpreted:
+            kv_tiles.permute_query(self.query)
+
+        def refill(tile: jax.Array, slot: jax.Array) -> None:
+            self.stream.refill(slot, tile, self.place, self.live, self.batch)
+
+        base = share.begin + self.live.first - self.start
+        return self._attend(first, last, base, refill, online=not hasattr(self.gmem, "phi"))
+
+    def attend_again(self) -> Sums:
+        """The sums of all tiles of the sequence, with online softmax."""
+        first = self.live.first
+        last = first + self.live.count
+        fetch = functools.partial(kv_tiles.fetch, self.gmem, self.smem, self.batch, self.share.kv_head)
+        num_stages = self.facts.config.num_stages
+
+        def refill(tile: jax.Array, slot: jax.Array) -> None:
+            pl.when(tile + num_stages < last)(lambda: fetch(tile + num_stages, slot))
+
+        if self.facts.chunk > 1:  # the ring holds the next sequences' tiles
+            self.stream.drain(self.stop)
+        ring.fill(fetch, first, last, num_stages)
+        sums = self._attend(first, last, first, refill, online=True)
+        if self.facts.chunk > 1:
+            self.stream.fill(self.stop, self.place)
+        return sums
+
+    def _attend(
+        self,
+        first: jax.Array,
+        last: jax.Array,
+        base: jax.Array,
+        refill: Callable[[jax.Array, jax.Array], None],
+        *,
+        online: bool,
+    ) -> Sums:
+        """The sums of the tiles [first, last), where tile `base` is in slot 0 of the ring."""
         smem, facts, live_keys = self.smem, self.facts, self.live
         block_kv, num_stages = facts.config.block_kv, facts.config.num_stages
-        fetch = functools.partial(kv_tiles.fetch, self.gmem, smem, self.batch, self.kv_head)
-        ring.fill(fetch, first, last, num_stages)
+        is_narrow = kv_tiles.is_narrow(smem)
+        scale = facts.scale * self.gmem.k_scale[self.share.kv_head] if self.head_scales else facts.scale
         phi = None if online else self._phi()
-        if not again:
-            plgpu.barrier_wait(self.smem.q_ready)
 
         def step(tile: jax.Array, carry: Sums) -> Sums:
-            slot = lax.rem(tile - first, jnp.int32(num_stages))
-            s = self._scores(slot)
+            num, den, *row_max = carry
+            slot = lax.rem(tile - base, jnp.int32(num_stages))
+            s = self._scores(slot, scale)
             position = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + tile * block_kv
             low, high = self._bounds(s.shape, 1, plgpu.Layout.WGMMA)
             live = position < high
             if facts.window is not None:
                 live &= position >= low
-            num, den, *row_max = carry
             if phi is None:
                 shift = jnp.maximum(row_max[0], jnp.where(live, s, _LOWEST).max(axis=0))
                 alpha = jnp.exp2(row_max[0] - shift)
@@ -146,10 +146,12 @@ class Rows:
             else:
                 shift = phi
             p = jnp.where(live, jnp.exp2(s - _across(shift, s.shape)), 0.0)
+            if is_narrow:
+                plgpu.barrier_wait(smem.v_ready.at[slot])
+                kv_tiles.widen_values(smem, slot)
             if self.token_scales:
                 den += p
-                plgpu.barrier_wait(smem.v_ready.at[slot])
-                p *= _across(kv_tiles.factors(smem, "v", slot, self.kv_head), s.shape, 0)
+                p *= _across(kv_tiles.factors(smem, "v", slot, self.share.kv_head), s.shape, 0)
                 p = jnp.where(live, p, 0.0)  # a scale beyond the length may be NaN
             p = p.astype(smem.p.dtype)
             if not self.token_scales:
@@ -157,9 +159,9 @@ class Rows:
                 # Summed over the keys once, after the last tile.
                 den += p.astype(jnp.float32)
             smem.p.transpose((1, 0))[...] = p
-            if not self.token_scales:
+            if not is_narrow:
                 plgpu.barrier_wait(smem.v_ready.at[slot])
-            values = kv_tiles.wide_values(smem, slot) if kv_tiles.is_narrow(smem) else smem.v.at[slot]
+            values = smem.v_wide if is_narrow else smem.v.at[slot]
 
             @pl.when((tile * block_kv < live_keys.low) | ((tile + 1) * block_kv > live_keys.high))
             def _clear_dead_values() -> None:
@@ -172,44 +174,43 @@ class Rows:
                 return acc[...]
 
             num += pl.run_scoped(product, plgpu.ACC((self.padded_dim, self.num_rows), jnp.float32))
-            pl.when(tile + num_stages < last)(functools.partial(fetch, tile + num_stages, slot))
+            refill(tile, slot)
             return num, den, *row_max
 
-        carry = [
-            _full((self.padded_dim, self.num_rows), 0, plgpu.Layout.WGMMA),
-            _full((block_kv, self.num_rows), 0, plgpu.Layout.WGMMA),
-        ]
-        if online:
-            carry.append(_full((self.num_rows,), _LOWEST, _ROW))
-        num, den, *row_max = lax.fori_loop(first, last, step, tuple(carry))
+        zeros = _zeros(self.padded_dim, self.num_rows), _zeros(block_kv, self.num_rows)
+        start = (*zeros, _full((self.num_rows,), _LOWEST, _ROW)) if online else zeros
+        num, den, *row_max = lax.fori_loop(first, last, step, start)
         if self.head_scales:
-            num *= self.gmem.v_scale[self.kv_head]
+            num *= self.gmem.v_scale[self.share.kv_head]
         return _laid_out((num, den.sum(axis=0), *row_max))
 
-    def _scores(self, slot: jax.Array) -> jax.Array:
+    def _scores(self, slot: jax.Array, scale: Any) -> jax.Array:
         """[block_kv, rows] in base 2, of the tile in `slot`."""
         facts, smem = self.facts, self.smem
         plgpu.barrier_wait(smem.k_ready.at[slot])
-        keys = kv_tiles.wide_keys(smem, slot) if kv_tiles.is_narrow(smem) else smem.k.at[slot]
 
         def product(acc: Any) -> jax.Array:
-            if kv_tiles.is_narrow(smem) and facts.is_interpreted:  # whose wgmma takes no registers
-                return jnp.dot(keys.astype(jnp.float32), smem.q[...].astype(jnp.float32).T)
-            plgpu.wgmma(acc, keys, smem.q.transpose((1, 0)))
+            if not kv_tiles.is_narrow(smem):
+                plgpu.wgmma(acc, smem.k.at[slot], self.query.transpose((1, 0)))
+            elif facts.is_interpreted:  # whose wgmma takes no registers
+                return jnp.dot(smem.k[slot].astype(jnp.float32), self.query[...].astype(jnp.float32).T)
+            else:
+                plgpu.wgmma(acc, kv_tiles.wide_keys(smem, slot), self.query.transpose((1, 0)))
             return acc[...]
 
         s = pl.run_scoped(product, plgpu.ACC((facts.config.block_kv, self.num_rows), jnp.float32))
         if self.token_scales:
-            s *= _across(kv_tiles.factors(smem, "k", slot, self.kv_head), s.shape, 0)
-        scale = facts.scale * self.gmem.k_scale[self.kv_head] if self.head_scales else facts.scale
+            s *= _across(kv_tiles.factors(smem, "k", slot, self.share.kv_head), s.shape, 0)
         if facts.cap is None:
             return s * (scale * LOG2E)
         # tanh from exp2, since the hardware's tanh is good to 11 bits only.
         s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / facts.cap))) + 1.0)
         return s * (facts.cap * LOG2E)
 
-    def publish(self, sums: Sums, here: tuple[jax.Array, ...]) -> None:
-        """Leaves the sums at the place `here` [chunk, kv_head, share]."""
+    def publish(self, sums: Sums) -> None:
+        """Leaves the sums at this CTA's place, and says so."""
+        share = self.share
+        here = share.chunk, share.kv_head, share.index
         for name, value in zip(("num", "den", "max"), _laid_out(sums), strict=False):
             if self.facts.is_interpreted:
                 getattr(self.gmem, name)[here] = value
@@ -218,35 +219,35 @@ class Rows:
         if hasattr(self.gmem, "flag") and not self.facts.is_interpreted:
             handover.raise_flag(self.gmem.flag.at[here])
 
-    def finish(self, sums: Sums, chunk: jax.Array, first_share: jax.Array, num_others: jax.Array) -> None:
-        """Adds the sums that `num_others` shares from first_share on publish, and writes the result."""
-        gmem = self.gmem
+    def finish(self, sums: Sums) -> None:
+        """Adds the sums that other CTAs publish, whose indices are just below this one's, and writes the result."""
+        gmem, share = self.gmem, self.share
+        num_others = share.num_sharers(self.stop) - 1
+        first = share.index - num_others
         if not self.facts.is_interpreted:  # the interpreter runs one CTA after the other
-            flag = gmem.flag.at[chunk, self.kv_head, first_share]
+            flag = gmem.flag.at[share.chunk, share.kv_head, first]
             pl.when(num_others > 0)(lambda: handover.await_flags(flag, num_others))
-        # Loads in flight: 128 registers a thread, or 32 where more than two CTAs share an SM's registers.
-        num_registers = 32 if kv_tiles.is_narrow(self.smem) else 128
-        unroll = max(1, num_registers * 128 // (self.padded_dim * self.num_rows))
+        unroll = max(1, 128 * 128 // (self.padded_dim * self.num_rows))  # loads in flight: 128 registers a thread
 
         def add(turn: jax.Array, sums: Sums) -> Sums:
             for i in range(unroll):
                 index = turn * unroll + i
-                there = (chunk, self.kv_head, first_share + jnp.minimum(index, num_others - 1))
+                there = (share.chunk, share.kv_head, first + jnp.minimum(index, num_others - 1))
                 num = plgpu.load(gmem.num.at[there], layout=plgpu.Layout.WGMMA, optimized=False)
                 stats = [
                     plgpu.load(getattr(gmem, name).at[there], layout=_ROW, optimized=False)
                     for name in ("den", "max")[: len(sums) - 1]
                 ]
-                weight = (index < num_others).astype(jnp.float32)  # a share too many is the last once more: weighs 0
+                weight = (index < num_others).astype(jnp.float32)  # one too many is the last once more: weighs 0
                 if len(sums) == 2:
                     sums = sums[0] + num * weight, sums[1] + stats[0] * weight
                 else:
                     sums = _merged(sums, (num, stats[0], stats[1] * weight + _LOWEST * (1 - weight)))
             return _laid_out(sums)
 
-        self.write(lax.fori_loop(0, lax.div(num_others + (unroll - 1), jnp.int32(unroll)), add, sums))
+        self._write(lax.fori_loop(0, lax.div(num_others + (unroll - 1), jnp.int32(unroll)), add, sums))
 
-    def write(self, sums: Sums) -> None:
+    def _write(self, sums: Sums) -> None:
         """Divides by the denominators and stores [rows, H]; redoes the rows first, if one left the safe window."""
         num, den, *row_max = _laid_out(sums)
         if hasattr(self.gmem, "sinks"):
@@ -272,31 +273,38 @@ class Rows:
 
         @pl.when(failed)
         def _recompute() -> None:
-            first = self.live.first
-            self.write(self.attend(first, first + self.live.count, online=True, again=True))
+            self._write(self.attend_again())
 
     def _store(self, num: jax.Array, factor: jax.Array) -> None:
         """Writes num * factor, and zeros to rows that see no key. The query is not needed any more: its place is."""
         factor = jnp.where(self._sees_key(), factor, 0.0)
         num, factor = _laid_out((num, factor))
-        self.smem.q.transpose((1, 0))[...] = (num * _across(factor, num.shape)).astype(self.smem.q.dtype)
+        self.query.transpose((1, 0))[...] = (num * _across(factor, num.shape)).astype(self.smem.q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.smem.q, self.gmem.out.at[self.box])
+        plgpu.copy_smem_to_gmem(self.query, self.gmem.out.at[box(self.smem, self.batch, self.share.kv_head)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def prior_is_nan(self) -> jax.Array:
-        """Whether a row of the earlier result is NaN."""
-        rows = [
-            self.gmem.prior[self.batch, self.kv_head, row, 0].astype(jnp.float32)
-            for row in range(self.facts.group * self.facts.query_length)
-        ]
-        return functools.reduce(jnp.logical_or, [row != row for row in rows])
 
-    def copy_prior(self) -> None:
-        plgpu.copy_gmem_to_smem(self.gmem.prior.at[self.box], self.smem.q, self.smem.q_ready)
-        plgpu.barrier_wait(self.smem.q_ready)
-        plgpu.copy_smem_to_gmem(self.smem.q, self.gmem.out.at[self.box])
-        plgpu.wait_smem_to_gmem(0)
+def load_query(gmem: Any, smem: Any, share: Share, i: jax.Array, slot: jax.Array) -> None:
+    """Starts the load of the query of sequence i of the chunk."""
+    source = gmem.q.at[box(smem, share.sequence(i), share.kv_head)]
+    plgpu.copy_gmem_to_smem(source, smem.q.at[slot], smem.q_ready.at[slot])
+
+
+def copy_prior(gmem: Any, smem: Any, share: Share, i: jax.Array) -> None:
+    """Makes the earlier result of sequence i of the chunk the result. Takes the place of the first query."""
+    place = box(smem, share.sequence(i), share.kv_head)
+    plgpu.copy_gmem_to_smem(gmem.prior.at[place], smem.q.at[0], smem.q_ready.at[0])
+    plgpu.barrier_wait(smem.q_ready.at[0])
+    plgpu.copy_smem_to_gmem(smem.q.at[0], gmem.out.at[place])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def box(smem: Any, batch: jax.Array, kv_head: jax.Array) -> tuple[Any, ...]:
+    """Where the rows of a query or a result lie in [B, K, rows, H]."""
+    _, num_rows, padded_dim = smem.q.shape
+    zero = batch * 0  # a traced start lets a TMA box reach beyond the axis: zeros are read, and not written
+    return batch, kv_head, pl.ds(zero, num_rows), pl.ds(zero, padded_dim)
 
 
 def _merged(sums: Sums, others: Sums) -> Sums:
@@ -309,6 +317,10 @@ def _merged(sums: Sums, others: Sums) -> Sums:
 
 def _full(shape: tuple[int, ...], fill: float, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
+
+
+def _zeros(*shape: int) -> jax.Array:
+    return _full(shape, 0, plgpu.Layout.WGMMA)
 
 
 def _laid_out(sums: Sums) -> Sums:

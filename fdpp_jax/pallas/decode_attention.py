@@ -7,10 +7,10 @@ the group times T tokens, padded to 8) as the narrow one:
     s [block_kv, rows] = K [block_kv, H] @ q^T [H, rows]
     o [H, rows]       += V^T [H, block_kv] @ p [block_kv, rows],   p = e^(s - phi)
 
-With phi fixed in advance no CTA keeps a running max, so o and sum(p) only add up, in any order: a CTA publishes the
-sums of a sequence that it does not end, and the CTA of the sequence's last tile adds them to its own and writes the
-result. If a denominator left the safe window, that CTA goes over the sequence again with online softmax. With phi=None
-all do so from the start: each keeps the running max of its share, and the shares are rescaled when they are added.
+With phi fixed in advance no CTA keeps a running max, so o and sum(p) only add up, in any order: of the CTAs that share
+a sequence, that of its first tile adds to its own sums those that the others publish, and writes the result. If a
+denominator left the safe window, it goes over the sequence again with online softmax. With phi=None all do so from the
+start: each keeps the running max of its share, and the shares are rescaled when they are added.
 
 Source: FlashDecoding++ (arXiv 2311.01282), sections 3 and 4.
 """
@@ -28,7 +28,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fdpp_jax import unified_max
 from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, round_up
 from fdpp_jax.pallas import attention_rows, handover, kv_tiles, ring
-from fdpp_jax.pallas.attention_rows import LOG2E, Facts, Live, Rows
+from fdpp_jax.pallas.attention_rows import LOG2E, Rows
+from fdpp_jax.pallas.kv_shares import Facts, Share, bounds
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
@@ -93,7 +94,7 @@ def decode_attention(
     token_scales = key_scale is not None and key_scale.ndim == 3
     in_kernel = config.combine == "kernel"
     chunk = min(batch, MAX_CHUNK) if in_kernel else 1
-    shares = (-(-batch // chunk), num_kv_heads, config.num_splits)
+    num_chunks = -(-batch // chunk)
     assert in_kernel or not recompute
     assert config.num_splits <= handover.MAX_GIVERS + 1 or not in_kernel
 
@@ -128,18 +129,20 @@ def decode_attention(
         operands["prior"] = padded(by_group(prior), out_rows - live_rows)
 
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    out_types: dict[str, Any] = dict(num=f32((*shares, padded_dim, rows)), den=f32((*shares, rows)))
-    out_types["max"] = f32((*shares, rows))
+    grid = num_chunks, num_kv_heads, config.num_splits
+    out_types: dict[str, Any] = dict(num=f32((*grid, padded_dim, rows)), den=f32((*grid, rows)))
+    if phi is None:
+        out_types["max"] = f32((*grid, rows))
     if in_kernel:
         out_types = dict(out=jax.ShapeDtypeStruct(grouped_query.shape, query.dtype)) | out_types
-        out_types["flag"] = jax.ShapeDtypeStruct((*shares, handover.WORDS), jnp.int32)
+        out_types["flag"] = jax.ShapeDtypeStruct((*grid, handover.WORDS), jnp.int32)
 
     transforms = ring.tile_transforms(head_dim)
     scratch: dict[str, Any] = dict(
-        q=plgpu.SMEM((rows, padded_dim), query.dtype, transforms=transforms),
+        q=plgpu.SMEM((2 if chunk > 1 else 1, rows, padded_dim), query.dtype, transforms=transforms),
         p=plgpu.SMEM((rows, config.block_kv), query.dtype, transforms=transforms),
         failed=plgpu.SMEM((rows,), jnp.float32),
-        q_ready=plgpu.Barrier(),
+        q_ready=plgpu.Barrier(num_barriers=2 if chunk > 1 else 1),
         **kv_tiles.scratch(
             key, config, padded_dim, query.dtype, paged=page_table is not None, token_scales=token_scales
         ),
@@ -167,7 +170,7 @@ def decode_attention(
         body,
         out_type=list(out_types.values()),
         scratch_types=scratch,
-        grid=shares,
+        grid=grid,
         grid_names=("chunk", "kv_head", "share"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -176,7 +179,7 @@ def decode_attention(
     if in_kernel:
         out = outs[0]
     else:
-        num, den, row_max = outs
+        num, den, *row_max = outs
         phi, sinks = operands.get("phi"), operands.get("sinks")
         out = _combine(num, den, row_max, lengths, query_offset, phi, sinks, facts, query.dtype)
         out = out[..., :head_dim].astype(query.dtype)
@@ -186,84 +189,58 @@ def decode_attention(
 
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:
     """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
-    block_kv = facts.config.block_kv
-    chunk, kv_head, share = (lax.axis_index(name) for name in ("chunk", "kv_head", "share"))
-    first_sequence = chunk * facts.chunk
-
-    def live_of(sequence: jax.Array) -> Live:
-        batch = jnp.minimum(sequence, facts.batch - 1)  # the last chunk may have fewer sequences
-        length = gmem.lengths[batch]
-        offset = gmem.offset[batch] if hasattr(gmem, "offset") else 0
-        low, _ = attention_rows.bounds(length, offset, 0, facts)
-        _, high = attention_rows.bounds(length, offset, facts.query_length - 1, facts)
-        first = lax.div(jnp.int32(low), jnp.int32(block_kv))
-        # A sequence that sees no key has one tile all the same: someone must write its zeros.
-        count = jnp.maximum(lax.div(high + (block_kv - 1), jnp.int32(block_kv)) - first, 1)
-        if facts.batch % facts.chunk:
-            count = jnp.where(sequence < facts.batch, count, 0)
-        return Live(length, offset, low, high, first, count)
-
-    counts = [live_of(first_sequence + i).count for i in range(facts.chunk)]
-    total = sum(counts[1:], counts[0])
-    # No share between others may be empty: the owner waits for all of them. CTAs beyond the tiles have nothing to do.
-    num_shares = jnp.minimum(facts.config.num_splits, total)
-    begin, end = (jnp.minimum(tile, total) for tile in ring.share(share, num_shares, total))
-
-    def attend(sequence: jax.Array, start: jax.Array) -> None:
-        """The part of this CTA's tiles [begin, end) that belongs to a sequence, whose own tiles begin at `start`."""
-        live = live_of(sequence)
-        stop = start + live.count
-        first, last = (live.first + jnp.clip(tile, start, stop) - start for tile in (begin, end))
-        is_owner = end >= stop  # the CTA of a sequence's last tile adds up
-        rows = Rows(gmem, smem, facts, sequence, kv_head, live)
-
-        def run() -> None:
-            rows.load_query()
-            sums = rows.attend(first, last, online=not hasattr(gmem, "phi"))
-            here = (chunk, kv_head, share)
-            if facts.config.combine == "launch":
-                rows.publish(sums, here)
-                return
-            pl.when(jnp.logical_not(is_owner))(lambda: rows.publish(sums, here))
-
-            @pl.when(is_owner)
-            def _finish() -> None:
-                first_share = lax.div((start + 1) * num_shares - 1, total)
-                rows.finish(sums, chunk, first_share, share - first_share)
-
-        if not hasattr(gmem, "prior"):
-            run()
-            return
-        failed = rows.prior_is_nan()
-        pl.when(failed)(run)
-        pl.when(jnp.logical_not(failed) & is_owner)(rows.copy_prior)
+    share = Share(gmem, facts, *(lax.axis_index(name) for name in ("chunk", "kv_head", "share")))
+    stream = kv_tiles.Stream(gmem, smem, share)
+    load_query = functools.partial(attention_rows.load_query, gmem, smem, share)
 
     if facts.config.combine == "launch":  # which adds up all shares, also empty ones
-        attend(first_sequence, jnp.int32(0))
+        load_query(share.first[0], jnp.int32(0))
+        stream.fill(share.begin, share.first)
+        rows = Rows(gmem, smem, share, stream, share.first, jnp.int32(0))
+        rows.publish(rows.attend())
         return
+
+    if hasattr(gmem, "prior"):
+
+        def copy(i: jax.Array, _: None) -> None:
+            is_mine = lax.rem(i, jnp.int32(facts.config.num_splits)) == share.index
+            is_there = share.first_sequence + i < facts.batch
+            copy = functools.partial(attention_rows.copy_prior, gmem, smem, share, i)
+            pl.when(is_mine & is_there & jnp.logical_not(share.prior_is_nan(i)))(copy)
+
+        lax.fori_loop(0, facts.chunk, copy, None)
+
+    @pl.when(share.end > share.begin)
+    def _start() -> None:
+        load_query(share.first[0], jnp.int32(0))
+        stream.fill(share.begin, share.first)
+
+    def attend(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The sequence at a place, and how many came before."""
+        i, start, turn = carry
+        slot = lax.rem(turn, jnp.int32(2)) if facts.chunk > 1 else turn
+        rows = Rows(gmem, smem, share, stream, (i, start), slot)
+        has_next = rows.stop < share.end
+        next_i, next_start = share.locate(jnp.where(has_next, rows.stop, start), (i, start))
+        if facts.chunk > 1:
+            pl.when(has_next)(lambda: load_query(next_i, 1 - slot))
+        sums = rows.attend()
+        is_owner = start >= share.begin
+        pl.when(is_owner)(lambda: rows.finish(sums))
+        pl.when(jnp.logical_not(is_owner))(lambda: rows.publish(sums))
+        return next_i, jnp.where(has_next, next_start, share.end), turn + 1
+
+    first = (*share.first, jnp.int32(0))
     if facts.chunk == 1:
-        pl.when(end > begin)(lambda: attend(first_sequence, jnp.int32(0)))
-        return
-    # The last sequence first: what other CTAs wait for is published before this one waits for any.
-    sequence, stop, start = first_sequence, counts[0], counts[0]
-    for i, count in enumerate(counts[1:], 1):
-        sequence = jnp.where(end > start, first_sequence + i, sequence)
-        stop = jnp.where(end > start, start + count, stop)
-        start += count
-
-    def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        sequence, stop = carry
-        start = stop - live_of(sequence).count
-        attend(sequence, start)
-        return sequence - 1, start
-
-    lax.while_loop(lambda carry: carry[1] > begin, step, (sequence, jnp.where(end > begin, stop, 0)))
+        pl.when(share.end > share.begin)(lambda: (attend(first), None)[1])
+    else:
+        lax.while_loop(lambda carry: carry[1] < share.end, attend, first)
 
 
 def _combine(
     num: jax.Array,  # [B, K, splits, H, rows]
     den: jax.Array,  # [B, K, splits, rows]
-    row_max: jax.Array,
+    row_max: list[jax.Array],  # as den, with online softmax
     lengths: jax.Array,
     offset: jax.Array | None,
     phi: jax.Array | None,
@@ -273,10 +250,10 @@ def _combine(
 ) -> jax.Array:
     """Adds the splits up in XLA, a launch of its own: [B, K, rows, H] float32."""
     if phi is None:
-        shift = row_max.max(axis=2)  # [B, K, rows]
+        shift = row_max[0].max(axis=2)  # [B, K, rows]
         if sinks is not None:
             shift = jnp.maximum(shift, sinks * LOG2E)
-        weight = jnp.exp2(row_max - shift[:, :, None])
+        weight = jnp.exp2(row_max[0] - shift[:, :, None])
         num, den = num * weight[..., None, :], den * weight
     else:
         shift = jnp.broadcast_to(phi * LOG2E, den[:, :, 0].shape)
@@ -287,6 +264,6 @@ def _combine(
         den = jnp.where(unified_max.leaves_window(den, facts.capacity, dtype), jnp.nan, den)
     token = jnp.arange(den.shape[-1]) // facts.group
     position = 0 if offset is None else offset[:, None]
-    low, high = attention_rows.bounds(lengths[:, None], position, token, facts)  # [B, rows]
+    low, high = bounds(lengths[:, None], position, token, facts)  # [B, rows]
     sees_key = jnp.broadcast_to(high > low, (den.shape[0], den.shape[-1]))[:, None, :]
     return jnp.where(sees_key[..., None], num.swapaxes(-1, -2) / den[..., None], 0.0)

@@ -19,6 +19,7 @@ WORDS = 4
 MAX_GIVERS = 128  # threads of a CTA
 _PATTERN = (0x5F3759DF, 0x2545F491, 0x6C078965, 0x41C64E6D)
 
+# Thread 0, after what all threads stored: the release makes it seen first.
 _RAISE = f"""{{
   .reg .pred is_first;
   .reg .b32 thread;
@@ -29,8 +30,7 @@ _RAISE = f"""{{
   mov.b32 w1, {_PATTERN[1]:#x};
   mov.b32 w2, {_PATTERN[2]:#x};
   mov.b32 w3, {_PATTERN[3]:#x};
-  @is_first fence.acq_rel.gpu;
-  @is_first st.volatile.global.v4.b32 [$0], {{w0, w1, w2, w3}};
+  @is_first st.release.gpu.global.v4.b32 [$0], {{w0, w1, w2, w3}};
 }}"""
 
 # Thread i polls flag i, so that all are waited for at once.
@@ -54,7 +54,7 @@ POLL:
   @is_low bra POLL;
   setp.ne.b32 is_low, w3, {_PATTERN[3]:#x};
   @is_low bra POLL;
-  st.volatile.global.v4.b32 [flag], {{zero, zero, zero, zero}};
+  st.relaxed.gpu.global.v4.b32 [flag], {{zero, zero, zero, zero}};
 DONE:
 }}"""
 
@@ -86,9 +86,8 @@ def await_flags(flag_gmem: Any, num: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
     def emit(_: Any, flag: Any, num: Any) -> None:
-        mgpu.utils.inline_ptx(
-            _AWAIT, mgpu.utils.memref_ptr(flag), num.registers.item(), has_side_effects=True, convergent=True
-        )
+        arguments = mgpu.utils.memref_ptr(flag), num.registers.item()
+        mgpu.utils.inline_ptx(_AWAIT, *arguments, has_side_effects=True, convergent=True)
         mgpu.utils.warpgroup_barrier()
 
     emit(flag_gmem, num)

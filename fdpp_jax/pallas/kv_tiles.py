@@ -3,20 +3,34 @@
 `gmem` and `smem` hold the kernel's refs by name, as `decode_attention` sets them up.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.config import DecodeAttentionConfig
 from fdpp_jax.pallas import ring
+from fdpp_jax.pallas.kv_shares import Live, Place, Share
 
-# A thread converts 8 neighbours at a time: 8 lanes take 64 columns of a row, 4 rows a warp, 16 rows the four warps.
-_CONVERT = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+# Values, a thread 8 neighbours at a time: 8 lanes take 64 columns of a row, the others rows at a distance of 4, whose
+# swizzles differ, so that they meet in no bank.
+_VALUES = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 64), (16, 64), (4, 64), (8,))), warp_dims=(-7,), lane_dims=(-5, -2), vector_dim=-1
+)
+# Keys, a thread 4 neighbours at a time: of 16 columns it holds 4 t .. 4 t + 3, where wgmma wants 2 t, 2 t + 1, 2 t + 8
+# and 2 t + 9. A dot product does not mind the order of its columns, if the query's is the same.
+_KEYS = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 16), (16, 16), (8, 16), (4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
+)
+_QUERY = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (8, 16), (4,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+_PERMUTED_QUERY = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (8, 16), (8,), (2,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
 )
 _SCALE_HEADS = 8  # heads of per-token scales that are loaded together: the columns of a WGMMA tile
 
@@ -79,21 +93,87 @@ def fetch(gmem: Any, smem: Any, batch: jax.Array, kv_head: jax.Array, tile: jax.
             copy(name, page, lax.rem(position, jnp.int32(page_size)), size, pl.ds(part * size, size))
 
 
+class Stream:
+    """A CTA's tiles through the ring, without a stop between one sequence and the next."""
+
+    def __init__(self, gmem: Any, smem: Any, share: Share):
+        self.gmem, self.smem, self.share = gmem, smem, share
+        self.num_stages = share.facts.config.num_stages
+
+    def fill(self, position: jax.Array, place: Place) -> None:
+        """Starts the loads of `position` and those after it; `place` is not behind."""
+        for stage in range(self.num_stages):
+            pl.when(position + stage < self.share.end)(functools.partial(self._fetch, position + stage, place))
+
+    def refill(self, slot: jax.Array, tile: jax.Array, place: Place, live: Live, batch: jax.Array) -> None:
+        """Starts the load that follows in the slot of a tile of the sequence at `place`."""
+        tile += self.num_stages
+        position = place[1] + tile - live.first
+        stop = place[1] + live.count
+        fetch_own = functools.partial(fetch, self.gmem, self.smem, batch, self.share.kv_head, tile, slot)
+        pl.when(position < jnp.minimum(self.share.end, stop))(fetch_own)
+        if self.share.facts.chunk > 1:
+            pl.when((position >= stop) & (position < self.share.end))(lambda: self._fetch(position, place))
+
+    def drain(self, position: jax.Array) -> None:
+        """Waits for the loads of `position` and those after it, which are on their way."""
+
+        def wait(slot: jax.Array) -> None:
+            plgpu.barrier_wait(self.smem.k_ready.at[slot])
+            plgpu.barrier_wait(self.smem.v_ready.at[slot])
+
+        for stage in range(self.num_stages):
+            slot = self._slot(position + stage)
+            pl.when(position + stage < self.share.end)(functools.partial(wait, slot))
+
+    def _slot(self, position: jax.Array) -> jax.Array:
+        return lax.rem(position - self.share.begin, jnp.int32(self.num_stages))
+
+    def _fetch(self, position: jax.Array, place: Place) -> None:
+        i, start = self.share.locate(position, place)
+        tile = self.share.live(i).first + position - start
+        fetch(self.gmem, self.smem, self.share.sequence(i), self.share.kv_head, tile, self._slot(position))
+
+
 def is_narrow(smem: Any) -> bool:
     """Whether keys and values have 8 bits."""
     return hasattr(smem, "v_wide")
 
 
 def wide_keys(smem: Any, slot: jax.Array) -> jax.Array:
-    """An 8-bit tile of keys in the query's dtype, in registers, from where wgmma takes it."""
-    return plgpu.layout_cast(_load_wide(smem, smem.k.at[slot], plgpu.Layout.WGMMA_UPCAST_2X), plgpu.Layout.WGMMA)
+    """An 8-bit tile of keys in the query's dtype, in registers, for wgmma with a permuted query."""
+    return _permuted(_load_wide(smem, smem.k.at[slot], _KEYS), _KEYS, plgpu.Layout.WGMMA)
 
 
-def wide_values(smem: Any, slot: jax.Array) -> Any:
-    """An 8-bit tile of values in the query's dtype, in shared memory, where wgmma transposes it."""
-    smem.v_wide[...] = _load_wide(smem, smem.v.at[slot], _CONVERT)
+def permute_query(query: Any) -> None:
+    """Puts the columns of a query [rows, H] where wide_keys() has them."""
+    query[...] = _permuted(plgpu.load(query, layout=_QUERY, optimized=False), _QUERY, _PERMUTED_QUERY)
     plgpu.commit_smem()
-    return smem.v_wide
+
+
+def _permuted(x: jax.Array, layout: Any, to: Any) -> jax.Array:
+    """The registers of x, each of 4 neighbours, as those of a layout with 2 and 2, which are 8 columns apart."""
+    returned = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=to)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)
+    def emit(_: Any, x: Any) -> Any:
+        to_layout = to.to_mgpu()
+        halves = np.empty((*x.registers.shape, 2), object)
+        for index, register in np.ndenumerate(x.registers):
+            for half in range(2):
+                halves[*index, half] = mgpu.utils.vector_slice(register, slice(2 * half, 2 * half + 2))
+        if to == plgpu.Layout.WGMMA:  # registers are by tiles of columns there, and by rows 8 apart then
+            halves = np.moveaxis(halves, -1, 2)
+        return mgpu.FragmentedArray(
+            _registers=halves.reshape(to_layout.registers_shape(x.shape)), _layout=to_layout, _is_signed=x.is_signed
+        )
+
+    return emit(x)
+
+
+def widen_values(smem: Any, slot: jax.Array) -> None:
+    """An 8-bit tile of values into v_wide, in the query's dtype: wgmma transposes 16 bits only, in shared memory."""
+    smem.v_wide[...] = _load_wide(smem, smem.v.at[slot], _VALUES)
 
 
 def _load_wide(smem: Any, tile: Any, layout: Any) -> jax.Array:

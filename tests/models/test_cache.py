@@ -119,7 +119,7 @@ def true_norms(cache: KVCache, lengths: Any) -> list[np.ndarray]:
     return [np.linalg.norm(keys, axis=-1).max(axis=1) for keys in stored]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_norms_are_those_of_the_live_keys_as_stored(dtype: Any) -> None:
     graphdef, state = nnx.split(models.random_model(CONFIG, dtype))
     lengths = jnp.array([6, 1, 3])

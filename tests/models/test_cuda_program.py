@@ -38,7 +38,12 @@ def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None) -> str
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "matmul"), [("H200", 1, "flat_matmul"), ("H100", 1, "gemv"), ("H100", 4, "flat_matmul")]
+    ("name", "batch", "matmul"),
+    [
+        ("H200", 1, "flat_matmul"),
+        pytest.param("H100", 1, "gemv", marks=pytest.mark.slow),
+        pytest.param("H100", 4, "flat_matmul", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_share_their_kernels(monkeypatch, name, batch, matmul):
     """qkv, o, gate and up, down, head, and attention with each softmax: lowered once, whatever the depth."""
@@ -50,6 +55,7 @@ def test_layers_share_their_kernels(monkeypatch, name, batch, matmul):
         assert "dot_general" not in text
 
 
+@pytest.mark.slow
 def test_online_softmax_has_no_recompute(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
     text = lowered_step(2, 1, None)
