@@ -33,8 +33,7 @@ from flax import nnx
 from safetensors.flax import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from fdpp_jax.models.config import LlamaConfig
-from fdpp_jax.models.llama import LlamaForCausalLM
+from fdpp_jax.models import LlamaConfig, LlamaForCausalLM
 
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1

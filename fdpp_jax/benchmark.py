@@ -13,7 +13,7 @@ from flax import nnx
 from fdpp_jax import device, heuristics, models, ops, timing
 from fdpp_jax.config import MatmulImplementation, MatmulShape, round_up
 from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
-from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
+from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.timing import BenchReport, Candidate, read_floor
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -45,7 +45,7 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
     return timing.kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})
 
 
-def bench_decode(config: LlamaConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
+def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
     """Times greedy decoding with random weights: ours, ours with online softmax, plain XLA, and the read floor.
 
     The floor is that of all weights that a step needs and the live keys and values.
@@ -113,14 +113,14 @@ def bench_decode(config: LlamaConfig, batch: int = 1, context: int = 1024, steps
     return BenchReport(title, columns, tuple(rows), record)
 
 
-def _weight_bytes(model: LlamaForCausalLM) -> int:
+def _weight_bytes(model: CausalLM) -> int:
     """Bytes of weights that a decode step reads: all, but of an embedding that is no head only a few rows."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return total if model.config.tie_word_embeddings else total - model.model.embed_tokens.weight[...].nbytes
+    return total if model.config.tie_word_embeddings else total - model.embedding.weight[...].nbytes
 
 
 def _time_decode(
-    model: LlamaForCausalLM, batch: int, context: int, steps: int, softmax: UnifiedMax | None, implementation: Any
+    model: CausalLM, batch: int, context: int, steps: int, softmax: UnifiedMax | None, implementation: Any
 ) -> tuple[float, int]:
     """Median seconds a step, and how many of the loop's steps were redone."""
     graphdef, weights = nnx.split(model)
@@ -154,7 +154,7 @@ def _time_decode(
     return statistics.median(seconds[1:]) / steps, int(redone)
 
 
-def _random_cache(model: LlamaForCausalLM, batch: int, capacity: int) -> KVCache:
+def _random_cache(model: CausalLM, batch: int, capacity: int) -> KVCache:
     """A cache full of normal values, made array by array."""
     empty = jax.eval_shape(lambda: KVCache.create(model.config, batch, capacity, model.dtype))
     leaves, treedef = jax.tree.flatten((empty.keys, empty.values))

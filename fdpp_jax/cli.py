@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
     from fdpp_jax.device import Device
     from fdpp_jax.generation import GenerationResult, StreamChunk
-    from fdpp_jax.models import LlamaConfig, Tokenizer
+    from fdpp_jax.models import DecoderConfig, Tokenizer
     from fdpp_jax.timing import BenchReport
     from fdpp_jax.unified_max import UnifiedMax
 
@@ -269,13 +269,13 @@ def _checkpoint_directory(model: str) -> "pathlib.Path":
     return models.resolve(model)
 
 
-def _read_config(directory: "pathlib.Path") -> "LlamaConfig":
-    from fdpp_jax.models import LlamaConfig, loading
+def _read_config(directory: "pathlib.Path") -> "DecoderConfig":
+    from fdpp_jax.models import config_from_hf, loading
 
-    return LlamaConfig.from_hf(loading.read_json(directory, "config.json"))
+    return config_from_hf(loading.read_json(directory, "config.json"))
 
 
-def _model_config(model: str) -> "LlamaConfig":
+def _model_config(model: str) -> "DecoderConfig":
     """The shapes of a preset, of the bundled model or of a directory with a config.json."""
     import pathlib
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from fdpp_jax.config import round_up
 from fdpp_jax.models.cache import KVCache
-from fdpp_jax.models.llama import LlamaForCausalLM
+from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.sampling import Sampling, make_sampling, sample
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -66,7 +66,7 @@ class StreamChunk:
 
 
 def generate(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokens: Any,
     prompt_lengths: Any = None,
     max_new_tokens: int = 64,
@@ -108,7 +108,7 @@ def generate(
 
 
 def stream(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokens: Any,
     prompt_lengths: Any = None,
     max_new_tokens: int = 64,
@@ -151,7 +151,7 @@ def stream(
 
 
 def _check_prompts(
-    model: LlamaForCausalLM, tokens: Any, prompt_lengths: Any, max_new_tokens: int, chunk_size: int
+    model: CausalLM, tokens: Any, prompt_lengths: Any, max_new_tokens: int, chunk_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts padded with zeros to their bucket, [B, T'] int32, and their lengths, [B] int32."""
     tokens = np.asarray(tokens)
@@ -198,7 +198,7 @@ class _Loop:
 
 
 def _run(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     prompts: np.ndarray,
     prompt_lengths: np.ndarray,
     max_new_tokens: int,
@@ -324,7 +324,7 @@ def _decode_chunk(
 
 
 def decode_step(
-    model: LlamaForCausalLM, tokens: jax.Array, cache: KVCache, softmax: UnifiedMax | None
+    model: CausalLM, tokens: jax.Array, cache: KVCache, softmax: UnifiedMax | None
 ) -> tuple[jax.Array, KVCache, jax.Array]:
     """One decode step that is exact whatever the scores are.
 

@@ -114,6 +114,9 @@ def unchecked_decode_attention(
     *,
     scale: float | None = None,
     key_value_seq_lengths: jax.Array,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    query_offset: jax.Array | None = None,
     key_max_norm: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
     implementation: AttentionImplementation | None = None,
@@ -129,6 +132,9 @@ def unchecked_decode_attention(
       value: [B, S, K, H], finite also beyond the lengths.
       scale: Factor on the scores; 1 / sqrt(H) by default.
       key_value_seq_lengths: [B] int32 live keys.
+      local_window_size: As in `dot_product_attention`.
+      logits_soft_cap: As in `dot_product_attention`.
+      query_offset: As in `dot_product_attention`; counts with a window only.
       key_max_norm: As in `dot_product_attention`.
       softmax: As in `dot_product_attention`; its recompute does not matter.
       implementation: As in `dot_product_attention`.
@@ -136,11 +142,15 @@ def unchecked_decode_attention(
     Returns:
       [B, 1, N, H], NaN in rows that must be recomputed with softmax=None.
     """
-    arrays = attention.Arrays(query, key, value, lengths=key_value_seq_lengths)
+    if isinstance(local_window_size, int):
+        local_window_size = local_window_size, local_window_size
+    if local_window_size is None:
+        query_offset = None  # the lengths alone say what the last token sees
+    arrays = attention.Arrays(query, key, value, lengths=key_value_seq_lengths, query_offset=query_offset)
     _check_cache(arrays)
     if query.shape[1] != 1:
         raise ValueError(f"query must hold one token a sequence, [B, 1, N, H]; got {query.shape=}")
-    options = attention.Options(_scale(scale, query))
+    options = attention.Options(_scale(scale, query), False, local_window_size, logits_soft_cap)
     _check_options(options, softmax, implementation)
     _check_integers(arrays, None)
     _check_floats(arrays, key_max_norm)

@@ -1,20 +1,27 @@
-"""LLaMA models in Flax NNX: configs and presets, KV cache, checkpoint loading, tokenizer."""
+"""Models in Flax NNX: families, configs and presets, KV cache, checkpoint loading, tokenizer."""
 
 from fdpp_jax.models.cache import KVCache
-from fdpp_jax.models.config import PRESETS, LlamaConfig, RopeScaling
+from fdpp_jax.models.config import DecoderConfig, LlamaConfig, RopeScaling
+from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.models.families import FAMILIES, PRESETS, causal_lm, config_from_hf
 from fdpp_jax.models.llama import LlamaForCausalLM
 from fdpp_jax.models.loading import bundled_path, load, random_model, resolve
 from fdpp_jax.models.plans import model_plans
 from fdpp_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "FAMILIES",
     "PRESETS",
+    "CausalLM",
+    "DecoderConfig",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",
     "RopeScaling",
     "Tokenizer",
     "bundled_path",
+    "causal_lm",
+    "config_from_hf",
     "load",
     "load_tokenizer",
     "model_plans",

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax.models.config import LlamaConfig
+from fdpp_jax.models.config import DecoderConfig
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +31,7 @@ class KVCache:
     @classmethod
     def create(
         cls,
-        config: LlamaConfig,
+        config: DecoderConfig,
         batch: int,
         capacity: int,
         dtype: jax.typing.DTypeLike,

@@ -1,10 +1,10 @@
-"""What a LLaMA is: the shapes and constants of a checkpoint's config.json, and published presets."""
+"""Shapes and constants of a model, as a checkpoint's config.json has them: what all families share, and LLaMA's."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-_ARCHITECTURE = "LlamaForCausalLM"
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -23,9 +23,17 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
 
+class AttentionOptions(TypedDict, total=False):
+    """Arguments of `fdpp_jax.dot_product_attention` that a layer may set."""
+
+    scale: float
+    local_window_size: tuple[int, int]
+    logits_soft_cap: float
+
+
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """A LLaMA's shapes and constants; field names as in Hugging Face's config.json.
+class DecoderConfig:
+    """What every decoder has; field names as in Hugging Face's config.json.
 
     Raises:
       ValueError: A size is not positive, or the head counts do not divide.
@@ -39,12 +47,7 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -74,6 +77,31 @@ class LlamaConfig:
         """Columns of the fused query, key and value projection, (N + 2 K) * H."""
         return self.query_size + 2 * self.kv_size
 
+    @property
+    def mlp_in_size(self) -> int:
+        """Columns of the MLP's first projection: gate and up."""
+        return 2 * self.intermediate_size
+
+    def attention_options(self, layer: int) -> AttentionOptions:
+        """How a layer's attention differs from the plain one."""
+        del layer
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """A LLaMA's shapes and constants; field names as in Hugging Face's config.json.
+
+    Raises:
+      ValueError: A size is not positive, or the head counts do not divide.
+    """
+
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
         """Reads the contents of a Hugging Face config.json, of transformers 4 or 5.
@@ -82,8 +110,8 @@ class LlamaConfig:
           ValueError: Not a LLaMA, a required key is missing, or the checkpoint asks for something this model
             does not compute. All problems are listed at once.
         """
-        if problems := _problems(hf):
-            raise ValueError("config.json is not one this model can run:\n" + "\n".join(f"  - {p}" for p in problems))
+        problems = common_problems(hf, "llama", "LlamaForCausalLM")
+        refuse(problems or activation_problems(hf, "hidden_act", "silu") + rope_problems(hf))
         heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -95,8 +123,8 @@ class LlamaConfig:
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             max_position_embeddings=hf.get("max_position_embeddings", 2048),
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=float(_rope(hf)["rope_theta"]),
-            rope_scaling=_rope_scaling(hf),
+            rope_theta=rope_theta(hf),
+            rope_scaling=rope_scaling(hf),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             attention_bias=hf.get("attention_bias", False),
             mlp_bias=hf.get("mlp_bias", False),
@@ -119,7 +147,13 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+def rope_theta(hf: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies."""
+    return float(_rope(hf)["rope_theta"])
+
+
+def rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+    """How the rotary frequencies are stretched; None: not at all."""
     rope = _rope(hf)
     if rope["rope_type"] == "default":
         return None
@@ -136,28 +170,44 @@ def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _problems(hf: Mapping[str, Any]) -> list[str]:
-    """Why this config.json cannot be run, each with expected and got; the architecture alone if that is wrong."""
-    model_type, architectures = hf.get("model_type"), hf.get("architectures")
-    if model_type != "llama" or _ARCHITECTURE not in (architectures or [_ARCHITECTURE]):
-        expected = f"model_type 'llama' and architectures ['{_ARCHITECTURE}']"
-        return [f"expected {expected}, got {model_type!r} and {architectures}"]
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    problems = [f"{key} is missing" for key in sizes if key not in hf]
+def common_problems(hf: Mapping[str, Any], model_type: str, architecture: str) -> list[str]:
+    """Why no family could run this config.json, each with expected and got; the architecture alone if that is wrong."""
+    got, architectures = hf.get("model_type"), hf.get("architectures")
+    if got != model_type or architecture not in (architectures or [architecture]):
+        return [
+            f"expected model_type {model_type!r} and architectures ['{architecture}'], got {got!r} and {architectures}"
+        ]
+    problems = [f"{key} is missing" for key in _SIZES if key not in hf]
     problems += [
         f"expected {key} to be a positive integer, got {hf[key]!r}"
-        for key in sizes
+        for key in _SIZES
         if key in hf and not _is_size(hf[key])
     ]
-    if (act := hf.get("hidden_act", "silu")) != "silu":
-        problems.append(f"expected hidden_act 'silu', got {act!r}")
     if quantization := hf.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
         problems.append(f"expected unquantized weights, got a quantization_config (quant_method {method!r})")
-    return problems + _rope_problems(_rope(hf))
+    return problems
 
 
-def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
+def activation_problems(hf: Mapping[str, Any], key: str, expected: str) -> list[str]:
+    """Whether config.json names another activation than `expected`."""
+    got = hf.get(key, expected)
+    return [] if got == expected else [f"expected {key} {expected!r}, got {got!r}"]
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises what is wrong with a config.json, all at once.
+
+    Raises:
+      ValueError: There is a problem.
+    """
+    if problems:
+        raise ValueError("config.json is not one this model can run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def rope_problems(hf: Mapping[str, Any]) -> list[str]:
+    """Why the rotary settings cannot be run."""
+    rope = _rope(hf)
     rope_type = rope["rope_type"]
     if rope_type not in _ROPE_TYPES:
         return [f"expected a rope_type out of {', '.join(_ROPE_TYPES)}, got {rope_type!r}"]

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import safetensors
 from flax import nnx
 
-from fdpp_jax.models.config import LlamaConfig
-from fdpp_jax.models.llama import LlamaForCausalLM
+from fdpp_jax.models.config import DecoderConfig
+from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.models.families import causal_lm, config_from_hf
+from fdpp_jax.models.layers import Linear
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -36,8 +38,8 @@ def bundled_path() -> pathlib.Path:
 
 def load(
     path_or_hub_id: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, progress: bool | None = None
-) -> LlamaForCausalLM:
-    """Loads a LLaMA checkpoint in Hugging Face format.
+) -> CausalLM:
+    """Loads a checkpoint in Hugging Face format.
 
     Args:
       path_or_hub_id: A directory with config.json and *.safetensors, or a hub id such as "org/name".
@@ -54,20 +56,22 @@ def load(
     if jnp.dtype(dtype).name not in _MODEL_DTYPES:
         raise ValueError(f"expected a dtype out of {', '.join(_MODEL_DTYPES)}, got {jnp.dtype(dtype).name}")
     directory = resolve(path_or_hub_id)
-    config = LlamaConfig.from_hf(read_json(directory, "config.json"))
-    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    parameters = [(".".join(map(str, path)), value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    sources = {name: _sources(name, value.shape, config) for name, value in parameters}
+    config = config_from_hf(read_json(directory, "config.json"))
+    model = nnx.eval_shape(lambda: causal_lm(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    parameters = [(_name(path), value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    sources = {name: _sources(name, value.shape, modules[name.rpartition(".")[0]]) for name, value in parameters}
+    expected = {name: shape for parts in sources.values() for name, shape in parts.items()}
     with contextlib.ExitStack() as stack:
-        shards = _open_shards(directory, {k: v for parts in sources.values() for k, v in parts.items()}, config, stack)
+        shards = _open_shards(directory, expected, model, stack)
         for name, parameter in _with_progress(parameters, f"Loading {directory.name}", progress):
             parts = [shards[source].get_tensor(source) for source in sources[name]]
-            transpose = not name.endswith("embed_tokens.weight")
+            transpose = isinstance(modules[name.rpartition(".")[0]], Linear)
             parameter.set_value(_assemble(parts, transpose, jnp.dtype(dtype)).block_until_ready())
     return model
 
 
-def random_model(config: LlamaConfig, dtype: jax.typing.DTypeLike = jnp.bfloat16, seed: int = 0) -> LlamaForCausalLM:
+def random_model(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.bfloat16, seed: int = 0) -> CausalLM:
     """A model with random weights, made on the default device one tensor at a time: for benches.
 
     Args:
@@ -75,7 +79,7 @@ def random_model(config: LlamaConfig, dtype: jax.typing.DTypeLike = jnp.bfloat16
       dtype: dtype of weights, activations and KV cache.
       seed: Of the weights.
     """
-    return LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    return causal_lm(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
 def resolve(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
@@ -126,18 +130,18 @@ def list_files(directory: pathlib.Path) -> str:
     return ", ".join(sorted(entry.name for entry in directory.iterdir())) or "an empty directory"
 
 
-def _sources(name: str, shape: tuple[int, ...], config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _sources(name: str, shape: tuple[int, ...], module: nnx.Module) -> dict[str, tuple[int, ...]]:
     """The checkpoint's tensors (name to shape) that make up one of our parameters, in the order of our columns."""
-    if name.endswith("embed_tokens.weight"):
+    if not isinstance(module, Linear):
         return {name: shape}
-    fused = {
-        "qkv_proj": {"q_proj": config.query_size, "k_proj": config.kv_size, "v_proj": config.kv_size},
-        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
-    }
-    for ours, parts in fused.items():
-        if ours in name:
-            return {name.replace(ours, part): (size, *shape[:-1]) for part, size in parts.items()}
-    return {name: shape[::-1]}
+    if not module.parts:
+        return {name: shape[::-1]}
+    *parents, _, parameter = name.split(".")
+    return {_name((*parents, part, parameter)): (size, *shape[:-1]) for part, size in module.parts}
 
 
 @functools.partial(jax.jit, static_argnames=("transpose", "dtype"))
@@ -150,7 +154,7 @@ def _assemble(parts: list[jax.Array], transpose: bool, dtype: jnp.dtype) -> jax.
 def _open_shards(
     directory: pathlib.Path,
     expected: Mapping[str, tuple[int, ...]],
-    config: LlamaConfig,
+    model: CausalLM,
     stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
     """Opens the shards and returns, for every expected tensor, the shard that holds it.
@@ -188,7 +192,7 @@ def _open_shards(
     problems += [
         f"tensor {name} {shards[name].get_slice(name).get_shape()} is unknown to the config"
         for name in shards.keys() - expected.keys()
-        if not _is_harmless(name, config)
+        if not name.endswith(model.implied_tensors)
     ]
     if problems:
         raise ValueError(f"{directory} is not the checkpoint its config.json describes:\n{_bullets(problems)}")
@@ -208,11 +212,6 @@ def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]
     if not names:
         raise ValueError(f"expected *.safetensors in {directory}, found {list_files(directory)}")
     return {}, names
-
-
-def _is_harmless(name: str, config: LlamaConfig) -> bool:
-    """Tensors that old checkpoints carry though the config implies them."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
 def _bullets(problems: list[str]) -> str:

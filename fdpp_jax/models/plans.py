@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from fdpp_jax import heuristics
 from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
 from fdpp_jax.device import Device
-from fdpp_jax.models.config import LlamaConfig
+from fdpp_jax.models.config import DecoderConfig
 
 
 def model_plans(
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     batch: int,
     capacity: int,
@@ -35,6 +35,7 @@ def model_plans(
     if batch < 1 or capacity < 1:
         raise ValueError(f"expected a batch and a capacity of at least 1, got {batch=} and {capacity=}")
     name = jnp.dtype(dtype).name
+    options = config.attention_options(0)
     attention = AttentionShape(
         batch=batch,
         query_length=1,
@@ -43,6 +44,9 @@ def model_plans(
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         dtype=name,
+        local_window_size=options.get("local_window_size"),
+        logits_soft_cap=options.get("logits_soft_cap"),
+        has_query_offset="local_window_size" in options,
         has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
     )
 
@@ -58,7 +62,7 @@ def model_plans(
         matmul("qkv", config.hidden_size, config.qkv_size),
         ("attention", attention, heuristics.plan_attention(attention, device)),
         matmul("o", config.query_size, config.hidden_size),
-        matmul("gate_up", config.hidden_size, 2 * config.intermediate_size),
+        matmul("gate_up", config.hidden_size, config.mlp_in_size),
         matmul("down", config.intermediate_size, config.hidden_size),
         head,
     ]

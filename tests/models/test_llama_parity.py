@@ -13,7 +13,7 @@ from flax import nnx
 
 from fdpp_jax import UnifiedMax, models
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM, RopeScaling
-from fdpp_jax.models.llama import inverse_frequencies, rotate, rotation_at
+from fdpp_jax.models.rotary import inverse_frequencies, rotate, rotation_at
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 TINY = LlamaConfig(

@@ -1,0 +1,188 @@
+"""A decoder with its head, whatever the family: scoring, prefill and one decode step."""
+
+import abc
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdpp_jax import ops, unified_max
+from fdpp_jax.config import MatmulImplementation
+from fdpp_jax.models.cache import KVCache, write_prompt, write_token
+from fdpp_jax.models.config import DecoderConfig
+from fdpp_jax.models.layers import Embedding
+from fdpp_jax.unified_max import UnifiedMax
+
+# attend(layer, query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> [B, T, N, H]
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class CausalLM(nnx.Module):
+    """What the families share; a family adds its modules, `hidden_states` and `head`.
+
+    Attributes carry the checkpoint's names, so that loading needs no table. Inside `jax.jit` split a model first:
+    `graphdef, state = nnx.split(model)`, then `nnx.merge` in the traced function.
+
+    Attributes:
+      config: Shapes and constants.
+      dtype: dtype of weights, activations and KV cache.
+    """
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+    # Endings of the names of tensors that checkpoints carry though the config implies them.
+    implied_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    @property
+    @abc.abstractmethod
+    def embedding(self) -> Embedding:
+        """The rows of the tokens."""
+
+    @abc.abstractmethod
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        implementation: MatmulImplementation | None = None,
+    ) -> jax.Array:
+        """What the head reads, with attention left to the caller: a cache, a probe of the scores, ...
+
+        Args:
+          tokens: [B, T] integers.
+          positions: [B, T] integers; [1, T] serves all rows.
+          attend: attend(layer, query [B, T, N, H], key, value [B, T, K, H]) -> [B, T, N, H]; query and key are rotated.
+          implementation: Of the matmuls, None for the planned one.
+
+        Returns:
+          [B, T, D].
+        """
+
+    @abc.abstractmethod
+    def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]."""
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of every position, causal, without a cache: for scoring and training.
+
+        Args:
+          tokens: [B, T] integers.
+
+        Returns:
+          [B, T, V] float32; row t predicts token t + 1.
+        """
+        _check_tokens(tokens, ndim=2)
+        return self.head(self.hidden_states(tokens, _positions(tokens), self._causal_attend))
+
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Runs the prompts and fills the cache with them, from slot 0.
+
+        Args:
+          tokens: [B, T] integers, right-padded.
+          lengths: [B] integers in 1..T, the live tokens of each row.
+          cache: Of capacity T or more; donate it.
+
+        Returns:
+          Logits [B, V] float32 of each row's last live token, and the cache with these lengths.
+
+        Raises:
+          ValueError: T exceeds the capacity, or the batch sizes differ.
+        """
+        _check_tokens(tokens, ndim=2)
+        _check_batch(cache, tokens=tokens, lengths=lengths)
+        if tokens.shape[1] > cache.capacity:
+            raise ValueError(f"a prompt of {tokens.shape[1]} tokens does not fit a cache of capacity {cache.capacity}")
+        keys, values, norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
+
+        def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            keys[layer] = write_prompt(keys[layer], key)
+            values[layer] = write_prompt(values[layer], value)
+            if norms:
+                norms[layer] = unified_max.max_norm(key.astype(keys[layer].dtype), lengths)
+            # Padding stands on the right, so the causal mask already hides it from every live query.
+            return self._causal_attend(layer, query, key, value)
+
+        hidden = self.hidden_states(tokens, _positions(tokens), attend)  # [B, T, D]
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
+        return self.head(hidden), KVCache(tuple(keys), tuple(values), lengths.astype(jnp.int32), tuple(norms))
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        *,
+        softmax: UnifiedMax | None = None,
+        implementation: Literal["xla"] | None = None,
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
+        """One decode step: appends a token to each row and predicts the next.
+
+        Where `overflow` is true the logits, the new slots and the norms are not usable: call again with softmax=None
+        on the returned keys and values, and the lengths and norms from before. That writes the same slots.
+
+        Args:
+          tokens: [B] integers.
+          cache: With room for one more token in every row (not checked here, lengths are traced); donate it.
+          softmax: None for exact online softmax, or the policy.
+          implementation: None for the planned kernels, "xla" for plain XLA throughout.
+
+        Returns:
+          Logits [B, V] float32, the cache one token longer, and overflow [] bool: some row of some layer left
+          the policy's safe window.
+
+        Raises:
+          ValueError: The batch sizes differ, or an unknown implementation.
+        """
+        _check_tokens(tokens, ndim=1)
+        _check_batch(cache, tokens=tokens)
+        if implementation not in (None, "xla"):
+            raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
+        keys, values, norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
+        lengths = cache.lengths + 1
+
+        def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            keys[layer] = write_token(keys[layer], key, cache.lengths)
+            values[layer] = write_token(values[layer], value, cache.lengths)
+            if norms:
+                norms[layer] = jnp.maximum(norms[layer], unified_max.max_norm(key.astype(keys[layer].dtype)))
+            return ops.unchecked_decode_attention(
+                query,
+                keys[layer],
+                values[layer],
+                **self.config.attention_options(layer),
+                query_offset=cache.lengths,
+                key_value_seq_lengths=lengths,
+                key_max_norm=norms[layer] if norms else None,
+                softmax=softmax,
+                implementation=implementation,
+            )
+
+        hidden = self.hidden_states(tokens[:, None], cache.lengths[:, None], attend, implementation)  # [B, 1, D]
+        logits = self.head(hidden[:, 0], implementation)  # [B, V]
+        # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
+        # A constant False lets XLA drop the caller's recompute branch altogether.
+        overflow = jnp.zeros((), bool) if softmax is None else jnp.isnan(logits[:, 0]).any()
+        return logits, KVCache(tuple(keys), tuple(values), lengths, tuple(norms)), overflow
+
+    def _causal_attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return ops.dot_product_attention(query, key, value, is_causal=True, **self.config.attention_options(layer))
+
+
+def _positions(tokens: jax.Array) -> jax.Array:
+    return jnp.arange(tokens.shape[1])[None]  # [1, T]
+
+
+def _check_tokens(tokens: jax.Array, *, ndim: int) -> None:
+    if tokens.ndim != ndim or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        expected = "[B, T]" if ndim == 2 else "[B]"
+        raise ValueError(f"expected integer tokens {expected}, got {tokens.dtype} of shape {tokens.shape}")
+
+
+def _check_batch(cache: KVCache, **arrays: jax.Array) -> None:
+    for name, array in arrays.items():
+        if array.shape[0] != cache.batch:
+            raise ValueError(f"{name} of shape {array.shape} do not match a cache of {cache.batch} rows")
+    if "lengths" in arrays and arrays["lengths"].ndim != 1:
+        raise ValueError(f"expected lengths [B], got shape {arrays['lengths'].shape}")

@@ -1,0 +1,80 @@
+"""What all families are built of: norms, linear maps, embeddings. Weights are [in, out]; norms are in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdpp_jax import ops
+from fdpp_jax.config import MatmulImplementation
+
+_INIT_STDDEV = 0.02
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once to x's dtype."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jax.typing.DTypeLike):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x [..., in] @ weight [in, out] (+ bias).
+
+    Args:
+      in_size: Columns of x.
+      out_size: Columns of the result.
+      use_bias: Whether there is a bias [out].
+      parts: Where a checkpoint has several linear maps of x: the name and the columns of each, in our order.
+      dtype: Of the parameters.
+      rngs: Source of the random initial weights.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        use_bias: bool = False,
+        parts: tuple[tuple[str, int], ...] = (),
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.parts = parts
+        self.weight = nnx.Param(_normal(rngs, (in_size, out_size), dtype))
+        self.bias = nnx.Param(jnp.zeros(out_size, dtype)) if use_bias else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        out_dtype: jax.typing.DTypeLike | None = None,
+        implementation: MatmulImplementation | None = None,
+    ) -> jax.Array:
+        y = ops.flat_matmul(x, self.weight[...], out_dtype=out_dtype, implementation=implementation)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Embedding(nnx.Module):
+    """weight [V, D]: rows by token, and logits by token when the head is tied."""
+
+    def __init__(self, vocab_size: int, size: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_normal(rngs, (vocab_size, size), dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.weight[...][tokens]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [..., D] @ weight^T -> [..., V] float32, without a transposed copy of the weight."""
+        # float32 means TF32 to a GPU unless the highest precision is asked for.
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return jnp.einsum("...d,vd->...v", x, self.weight[...], precision=precision, preferred_element_type=jnp.float32)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(_INIT_STDDEV, dtype)
