@@ -1,4 +1,4 @@
-"""Our LLaMA against transformers' (tests/fixtures/make_llama_fixtures.py), in float32."""
+"""Our LLaMA against transformers' (tests/fixtures/make_fixtures.py), in float32."""
 
 import dataclasses
 import functools
