@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +241,11 @@ def _generate(args: argparse.Namespace) -> None:
         softmax=_softmax(args),
         chunk_size=_STREAM_CHUNK,
     )
-    result = _print_stream(chunks, prompts, tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = _print_stream(chunks, prompts, tokenizer)
+    for warning in caught:
+        print(f"fdpp-jax: warning: {warning.message}", file=sys.stderr)
     _print_speed(result, lengths.tolist())
     plans = models.model_plans(
         model.config, batch=len(prompts), capacity=result.cache_capacity, device=running, dtype=model.dtype

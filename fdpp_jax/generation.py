@@ -9,6 +9,7 @@ softmax: it writes the same cache slots again.
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from fdpp_jax.unified_max import UnifiedMax
 
 _MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
+_MIN_STEPS_OF_DRIFT = 64  # fewer steps do not tell how often a phi fails
 # XLA records a decode step as CUDA graphs. Its default takes lax.cond in as a conditional node; here it stays outside.
 # What that gains is not proven: docs/performance.md has the numbers. XLA's list, less CONDITIONAL:
 DECODE_COMPILER_OPTIONS = {
@@ -40,6 +42,7 @@ class GenerationResult:
       tokens: [B, max_new_tokens] int32 new tokens. After a row's end: the first of eos_ids, or 0.
       lengths: [B] int32 new tokens that count, the end-of-sequence token included.
       recomputed_steps: Decode steps that were redone with online softmax.
+      online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
       decode_steps: Decode steps that ran; the first token comes from the prefill.
       prefill_seconds: From the start to the first token on the host, without compilation.
       decode_seconds: The time of all decode steps, without compilation and without the consumer of a stream.
@@ -50,6 +53,7 @@ class GenerationResult:
     tokens: np.ndarray
     lengths: np.ndarray
     recomputed_steps: int
+    online_from: int | None
     decode_steps: int
     prefill_seconds: float
     decode_seconds: float
@@ -76,6 +80,7 @@ def generate(
     top_p: float | None = None,
     key: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
+    max_recompute_rate: float = 0.1,
 ) -> GenerationResult:
     """Continues a batch of prompts.
 
@@ -90,6 +95,8 @@ def generate(
       top_p: Sample among the fewest best tokens whose probabilities reach top_p only.
       key: PRNG key; None: jax.random.key(0).
       softmax: None: online softmax. UnifiedMax: asynchronous, with steps that leave the window redone.
+      max_recompute_rate: If more than this share of the steps was redone, the first 64 or later, the rest runs with
+        online softmax, after a warning and one compilation: a phi that does not fit costs more than it saves. 1: never.
 
     Returns:
       The tokens, how many count, and what it took.
@@ -99,7 +106,8 @@ def generate(
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
-    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, temperature, top_k, top_p, key, softmax)
+    options = temperature, top_k, top_p, key, softmax, max_recompute_rate
+    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options)
     while True:
         try:
             next(chunks)
@@ -118,6 +126,7 @@ def stream(
     top_p: float | None = None,
     key: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
+    max_recompute_rate: float = 0.1,
     chunk_size: int = 32,
 ) -> Generator[StreamChunk, None, GenerationResult]:
     """`generate` in pieces: yields the first token, then up to `chunk_size` tokens at a time.
@@ -146,8 +155,11 @@ def stream(
             raise ValueError(f"phi must broadcast to [B, N] = {list(rows)}, got shape {phi_shape}")
         # One dtype for a Python float and an array, so that a new phi never compiles.
         softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
+    if not 0 <= max_recompute_rate <= 1:
+        raise ValueError(f"max_recompute_rate must be within 0..1, got {max_recompute_rate}")
     key = jax.random.key(0) if key is None else key
-    return _run(model, prompts, lengths, max_new_tokens, tuple(eos_ids), sampling, key, softmax, chunk_size)
+    policy = softmax, max_recompute_rate
+    return _run(model, prompts, lengths, max_new_tokens, tuple(eos_ids), sampling, key, policy, chunk_size)
 
 
 def _check_prompts(
@@ -205,10 +217,11 @@ def _run(
     eos_ids: tuple[int, ...],
     sampling: Sampling,
     key: jax.Array,
-    softmax: UnifiedMax | None,
+    policy: tuple[UnifiedMax | None, float],
     chunk_size: int,
 ) -> Generator[StreamChunk, None, GenerationResult]:
     """The host's side of `stream`, with arguments that are checked."""
+    softmax, max_recompute_rate = policy
     graphdef, weights = nnx.split(model)
     capacity = round_up(prompts.shape[1] + max_new_tokens, _CAPACITY_MULTIPLE)
     eos = jnp.asarray(eos_ids, jnp.int32)
@@ -225,7 +238,7 @@ def _run(
     prefill_seconds = time.perf_counter() - started
     yield StreamChunk(new_tokens[:, :1].copy(), np.asarray(loop.lengths))
 
-    num_tokens, decode_seconds = 1, 0.0
+    num_tokens, decode_seconds, online_from = 1, 0.0, None
     while num_tokens < max_new_tokens and not np.asarray(loop.finished).all():
         started = time.perf_counter()
         num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
@@ -239,17 +252,33 @@ def _run(
         decode_seconds += time.perf_counter() - started
         yield StreamChunk(new_tokens[:, num_tokens : num_tokens + steps].copy(), np.asarray(loop.lengths))
         num_tokens += steps
+        if softmax is not None and _has_drifted(loop, num_tokens - 1, max_recompute_rate):
+            softmax, online_from = None, num_tokens - 1
 
     return GenerationResult(
         tokens=new_tokens,
         lengths=np.array(loop.lengths),
         recomputed_steps=int(loop.recomputed_steps),
+        online_from=online_from,
         decode_steps=num_tokens - 1,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         compile_seconds=compile_seconds,
         cache_capacity=capacity,
     )
+
+
+def _has_drifted(loop: _Loop, num_steps: int, max_recompute_rate: float) -> bool:
+    """Whether too many steps were redone, which is warned of."""
+    redone = int(loop.recomputed_steps)
+    if num_steps < _MIN_STEPS_OF_DRIFT or redone <= max_recompute_rate * num_steps:
+        return False
+    warnings.warn(
+        f"{redone} of {num_steps} decode steps left the safe window of unified-max softmax: the rest runs with online "
+        "softmax. Calibrate phi (fdpp_jax.calibrate), or use UnifiedMax.bound()",
+        stacklevel=2,
+    )
+    return True
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -250,6 +250,7 @@ def test_speed_counts_decoded_tokens_only(capsys):
         tokens=np.zeros((2, 8), np.int32),
         lengths=np.array([8, 3]),
         recomputed_steps=1,
+        online_from=None,
         decode_steps=7,
         prefill_seconds=0.5,
         decode_seconds=0.25,
@@ -301,6 +302,13 @@ def test_softmax_changes_the_recomputed_steps_and_not_the_text(capsys, checkpoin
         text, report = _generate(capsys, checkpoint, *argv, *softmax)
         assert text == online
         assert f"recomputed steps: {recomputed} of 7" in report
+
+
+def test_a_phi_that_fails_too_often_is_warned_of(capsys, checkpoint):
+    argv = ["generate", "--model", str(checkpoint), "--prompt", "class ", "--max-new-tokens", "80", "--phi", "500"]
+    assert cli.main(argv) == 0
+    err = capsys.readouterr().err
+    assert "fdpp-jax: warning: 64 of 64 decode steps left the safe window" in err
 
 
 def test_sampling_follows_the_seed(capsys, checkpoint):

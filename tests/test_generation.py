@@ -1,5 +1,7 @@
 """Generation against a plain loop over the whole sequence, and what the jitted loop promises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 
 from fdpp_jax import generation
 from fdpp_jax.generation import generate, stream
-from fdpp_jax.models import LlamaConfig, LlamaForCausalLM
+from fdpp_jax.models import LlamaConfig, LlamaForCausalLM, random_model
 from fdpp_jax.sampling import Sampling
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -110,6 +112,22 @@ def test_a_phi_far_off_costs_time_only(model, phi):
     assert result.tokens.tolist() == online.tokens.tolist()
     assert result.recomputed_steps == result.decode_steps == 19
     assert online.recomputed_steps == 0
+
+
+@pytest.mark.parametrize(("rate", "online_from"), [(0.1, 64), (0.999, 64), (1.0, None)])
+def test_a_phi_that_fails_too_often_gives_way_to_online_softmax(rate, online_from):
+    steps = 80
+    model = random_model(dataclasses.replace(CONFIG, max_position_embeddings=128), jnp.float32)
+    online = generate(model, PROMPTS, max_new_tokens=1 + steps)
+    arguments = dict(max_new_tokens=1 + steps, softmax=UnifiedMax(200.0), max_recompute_rate=rate)
+    if online_from is None:
+        result = generate(model, PROMPTS, **arguments)
+    else:
+        with pytest.warns(UserWarning, match="64 of 64 decode steps left the safe window"):
+            result = generate(model, PROMPTS, **arguments)
+    assert result.online_from == online_from
+    assert result.recomputed_steps == (online_from or steps)
+    assert result.tokens.tolist() == online.tokens.tolist()
 
 
 def test_same_shapes_compile_nothing(model):
@@ -217,6 +235,7 @@ def test_the_recompute_copies_no_cache(model, batch):
         ({"temperature": 1.0, "top_k": 65}, "top_k must be within"),
         ({"top_p": 0.0}, "top_p must be"),
         ({"softmax": 6.0}, "softmax must be None or a UnifiedMax, got 6.0"),
+        ({"max_recompute_rate": 1.5}, r"max_recompute_rate must be within 0\.\.1, got 1.5"),
         ({"softmax": UnifiedMax(jnp.zeros(3))}, r"phi .* broadcast to \[B, N\] = \[2, 4\], got shape \(3,\)"),
     ],
 )
