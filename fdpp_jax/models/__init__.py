@@ -1,6 +1,7 @@
 """Models in Flax NNX: families, configs and presets, KV cache, checkpoint loading, tokenizer."""
 
 from fdpp_jax.models.cache import KVCache
+from fdpp_jax.models.chat import SamplingDefaults, chat_text, sampling_defaults
 from fdpp_jax.models.config import DecoderConfig, LlamaConfig, RopeScaling
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.families import FAMILIES, PRESETS, causal_lm, config_from_hf
@@ -18,13 +19,16 @@ __all__ = [
     "LlamaConfig",
     "LlamaForCausalLM",
     "RopeScaling",
+    "SamplingDefaults",
     "Tokenizer",
     "bundled_path",
     "causal_lm",
+    "chat_text",
     "config_from_hf",
     "load",
     "load_tokenizer",
     "model_plans",
     "random_model",
     "resolve",
+    "sampling_defaults",
 ]

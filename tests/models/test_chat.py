@@ -1,0 +1,85 @@
+"""Chat templates and sampling defaults, as checkpoints of the hub have them."""
+
+import json
+import sys
+
+import pytest
+
+from fdpp_jax.models import SamplingDefaults, chat_text, sampling_defaults
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "    {% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}\n"
+    "    {{ '[INST] ' + message['content'] | trim + ' [/INST]' }}\n"
+    "{% endfor %}"
+)
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def _checkpoint(tmp_path, template=None, **settings):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    return tmp_path
+
+
+def test_a_template_in_the_tokenizer_s_settings(tmp_path):
+    directory = _checkpoint(tmp_path, chat_template=CHATML)
+    messages = [{"role": "system", "content": "Be brief."}, *USER]
+    assert chat_text(directory, messages) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_of_its_own_comes_first_and_knows_special_tokens(tmp_path):
+    directory = _checkpoint(tmp_path, LLAMA_2, chat_template=CHATML, bos_token={"content": "<s>", "lstrip": False})
+    assert chat_text(directory, USER) == "<s>    [INST] Hi [/INST]\n"
+    with pytest.raises(ValueError, match="does not take these messages: no system role"):
+        chat_text(directory, [{"role": "system", "content": ""}])
+
+
+def test_the_default_among_named_templates(tmp_path):
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages | length }}"}]
+    assert chat_text(_checkpoint(tmp_path, chat_template=named), USER) == "1"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].__class__.__mro__ }}", "{% set _ = messages.append(1) %}", "{{ unknown.field }}", "{%"]
+)
+def test_a_hostile_or_broken_template_is_one_error(tmp_path, template):
+    with pytest.raises(ValueError, match="does not take these messages"):
+        chat_text(_checkpoint(tmp_path, template), USER)
+
+
+def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="expected chat_template.jinja .* tokenizer_config.json"):
+        chat_text(_checkpoint(tmp_path), USER)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(NotImplementedError, match=r"pip install 'fdpp-jax\[chat\]'"):
+        chat_text(tmp_path, USER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (None, SamplingDefaults()),
+        ({"eos_token_id": 2, "temperature": 0.6}, SamplingDefaults()),  # which does not sample
+        ({"do_sample": True}, SamplingDefaults(1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}, SamplingDefaults(0.6, 50, 0.9)),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}, SamplingDefaults(0.7)),
+    ],
+)
+def test_sampling_defaults(tmp_path, settings, expected):
+    if settings is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert sampling_defaults(tmp_path) == expected
+
+
+def test_a_malformed_default_names_file_and_field(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": "high"}')
+    with pytest.raises(ValueError, match=r"expected a number for top_p in .*generation_config.json, got 'high'"):
+        sampling_defaults(tmp_path)
