@@ -14,6 +14,7 @@ from fdpp_jax import device, heuristics, models, ops, timing
 from fdpp_jax.config import MatmulImplementation, MatmulShape, round_up
 from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
+from fdpp_jax.models.layers import Embedding
 from fdpp_jax.timing import BenchReport, Candidate, read_floor
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -116,7 +117,9 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
 def _weight_bytes(model: CausalLM) -> int:
     """Bytes of weights that a decode step reads: all, but of an embedding that is no head only a few rows."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return total if model.config.tie_word_embeddings else total - model.embedding.weight[...].nbytes
+    head = model.embedding if model.config.tie_word_embeddings else None
+    tables = [m for _, m in nnx.iter_modules(model) if isinstance(m, Embedding) and m is not head]
+    return total - sum(table.weight[...].nbytes for table in tables)
 
 
 def _time_decode(

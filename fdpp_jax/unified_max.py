@@ -40,7 +40,7 @@ class UnifiedMax:
     Args:
       phi: The constant subtracted from the scaled scores, in natural-log units: a float or an array that
         broadcasts to [B, N]. It is a traced value; changing it compiles nothing anew. None means a bound
-        for each row, see `bound`.
+        for each row, see `bound`. A model also takes one a layer, [L, B or 1, N or 1].
       recompute: Where a row that left the window is redone: "kernel" (by the CTA that adds it up), "launch" (by a
         second kernel, which exits early where no row failed) or "cond" (by a second call under `lax.cond`).
         None lets the heuristics choose. Without a kernel it is always "cond".
@@ -67,6 +67,18 @@ class UnifiedMax:
     def is_bound(self) -> bool:
         """Whether phi is a bound, which wants the norms of the keys."""
         return self.phi is None
+
+    def for_layer(self, layer: int, num_layers: int) -> "UnifiedMax":
+        """The policy of one layer of a model: itself, unless phi has an axis of layers.
+
+        Raises:
+          ValueError: That axis is not num_layers long.
+        """
+        if self.phi is None or jnp.ndim(self.phi) < 3:
+            return self
+        if jnp.shape(self.phi)[0] != num_layers:
+            raise ValueError(f"phi of each layer must be [{num_layers}, B, N], got shape {jnp.shape(self.phi)}")
+        return dataclasses.replace(self, phi=jnp.asarray(self.phi)[layer])
 
 
 def window(dtype: jax.typing.DTypeLike, num_keys: int) -> tuple[float, float]:

@@ -1,11 +1,12 @@
 """Shapes and constants of a model, as a checkpoint's config.json has them: what all families share, and LLaMA's."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "llama3")
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,15 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
-    """A LLaMA's shapes and constants; field names as in Hugging Face's config.json.
+    """Shapes and constants of a LLaMA, Mistral or Qwen; field names as in Hugging Face's config.json where it has them.
+
+    Attributes:
+      qkv_bias: Whether q_proj, k_proj and v_proj have biases.
+      o_bias: Whether o_proj has one.
+      qk_norm: Whether queries and keys are normalised over the head dim before they are rotated.
+      sliding_window: Keys that a windowed layer sees, the token's own included; None: no layer is windowed.
+      layer_types: "sliding_attention" or "full_attention" for each layer; none given: all are windowed if there is
+        a sliding_window.
 
     Raises:
       ValueError: A size is not positive, or the head counts do not divide.
@@ -99,12 +108,16 @@ class LlamaConfig(DecoderConfig):
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads the contents of a Hugging Face config.json, of transformers 4 or 5.
+        """Reads a LLaMA's config.json, of transformers 4 or 5.
 
         Raises:
           ValueError: Not a LLaMA, a required key is missing, or the checkpoint asks for something this model
@@ -112,6 +125,13 @@ class LlamaConfig(DecoderConfig):
         """
         problems = common_problems(hf, "llama", "LlamaForCausalLM")
         refuse(problems or activation_problems(hf, "hidden_act", "silu") + rope_problems(hf))
+        hf = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **hf}
+        bias = hf.get("attention_bias", False)
+        return cls.of(hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf.get("mlp_bias", False))
+
+    @classmethod
+    def of(cls, hf: Mapping[str, Any], **fields: Any) -> "LlamaConfig":
+        """What LLaMA, Mistral and Qwen say alike in a config.json that has no problems, and `fields` for the rest."""
         heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -121,14 +141,19 @@ class LlamaConfig(DecoderConfig):
             num_attention_heads=heads,
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=hf["max_position_embeddings"],
+            rms_norm_eps=hf["rms_norm_eps"],
             rope_theta=rope_theta(hf),
             rope_scaling=rope_scaling(hf),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            attention_bias=hf.get("attention_bias", False),
-            mlp_bias=hf.get("mlp_bias", False),
+            **fields,
         )
+
+    def attention_options(self, layer: int) -> AttentionOptions:
+        windowed = not self.layer_types or self.layer_types[layer] == "sliding_attention"
+        if self.sliding_window is None or not windowed:
+            return {}
+        return {"local_window_size": (self.sliding_window - 1, 0)}
 
 
 def _is_size(value: object) -> bool:
@@ -170,17 +195,19 @@ def rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def common_problems(hf: Mapping[str, Any], model_type: str, architecture: str) -> list[str]:
+def common_problems(
+    hf: Mapping[str, Any], model_type: str, architecture: str, *, sizes: Sequence[str] = _SIZES
+) -> list[str]:
     """Why no family could run this config.json, each with expected and got; the architecture alone if that is wrong."""
     got, architectures = hf.get("model_type"), hf.get("architectures")
     if got != model_type or architecture not in (architectures or [architecture]):
         return [
             f"expected model_type {model_type!r} and architectures ['{architecture}'], got {got!r} and {architectures}"
         ]
-    problems = [f"{key} is missing" for key in _SIZES if key not in hf]
+    problems = [f"{key} is missing" for key in sizes if key not in hf]
     problems += [
         f"expected {key} to be a positive integer, got {hf[key]!r}"
-        for key in _SIZES
+        for key in sizes
         if key in hf and not _is_size(hf[key])
     ]
     if quantization := hf.get("quantization_config"):
@@ -193,6 +220,19 @@ def activation_problems(hf: Mapping[str, Any], key: str, expected: str) -> list[
     """Whether config.json names another activation than `expected`."""
     got = hf.get(key, expected)
     return [] if got == expected else [f"expected {key} {expected!r}, got {got!r}"]
+
+
+def window_problems(hf: Mapping[str, Any]) -> list[str]:
+    """Why the sliding windows of sliding_window and layer_types cannot be run."""
+    window, types, layers = hf.get("sliding_window"), hf.get("layer_types"), hf["num_hidden_layers"]
+    problems = []
+    if window is not None and not _is_size(window):
+        problems.append(f"expected sliding_window to be a positive integer or null, got {window!r}")
+    if types and (len(types) != layers or not set(types) <= set(_LAYER_TYPES)):
+        problems.append(f"expected layer_types of {layers} out of {', '.join(_LAYER_TYPES)}, got {types}")
+    if types and "sliding_attention" in types and window is None:
+        problems.append("layer_types has sliding_attention, but no sliding_window is in use")
+    return problems
 
 
 def refuse(problems: list[str]) -> None:
@@ -264,6 +304,15 @@ PRESETS: dict[str, LlamaConfig] = {
         intermediate_size=8192,
         num_hidden_layers=16,
         head_dim=64,
+        rope_scaling=RopeScaling("llama3", factor=32.0),
+        tie_word_embeddings=True,
+    ),
+    "llama-3.2-3b": dataclasses.replace(
+        _LLAMA_31_8B,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
         rope_scaling=RopeScaling("llama3", factor=32.0),
         tie_word_embeddings=True,
     ),

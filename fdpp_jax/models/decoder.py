@@ -155,7 +155,7 @@ class CausalLM(nnx.Module):
                 query_offset=cache.lengths,
                 key_value_seq_lengths=lengths,
                 key_max_norm=norms[layer] if norms else None,
-                softmax=softmax,
+                softmax=None if softmax is None else softmax.for_layer(layer, self.config.num_hidden_layers),
                 implementation=implementation,
             )
 
@@ -167,7 +167,11 @@ class CausalLM(nnx.Module):
         return logits, KVCache(tuple(keys), tuple(values), lengths, tuple(norms)), overflow
 
     def _causal_attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return ops.dot_product_attention(query, key, value, is_causal=True, **self.config.attention_options(layer))
+        options = self.config.attention_options(layer)
+        window = options.get("local_window_size")
+        if window is not None and window[0] >= query.shape[1] - 1:
+            del options["local_window_size"]  # it hides nothing, and cuDNN knows no windows
+        return ops.dot_product_attention(query, key, value, is_causal=True, **options)
 
 
 def _positions(tokens: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdpp_jax.models import chatglm, gemma, mistral, opt, qwen
 from fdpp_jax.models import config as llama_config
 from fdpp_jax.models.config import DecoderConfig, LlamaConfig
 from fdpp_jax.models.decoder import CausalLM
@@ -32,8 +33,19 @@ class Family:
 # By the model_type of config.json.
 FAMILIES = {
     "llama": Family(LlamaConfig.from_hf, LlamaForCausalLM, llama_config.PRESETS),
+    "mistral": Family(mistral.config_from_hf, LlamaForCausalLM, mistral.PRESETS),
+    "qwen2": Family(qwen.qwen2_config_from_hf, LlamaForCausalLM, qwen.QWEN2_PRESETS),
+    "qwen3": Family(qwen.qwen3_config_from_hf, LlamaForCausalLM, qwen.QWEN3_PRESETS),
+    "gemma2": Family(gemma.Gemma2Config.from_hf, gemma.Gemma2ForCausalLM, gemma.PRESETS),
+    "chatglm": Family(chatglm.ChatGLMConfig.from_hf, chatglm.ChatGLMForConditionalGeneration, chatglm.PRESETS),
+    "opt": Family(opt.OPTConfig.from_hf, opt.OPTForCausalLM, opt.PRESETS),
 }
-_MODEL_OF: dict[type, Callable[..., CausalLM]] = {LlamaConfig: LlamaForCausalLM}
+_MODEL_OF: dict[type, Callable[..., CausalLM]] = {
+    LlamaConfig: LlamaForCausalLM,
+    gemma.Gemma2Config: gemma.Gemma2ForCausalLM,
+    chatglm.ChatGLMConfig: chatglm.ChatGLMForConditionalGeneration,
+    opt.OPTConfig: opt.OPTForCausalLM,
+}
 
 PRESETS: dict[str, DecoderConfig] = {
     name: config for family in FAMILIES.values() for name, config in family.presets.items()

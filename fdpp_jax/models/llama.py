@@ -1,4 +1,4 @@
-"""LLaMA in Flax NNX. q, k, v and gate, up are fused into one matmul each."""
+"""LLaMA in Flax NNX, and what differs little: Mistral, Qwen. q, k, v and gate, up are fused into one matmul each."""
 
 import functools
 from collections.abc import Callable
@@ -19,10 +19,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.config = config
-        bias = config.attention_bias
+        hidden, linear = config.hidden_size, functools.partial(Linear, dtype=dtype, rngs=rngs)
         parts = ("q_proj", config.query_size), ("k_proj", config.kv_size), ("v_proj", config.kv_size)
-        self.qkv_proj = Linear(config.hidden_size, config.qkv_size, use_bias=bias, parts=parts, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(config.query_size, config.hidden_size, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.qkv_proj = linear(hidden, config.qkv_size, use_bias=config.qkv_bias, parts=parts)
+        self.o_proj = linear(config.query_size, hidden, use_bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(
         self,
@@ -34,10 +37,13 @@ class Attention(nnx.Module):
         config = self.config
         qkv = self.qkv_proj(x, implementation=implementation)  # [B, T, (N + 2 K) H]
         qkv = qkv.reshape(*x.shape[:2], -1, config.head_dim)  # [B, T, N + 2 K, H]
-        turned = config.num_attention_heads + config.num_key_value_heads
-        query_key = rotate(qkv[:, :, :turned], *rotation)
-        query, key = jnp.split(query_key, [config.num_attention_heads], axis=2)
-        out = attend(query, key, qkv[:, :, turned:])  # [B, T, N, H]
+        heads, turned = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
+        query_key, value = jnp.split(qkv, [turned], axis=2)
+        if config.qk_norm:
+            query, key = jnp.split(query_key, [heads], axis=2)
+            query_key = jnp.concatenate([self.q_norm(query), self.k_norm(key)], axis=2)
+        query, key = jnp.split(rotate(query_key, *rotation), [heads], axis=2)
+        out = attend(query, key, value)  # [B, T, N, H]
         return self.o_proj(out.reshape(*x.shape[:2], -1), implementation=implementation)
 
 
@@ -86,7 +92,7 @@ class LlamaModel(nnx.Module):
 
 
 class LlamaForCausalLM(CausalLM):
-    """A LLaMA with its head.
+    """A LLaMA, Mistral or Qwen with its head.
 
     Args:
       config: Shapes and constants.

@@ -25,7 +25,9 @@ from fdpp_jax.models.layers import Linear
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+# Mistral publishes its weights a second time, in a format of its own.
+_HUB_IGNORED = ("*/*", "consolidated*.safetensors")
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _TENSOR_DTYPES = ("BF16", "F16", "F32", "F64")
 _MAX_PROBLEMS_SHOWN = 20
@@ -100,7 +102,7 @@ def resolve(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                str(path_or_hub_id), allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
+                str(path_or_hub_id), allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_IGNORED)
             )
         )
     except (OSError, ValueError) as error:

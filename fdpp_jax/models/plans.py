@@ -27,7 +27,8 @@ def model_plans(
       dtype: dtype of weights, activations and cache.
 
     Returns:
-      (name, shape, plan) of qkv, attention, o, gate_up and down, which run once a layer, then of the head.
+      (name, shape, plan) of qkv, attention, o, gate_up (up, where there is no gate) and down, which run once a layer,
+      then of the head. Where layers differ in attention, each kind is there once, under a name that tells its window.
 
     Raises:
       ValueError: batch or capacity is not positive, or the device is unknown.
@@ -35,34 +36,44 @@ def model_plans(
     if batch < 1 or capacity < 1:
         raise ValueError(f"expected a batch and a capacity of at least 1, got {batch=} and {capacity=}")
     name = jnp.dtype(dtype).name
-    options = config.attention_options(0)
-    attention = AttentionShape(
-        batch=batch,
-        query_length=1,
-        capacity=capacity,
-        num_query_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        dtype=name,
-        local_window_size=options.get("local_window_size"),
-        logits_soft_cap=options.get("logits_soft_cap"),
-        has_query_offset="local_window_size" in options,
-        has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
-    )
+
+    def attention(layer: int) -> AttentionShape:
+        options = config.attention_options(layer)
+        return AttentionShape(
+            batch=batch,
+            query_length=1,
+            capacity=capacity,
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            dtype=name,
+            local_window_size=options.get("local_window_size"),
+            logits_soft_cap=options.get("logits_soft_cap"),
+            has_query_offset="local_window_size" in options,
+            has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
+        )
 
     def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:
         shape = MatmulShape(batch, k, n, name)
         return what, shape, heuristics.plan_matmul(shape, device)
 
+    mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
+    attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
     head = matmul("head", config.hidden_size, config.vocab_size)
     if config.tie_word_embeddings:
         reason = "a tied head contracts the embedding [V, D] where it is, the kernels want [D, V]"
         head = (*head[:2], MatmulPlan("xla", None, reason))
     return [
         matmul("qkv", config.hidden_size, config.qkv_size),
-        ("attention", attention, heuristics.plan_attention(attention, device)),
+        *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
         matmul("o", config.query_size, config.hidden_size),
-        matmul("gate_up", config.hidden_size, config.mlp_in_size),
+        matmul(mlp_in, config.hidden_size, config.mlp_in_size),
         matmul("down", config.intermediate_size, config.hidden_size),
         head,
     ]
+
+
+def _name(shape: AttentionShape, all_shapes: list[AttentionShape]) -> str:
+    if len(all_shapes) == 1 or shape.local_window_size is None:
+        return "attention"
+    return f"attention (window {shape.local_window_size[0] + 1})"

@@ -1,89 +1,177 @@
-"""Text to tokens and back, by the checkpoint's tokenizer.json."""
+"""Text to tokens and back, by the checkpoint's tokenizer.json or its SentencePiece tokenizer.model."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
 from fdpp_jax.models.loading import list_files, read_json, resolve
 
+# ChatGLM's own tokens, which its code numbers from the end of the SentencePiece vocabulary on, and those of them
+# that every text starts with.
+_CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+_CHATGLM_PREFIX = ("[gMASK]", "sop")
+
+
+class _Backend(Protocol):
+    """Text to tokens and back, whatever the file format."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id, added tokens included."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, with what the file itself adds to every text or without."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+
 
 class Tokenizer:
-    """A thin wrapper of `tokenizers.Tokenizer` that knows the checkpoint's special tokens.
+    """A checkpoint's tokenizer, which knows its special tokens.
 
     Args:
-      tokenizer: What tokenizer.json holds.
-      bos_id: Token that every text starts with; None leaves it to tokenizer.json.
-      add_special_tokens: Whether tokenizer.json's own template (often just BOS) applies.
+      backend: What tokenizer.json or tokenizer.model holds.
+      prefix: Tokens that every text starts with, beside those that the backend itself adds.
       eos_ids: Tokens that end a text.
     """
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        *,
-        bos_id: int | None = None,
-        add_special_tokens: bool = True,
-        eos_ids: Sequence[int] = (),
-    ):
-        self._tokenizer = tokenizer
-        self._bos_id = bos_id
-        self._add_special_tokens = add_special_tokens
+    def __init__(self, backend: _Backend, *, prefix: Sequence[int] = (), eos_ids: Sequence[int] = ()):
+        self._backend = backend
+        self._prefix = list(prefix)
         self.eos_ids = tuple(eos_ids)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._backend.vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, BOS included where the checkpoint asks for it."""
-        ids = self._tokenizer.encode(text, add_special_tokens=self._add_special_tokens).ids
-        if self._bos_id is not None and ids[:1] != [self._bos_id]:
-            ids = [self._bos_id, *ids]
-        return ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, BOS included where the checkpoint asks for it; a chat template has its own."""
+        ids = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        if not add_special_tokens:
+            return ids
+        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._backend.decode([int(i) for i in ids])
+
+
+class _TokenizerJson:
+    """What tokenizer.json holds, with or without its own template (often just BOS)."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, add_special_tokens: bool):
+        self._tokenizer = tokenizer
+        self._add_special_tokens = add_special_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens and self._add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class _SentencePiece:
+    """What tokenizer.model holds, the tokens a text may name, and how many the checkpoint's code adds behind it."""
+
+    def __init__(self, processor: Any, *, named: Mapping[str, int], num_added: int):
+        self._processor = processor
+        self._named = named
+        self._num_added = num_added
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, named)) or '(?!)'})")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size() + self._num_added
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        del add_special_tokens  # it adds none
+        # SentencePiece spells <s> and </s> in a text out; chat templates mean the tokens, as tokenizer.json reads them.
+        ids: list[int] = []
+        for part in self._pattern.split(text):
+            ids += [self._named[part]] if part in self._named else self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # SentencePiece refuses an id behind its vocabulary: an added token, or a padding row of the embedding.
+        known = self._processor.vocab_size()
+        return self._processor.decode([i for i in ids if 0 <= i < known and not self._processor.is_unknown(i)])
 
 
 def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
     """Loads a checkpoint's tokenizer.
 
+    A SentencePiece tokenizer.model serves where there is no tokenizer.json. Tokens that other files add to it are not
+    known, except ChatGLM's.
+
     Args:
-      path_or_hub_id: A directory with tokenizer.json, or a hub id.
+      path_or_hub_id: A directory with tokenizer.json or tokenizer.model, or a hub id.
       vocab_size: Rows of the model's embedding, to check that the two belong together.
 
     Raises:
-      ValueError: No or a malformed tokenizer.json, or one with ids beyond the model's vocabulary.
+      ValueError: No or a malformed tokenizer, or one with ids beyond the model's vocabulary.
+      NotImplementedError: A tokenizer.model, and sentencepiece is not installed.
     """
     directory = resolve(path_or_hub_id)
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        hint = ""
-        if (directory / "tokenizer.model").is_file():
-            hint = "; a SentencePiece tokenizer.model alone is not enough: convert it with Hugging Face transformers"
-        raise ValueError(f"expected tokenizer.json in {directory}, found {list_files(directory)}{hint}")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    settings = _optional_json(directory, "tokenizer_config.json")
-    add_bos = settings.get("add_bos_token")
-    bos_id = None
-    if add_bos:
-        bos_id = _token_id(backend, settings.get("bos_token"), "bos_token")
-    tokenizer = Tokenizer(
-        backend,
-        bos_id=bos_id,
-        add_special_tokens=add_bos is not False,
-        eos_ids=_eos_ids(directory, backend, settings),
-    )
+    if (directory / "tokenizer.json").is_file():
+        tokenizer = _from_json(directory)
+    elif (directory / "tokenizer.model").is_file():
+        tokenizer = _from_sentencepiece(directory)
+    else:
+        raise ValueError(f"expected tokenizer.json or tokenizer.model in {directory}, found {list_files(directory)}")
     if vocab_size is not None:
         _check_vocabulary(tokenizer, vocab_size, directory)
     return tokenizer
+
+
+def _from_json(directory: pathlib.Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    settings = _optional_json(directory, "tokenizer_config.json")
+    add_bos, eos_ids = settings.get("add_bos_token"), _eos_ids(directory)
+    if eos_ids is None:
+        token = settings.get("eos_token")
+        eos_ids = () if token is None else (_token_id(tokenizer, token, "eos_token"),)
+    return Tokenizer(
+        _TokenizerJson(tokenizer, add_special_tokens=add_bos is not False),
+        prefix=[_token_id(tokenizer, settings.get("bos_token"), "bos_token")] if add_bos else [],
+        eos_ids=eos_ids,
+    )
+
+
+def _from_sentencepiece(directory: pathlib.Path) -> Tokenizer:
+    path = directory / "tokenizer.model"
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise NotImplementedError(f"{path} needs sentencepiece: pip install 'fdpp-jax[sentencepiece]'") from error
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    bos, eos = processor.bos_id(), processor.eos_id()  # -1: the file has none
+    if _optional_json(directory, "config.json").get("model_type") == "chatglm":
+        backend = _SentencePiece(processor, named={}, num_added=len(_CHATGLM_TOKENS))
+        prefix = [processor.vocab_size() + _CHATGLM_TOKENS.index(token) for token in _CHATGLM_PREFIX]
+    else:
+        named = {processor.id_to_piece(i): i for i in (bos, eos) if i >= 0}
+        backend = _SentencePiece(processor, named=named, num_added=0)
+        add_bos = _optional_json(directory, "tokenizer_config.json").get("add_bos_token", True)
+        prefix = [bos] if add_bos and bos >= 0 else []
+    eos_ids = _eos_ids(directory)
+    if eos_ids is None:
+        eos_ids = (eos,) if eos >= 0 else ()
+    return Tokenizer(backend, prefix=prefix, eos_ids=eos_ids)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -> None:
@@ -98,20 +186,19 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.
         )
 
 
-def _eos_ids(directory: pathlib.Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """generation_config.json knows best (Llama 3 has three), then config.json, then the tokenizer's settings."""
+def _eos_ids(directory: pathlib.Path) -> tuple[int, ...] | None:
+    """generation_config.json knows best (Llama 3 has three), then config.json; None where both are silent."""
     for name in ("generation_config.json", "config.json"):
         eos = _optional_json(directory, name).get("eos_token_id")
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
-    token = settings.get("eos_token")
-    return () if token is None else (_token_id(backend, token, "eos_token"),)
+    return None
 
 
-def _token_id(backend: tokenizers.Tokenizer, token: str | Mapping[str, Any] | None, what: str) -> int:
+def _token_id(tokenizer: tokenizers.Tokenizer, token: str | Mapping[str, Any] | None, what: str) -> int:
     """Id of a special token, which tokenizer_config.json gives as text or as {"content": text, ...}."""
     text = token["content"] if isinstance(token, Mapping) else token
-    token_id = None if text is None else backend.token_to_id(text)
+    token_id = None if text is None else tokenizer.token_to_id(text)
     if token_id is None:
         raise ValueError(f"tokenizer_config.json names {what} {text!r}, which tokenizer.json does not have")
     return token_id

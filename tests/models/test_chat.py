@@ -56,7 +56,7 @@ def test_a_hostile_or_broken_template_is_one_error(tmp_path, template):
 
 
 def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="expected chat_template.jinja .* tokenizer_config.json"):
+    with pytest.raises(ValueError, match=r"expected chat_template\.jinja .* tokenizer_config\.json"):
         chat_text(_checkpoint(tmp_path), USER)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(NotImplementedError, match=r"pip install 'fdpp-jax\[chat\]'"):

@@ -138,7 +138,7 @@ def test_split_and_merge_under_jit(case: Any) -> None:
 
 
 def test_gradient_of_scoring_matches_a_finite_difference() -> None:
-    model = tiny_model(attention_bias=True, mlp_bias=True)
+    model = tiny_model(qkv_bias=True, o_bias=True, mlp_bias=True)
     graphdef, state = nnx.split(model, nnx.Param)
     tokens = jnp.arange(10).reshape(2, 5)
 

@@ -1,10 +1,14 @@
 """The tokenizer wrapper: special tokens as the checkpoint's files ask, and mismatches refused."""
 
+import functools
+import io
 import json
 import pathlib
+import sys
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -89,10 +93,9 @@ def test_special_token_that_does_not_exist(tmp_path: pathlib.Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"expected tokenizer\.json in .* found an empty directory$"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"found tokenizer\.model; a SentencePiece"):
+    with pytest.raises(
+        ValueError, match=r"expected tokenizer\.json or tokenizer\.model in .* found an empty directory$"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -100,3 +103,99 @@ def test_malformed_tokenizer(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@functools.cache
+def sentencepiece_model(**settings: Any) -> bytes:
+    """A tokenizer.model with <unk> 0, <s> 1, </s> 2 and a token for every byte."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["def f(x): return x", "the quick brown fox jumps over the lazy dog"]),
+        model_writer=model,
+        model_type="bpe",
+        byte_fallback=True,
+        vocab_size=300,
+        minloglevel=2,
+        **settings,
+    )
+    return model.getvalue()
+
+
+def write_sentencepiece(folder: pathlib.Path, model: bytes, **files: Any) -> pathlib.Path:
+    """A checkpoint's directory with a SentencePiece model and JSON files by name."""
+    (folder / "tokenizer.model").write_bytes(model)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "prefix", "vocab_size"),
+    [
+        ({}, [1], 300),
+        ({"config": {"model_type": "llama"}, "tokenizer_config": {"add_bos_token": True}}, [1], 300),
+        ({"tokenizer_config": {"add_bos_token": False}}, [], 300),
+        ({"config": {"model_type": "chatglm"}}, [301, 303], 305),  # [gMASK] sop of [MASK] [gMASK] [sMASK] sop eop
+    ],
+)
+def test_sentencepiece(tmp_path: pathlib.Path, files: Any, prefix: list[int], vocab_size: int) -> None:
+    model = sentencepiece_model()
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, model, **files))
+    text = "def fox(\u6f22) \U0001f98a"  # neither of the last two is in the training text
+    ids = tokenizer.encode(text)
+    assert ids == prefix + sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
+    assert tokenizer.encode("") == prefix
+    assert tokenizer.decode([*ids, 2]) == text
+    assert tokenizer.decode(prefix) == ""
+    assert tokenizer.vocab_size == vocab_size
+    assert tokenizer.eos_ids == (2,)
+
+
+def test_sentencepiece_decodes_what_is_no_piece(tmp_path: pathlib.Path) -> None:
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, sentencepiece_model()))
+    ids = tokenizer.encode("the lazy dog")
+    assert tokenizer.decode([0, *ids, 0, 65023]) == "the lazy dog"
+
+
+def test_sentencepiece_text_may_name_bos_and_eos(tmp_path: pathlib.Path) -> None:
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, sentencepiece_model()))
+    turns = [tokenizer.encode(text) for text in ("the dog", "the fox")]
+    assert tokenizer.encode("<s>the dog</s><s>the fox") == [*turns[0], 2, *turns[1]]
+
+
+def test_sentencepiece_without_bos_and_eos(tmp_path: pathlib.Path) -> None:
+    model = sentencepiece_model(bos_id=-1, eos_id=-1)
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, model))
+    assert tokenizer.encode("") == []
+    assert tokenizer.eos_ids == ()
+
+
+def test_sentencepiece_eos_ids_of_the_config(tmp_path: pathlib.Path) -> None:
+    folder = write_sentencepiece(tmp_path, sentencepiece_model(), config={"eos_token_id": [2, 7]})
+    assert load_tokenizer(folder).eos_ids == (2, 7)
+
+
+def test_sentencepiece_vocabulary_counts_the_added_tokens(tmp_path: pathlib.Path) -> None:
+    folder = write_sentencepiece(tmp_path, sentencepiece_model(), config={"model_type": "chatglm"})
+    assert load_tokenizer(folder, vocab_size=305).vocab_size == 305
+    with pytest.raises(ValueError, match="has 305 tokens, the model's vocabulary only 304"):
+        load_tokenizer(folder, vocab_size=304)
+
+
+def test_tokenizer_json_goes_before_sentencepiece(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"never read")
+    assert load_tokenizer(write(tmp_path)).vocab_size == len(VOCAB)
+
+
+def test_malformed_sentencepiece(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a tokenizer: .*parse"):
+        load_tokenizer(write_sentencepiece(tmp_path, b"junk"))
+
+
+def test_sentencepiece_is_optional(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_sentencepiece(tmp_path, sentencepiece_model())
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(
+        NotImplementedError, match=r"tokenizer\.model needs sentencepiece: pip install 'fdpp-jax\[sentencepiece\]'"
+    ):
+        load_tokenizer(folder)
