@@ -5,17 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fdpp_jax import heuristics, models
+    from fdpp_jax.calibration import Calibration, calibrate
     from fdpp_jax.generation import generate
     from fdpp_jax.ops import dot_product_attention, flat_matmul
     from fdpp_jax.unified_max import UnifiedMax
 
 __version__ = "0.1.0"
 
-__all__ = ["UnifiedMax", "__version__", "dot_product_attention", "flat_matmul", "generate", "heuristics", "models"]
+__all__ = [
+    "Calibration",
+    "UnifiedMax",
+    "__version__",
+    "calibrate",
+    "dot_product_attention",
+    "flat_matmul",
+    "generate",
+    "heuristics",
+    "models",
+]
 
 # Imported at first use, since Flax alone takes as long to import as JAX.
 _HOME = {
+    "Calibration": "calibration",
     "UnifiedMax": "unified_max",
+    "calibrate": "calibration",
     "dot_product_attention": "ops",
     "flat_matmul": "ops",
     "generate": "generation",

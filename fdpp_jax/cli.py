@@ -1,4 +1,4 @@
-"""`fdpp-jax generate | plan | bench | info`: arguments in, text and tables out.
+"""`fdpp-jax generate | calibrate | plan | bench | info`: arguments in, text and tables out.
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -12,18 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fdpp_jax
-from fdpp_jax import cli_bench
+from fdpp_jax import cli_bench, cli_calibrate, cli_generate
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import Generator
 
     from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
     from fdpp_jax.device import Device
-    from fdpp_jax.generation import GenerationResult, StreamChunk
-    from fdpp_jax.models import DecoderConfig, Tokenizer
+    from fdpp_jax.models import DecoderConfig
     from fdpp_jax.timing import BenchReport
-    from fdpp_jax.unified_max import UnifiedMax
 
     type Shape = AttentionShape | MatmulShape
     type Plan = AttentionPlan | MatmulPlan
@@ -49,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nfdpp-jax: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(["\nfdpp-jax: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # e.g. `| head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fdpp-jax",
-        description="Decode LLaMA models in JAX with FlashDecoding++'s kernels.",
+        description="Decode LLMs of the Hugging Face hub in JAX with FlashDecoding++'s kernels.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fdpp-jax {fdpp_jax.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_calibrate(commands)
     _add_plan(commands)
     _add_bench(commands)
     _add_info(commands)
@@ -107,32 +105,29 @@ def _add_generate(commands: Any) -> None:
         "generate",
         _generate,
         "continue prompts, then say how fast it was and which kernels ran",
-        '  fdpp-jax generate --prompt "def "\n'
-        '  fdpp-jax generate --prompt "class Node" --prompt "import " --max-new-tokens 32    one batch of two\n'
-        '  fdpp-jax generate --model org/name --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 7\n'
-        '  fdpp-jax generate --prompt "def " --phi 40    a phi far off: watch the recomputed steps, not the text\n',
+        cli_generate.GENERATE_EXAMPLES,
     )
+    _add_checkpoint(parser)
+    cli_generate.add_prompt_flags(parser)
+    cli_calibrate.add_softmax_flags(parser)
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=_BUNDLED,
         metavar="DIR-OR-HUB-ID",
         help='checkpoint in Hugging Face format (default: "tiny", the bundled one)',
     )
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; again for a batch")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="new tokens (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default: 0)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K best tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the best tokens of probability P")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument(
-        "--softmax",
-        choices=("unified", "bound", "online"),
-        default="unified",
-        help="unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: unified)",
-    )
-    parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def _add_calibrate(commands: Any) -> None:
+    summary = "record a model's attention scores on your texts, and find the phi for its unified max"
+    parser = _add_command(commands, "calibrate", _calibrate, summary, cli_calibrate.CALIBRATE_EXAMPLES)
+    _add_checkpoint(parser)
+    cli_calibrate.add_calibrate_flags(parser)
 
 
 def _add_plan(commands: Any) -> None:
@@ -207,8 +202,10 @@ def _add_info(commands: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    if args.phi is not None and args.softmax != "unified":
+    if args.phi is not None and args.softmax not in ("auto", "unified"):
         raise ValueError(f"--phi belongs to --softmax unified, got --softmax {args.softmax}")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system belongs to --chat")
     if not all(args.prompt):
         raise ValueError("--prompt must not be empty")
 
@@ -220,9 +217,12 @@ def _generate(args: argparse.Namespace) -> None:
     directory = _checkpoint_directory(args.model)
     # The tokenizer first: a wrong one shows in a moment, weights take a while.
     tokenizer = models.load_tokenizer(directory, vocab_size=_read_config(directory).vocab_size)
-    prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
+    prompts = [cli_generate.prompt(args, prompt, directory, tokenizer) for prompt in args.prompt]
+    sampling = cli_generate.sampling(args, directory)
     running = device.current()
-    model = models.load(directory, dtype=args.dtype or ("bfloat16" if running.is_gpu else "float32"))
+    dtype = args.dtype or ("bfloat16" if running.is_gpu else "float32")
+    softmax, why = cli_calibrate.choose_softmax(args.softmax, args.phi, directory, dtype)
+    model = models.load(directory, dtype=dtype)
 
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -234,33 +234,33 @@ def _generate(args: argparse.Namespace) -> None:
         lengths,
         args.max_new_tokens,
         eos_ids=() if args.ignore_eos else tokenizer.eos_ids,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+        **dataclasses.asdict(sampling),
         key=jax.random.key(args.seed),
-        softmax=_softmax(args),
+        softmax=softmax,
         chunk_size=_STREAM_CHUNK,
     )
+    print(f"fdpp-jax: softmax: {why}", file=sys.stderr)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = _print_stream(chunks, prompts, tokenizer)
+        result = cli_generate.print_stream(chunks, prompts, tokenizer)
     for warning in caught:
         print(f"fdpp-jax: warning: {warning.message}", file=sys.stderr)
-    _print_speed(result, lengths.tolist())
+    cli_generate.print_speed(result, lengths.tolist())
     plans = models.model_plans(
         model.config, batch=len(prompts), capacity=result.cache_capacity, device=running, dtype=model.dtype
     )
     _print_plans(plans, f"Kernels of a decode step on {running.kind}")
 
 
-def _softmax(args: argparse.Namespace) -> "UnifiedMax | None":
-    from fdpp_jax.unified_max import UnifiedMax
+def _calibrate(args: argparse.Namespace) -> None:
+    from fdpp_jax import device
 
-    if args.softmax == "online":
-        return None
-    if args.softmax == "bound":
-        return UnifiedMax.bound()
-    return UnifiedMax() if args.phi is None else UnifiedMax(args.phi)
+    directory = _checkpoint_directory(args.model)
+    dtype = args.dtype or ("bfloat16" if device.current().is_gpu else "float32")
+    tables, output = cli_calibrate.run_calibrate(args, directory, dtype)
+    for title, columns, rows in tables:
+        _print_table(title, columns, rows)
+    print(f"wrote {output}")
 
 
 def _checkpoint_directory(model: str) -> "pathlib.Path":
@@ -270,7 +270,7 @@ def _checkpoint_directory(model: str) -> "pathlib.Path":
     if model == _BUNDLED:
         return models.bundled_path()
     if model in models.PRESETS:
-        raise ValueError(f"{model} is a preset of shapes without weights; generate needs a directory or a hub id")
+        raise ValueError(f"{model} is a preset of shapes without weights; expected a directory or a hub id")
     return models.resolve(model)
 
 
@@ -293,62 +293,6 @@ def _model_config(model: str) -> "DecoderConfig":
         known = ", ".join([_BUNDLED, *models.PRESETS])
         raise ValueError(f"unknown model {model!r}: neither a directory with a config.json nor one of {known}")
     return _read_config(directory)
-
-
-def _print_stream(
-    chunks: "Generator[StreamChunk, None, GenerationResult]", prompts: list[list[int]], tokenizer: "Tokenizer"
-) -> "GenerationResult":
-    """Prints one prompt's text as it comes, of several prompts each text when it has ended."""
-    new_tokens: list[list[int]] = [[] for _ in prompts]
-    waiting = dict.fromkeys(range(len(prompts)))
-    written = ""
-
-    def text(row: int) -> str:
-        return tokenizer.decode([*prompts[row], *new_tokens[row]])
-
-    def print_whole(row: int) -> None:
-        print(f"[{row + 1} of {len(prompts)}] {text(row)}\n", flush=True)
-        del waiting[row]
-
-    num_tokens = 0
-    while True:
-        try:
-            chunk = next(chunks)
-        except StopIteration as stop:
-            result: GenerationResult = stop.value
-            break
-        num_tokens += chunk.tokens.shape[1]
-        for row, length in enumerate(chunk.lengths.tolist()):
-            new_tokens[row] = [*new_tokens[row], *chunk.tokens[row].tolist()][:length]
-            if len(prompts) > 1 and row in waiting and length < num_tokens:
-                print_whole(row)
-        if len(prompts) == 1:
-            # A character whose bytes are not all there yet decodes to U+FFFD: it waits for the next chunk.
-            ready = text(0).rstrip("\ufffd")
-            print(ready.removeprefix(written), end="", flush=True)
-            written = ready
-    if len(prompts) == 1:
-        print(text(0).removeprefix(written), end="\n\n")
-    else:
-        for row in tuple(waiting):
-            print_whole(row)
-    return result
-
-
-def _print_speed(result: "GenerationResult", prompt_lengths: list[int]) -> None:
-    num_prompt, num_new = sum(prompt_lengths), int(result.lengths.sum()) - len(prompt_lengths)
-    print(f"prefill  {_rate(num_prompt, result.prefill_seconds)}")
-    print(f"decode   {_rate(num_new, result.decode_seconds)}", end="")
-    if result.decode_steps:
-        print(f", {result.decode_seconds / result.decode_steps * 1e3:.2f} ms a step", end="")
-    print(f"\ncompile  {result.compile_seconds:.1f} s")
-    print(f"recomputed steps: {result.recomputed_steps} of {result.decode_steps}\n")
-
-
-def _rate(num_tokens: int, seconds: float) -> str:
-    """ "63 tokens in 0.42 s: 150.0 tokens/s"."""
-    speed = f": {num_tokens / seconds:.1f} tokens/s" if num_tokens and seconds > 0 else ""
-    return f"{num_tokens} tokens in {seconds:.3f} s{speed}"
 
 
 def _plan(args: argparse.Namespace) -> None:

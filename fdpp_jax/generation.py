@@ -149,10 +149,14 @@ def stream(
     if softmax is not None and not isinstance(softmax, UnifiedMax):
         raise ValueError(f"softmax must be None or a UnifiedMax, got {softmax!r}")
     if softmax is not None and softmax.phi is not None:
-        rows = (prompts.shape[0], model.config.num_attention_heads)
+        rows = (model.config.num_hidden_layers, prompts.shape[0], model.config.num_attention_heads)
         phi_shape = np.shape(softmax.phi)
-        if len(phi_shape) > 2 or any(n not in (1, row) for n, row in zip(phi_shape[::-1], rows[::-1], strict=False)):
-            raise ValueError(f"phi must broadcast to [B, N] = {list(rows)}, got shape {phi_shape}")
+        fits = all(n in (1, row) for n, row in zip(phi_shape[::-1], rows[::-1], strict=False))
+        if len(phi_shape) > 3 or not fits or (len(phi_shape) == 3 and phi_shape[0] != rows[0]):
+            raise ValueError(
+                f"phi must broadcast to [B, N] = {list(rows[1:])}, or be one a layer, [L, B or 1, N or 1] with "
+                f"L = {rows[0]}, got shape {phi_shape}"
+            )
         # One dtype for a Python float and an array, so that a new phi never compiles.
         softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
     if not 0 <= max_recompute_rate <= 1:

@@ -15,7 +15,7 @@ import tokenizers.decoders
 import tokenizers.models
 
 import fdpp_jax
-from fdpp_jax import bench_attention, cli, device, timing
+from fdpp_jax import bench_attention, cli, cli_generate, device, timing
 from fdpp_jax.generation import GenerationResult, StreamChunk
 
 
@@ -101,6 +101,8 @@ def test_info_names_versions_device_and_kernels(capsys):
         (["plan", "--device", "H200", "--batch", "0"], "batch"),
         (["generate", "--prompt", "x", "--phi", "3", "--softmax", "online"], "--phi belongs to --softmax unified"),
         (["generate", "--prompt", ""], "--prompt must not be empty"),
+        (["generate", "--prompt", "x", "--system", "y"], "--system belongs to --chat"),
+        (["generate", "--prompt", "x", "--chat"], "expected chat_template.jinja or a chat_template"),
         (["generate", "--prompt", "x", "--model", "llama-2-7b"], "llama-2-7b is a preset of shapes without weights"),
         (["generate", "--prompt", "x", "--model", "./no/such/dir"], "no/such/dir"),
     ],
@@ -234,14 +236,14 @@ def test_text_streams_without_broken_characters(capsys, monkeypatch):
     pieces = []
     monkeypatch.setattr(sys.stdout, "write", pieces.append)
     # The two bytes of e with acute come in two chunks.
-    cli._print_stream(_stream(["caf\u00e9!".encode()], [4, 2], [6]), [list(b"> ")], _ByteTokenizer())
+    cli_generate.print_stream(_stream(["caf\u00e9!".encode()], [4, 2], [6]), [list(b"> ")], _ByteTokenizer())
     monkeypatch.undo()
     assert [piece for piece in pieces if piece] == ["> caf", "\u00e9!", "\n\n"]
 
 
 def test_several_prompts_are_printed_when_they_end(capsys):
     chunks = _stream([b"ab....", b"cdefgh"], [1, 2, 3], [2, 6])
-    cli._print_stream(chunks, [list(b"1 "), list(b"2 ")], _ByteTokenizer())
+    cli_generate.print_stream(chunks, [list(b"1 "), list(b"2 ")], _ByteTokenizer())
     assert capsys.readouterr().out == "[1 of 2] 1 ab\n\n[2 of 2] 2 cdefgh\n\n"
 
 
@@ -257,7 +259,7 @@ def test_speed_counts_decoded_tokens_only(capsys):
         compile_seconds=2.0,
         cache_capacity=64,
     )
-    cli._print_speed(result, [10, 5])
+    cli_generate.print_speed(result, [10, 5])
     assert capsys.readouterr().out == (
         "prefill  15 tokens in 0.500 s: 30.0 tokens/s\n"
         "decode   9 tokens in 0.250 s: 36.0 tokens/s, 35.71 ms a step\n"
@@ -309,6 +311,17 @@ def test_a_phi_that_fails_too_often_is_warned_of(capsys, checkpoint):
     assert cli.main(argv) == 0
     err = capsys.readouterr().err
     assert "fdpp-jax: warning: 64 of 64 decode steps left the safe window" in err
+
+
+def test_chat_fills_in_the_template_and_defaults_come_from_the_checkpoint(capsys, checkpoint, tmp_path):
+    directory = pathlib.Path(shutil.copytree(checkpoint, tmp_path / "chat"))
+    template = "{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)
+    (directory / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0}')
+    argv = ["--chat", "--system", "a", "--prompt", "b", "--max-new-tokens", "8"]
+    sampled, _ = _generate(capsys, str(directory), *argv)
+    assert sampled.startswith("s=a;u=b;")
+    assert sampled != _generate(capsys, str(directory), *argv, "--temperature", "0")[0]
 
 
 def test_sampling_follows_the_seed(capsys, checkpoint):

@@ -14,15 +14,35 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 EXAMPLES = REPOSITORY / "examples"
 
 
-@pytest.mark.slow
-def test_quickstart_runs_from_top_to_bottom(capsys):
-    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+def _run_notebook(name):
+    """The variables of a notebook that ran from top to bottom."""
+    cells = json.loads((EXAMPLES / name).read_text(encoding="utf-8"))["cells"]
     names = {}
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
+    return names
+
+
+@pytest.mark.slow
+def test_quickstart_runs_from_top_to_bottom(capsys):
+    names = _run_notebook("quickstart.ipynb")
     assert "47 of 47 steps recomputed" in capsys.readouterr().out
     assert len(names["results"]) == 4
+
+
+@pytest.mark.slow
+def test_calibration_notebook_runs_from_top_to_bottom(capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = _run_notebook("calibration.ipynb")
+    out = capsys.readouterr().out
+    assert "a phi each model: unified max" in out
+    assert "in float16: refused" in out
+    assert "phi off by  20: same text,  0 of 47" in out
+    assert "phi off by 120: same text, 47 of 47" in out
+    assert names["found"].num_tokens == 12 * 512
+    names["plt"].close(names["figure"])
 
 
 def test_the_readme_s_kernel_calls_run():

@@ -130,6 +130,15 @@ def test_a_phi_that_fails_too_often_gives_way_to_online_softmax(rate, online_fro
     assert result.tokens.tolist() == online.tokens.tolist()
 
 
+def test_a_phi_of_each_layer_and_head(model):
+    online = generate(model, PROMPTS, max_new_tokens=20)
+    fails = jnp.array([[[0.0]], [[200.0]]])  # in the second layer, always
+    for phi, redone in ((fails, 19), (jnp.zeros((2, 1, 4)), 0)):
+        result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi))
+        assert result.tokens.tolist() == online.tokens.tolist()
+        assert result.recomputed_steps == redone
+
+
 def test_same_shapes_compile_nothing(model):
     arguments = {"max_new_tokens": 20, "temperature": 0.7, "top_p": 0.9}
     generate(model, PROMPTS, **arguments, softmax=UnifiedMax(6.0))
@@ -236,7 +245,8 @@ def test_the_recompute_copies_no_cache(model, batch):
         ({"top_p": 0.0}, "top_p must be"),
         ({"softmax": 6.0}, "softmax must be None or a UnifiedMax, got 6.0"),
         ({"max_recompute_rate": 1.5}, r"max_recompute_rate must be within 0\.\.1, got 1.5"),
-        ({"softmax": UnifiedMax(jnp.zeros(3))}, r"phi .* broadcast to \[B, N\] = \[2, 4\], got shape \(3,\)"),
+        ({"softmax": UnifiedMax(jnp.zeros(3))}, r"phi .* broadcast to \[B, N\] = \[2, 4\].* got shape \(3,\)"),
+        ({"softmax": UnifiedMax(jnp.zeros((1, 2, 4)))}, r"phi .* one a layer.* L = 2, got shape \(1, 2, 4\)"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_anything_runs(model, arguments, message):

@@ -1,0 +1,263 @@
+"""`fdpp-jax calibrate`: its flags, and from text files to a calibration. And which softmax `generate` takes."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fdpp_jax.calibration import Calibration
+    from fdpp_jax.models import Tokenizer
+    from fdpp_jax.unified_max import UnifiedMax
+
+CALIBRATE_EXAMPLES = """\
+  fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts             then generate finds it beside the checkpoint
+  fdpp-jax calibrate --data README.md --samples 8 --output tiny.json     the bundled model, on whatever device there is
+  fdpp-jax calibrate --data ./texts --length 2048 --plot scores.png
+"""
+_DEFAULT_LENGTH = 512
+
+type Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, columns, rows
+
+
+def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `calibrate`, but for --model and --dtype."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE-OR-DIR",
+        help="a text file, or a directory of them, as they will be decoded",
+    )
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="pieces of the text (default: 64)")
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="T",
+        help=f"tokens of a piece (default: {_DEFAULT_LENGTH}, or the model's context)",
+    )
+    parser.add_argument("--batch", type=int, default=4, metavar="B", help="pieces computed together (default: 4)")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the ranges by layer; needs matplotlib")
+    parser.add_argument(
+        "--output", metavar="FILE", help="where to write (default: fdpp_calibration.json beside the checkpoint)"
+    )
+
+
+def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str) -> tuple[list[Table], pathlib.Path]:
+    """Records, writes the file, and returns the tables to print and where the file is.
+
+    Raises:
+      ValueError: The flags, the data or a partial file do not fit.
+      KeyboardInterrupt: Ctrl-C; what was recorded so far is in a partial file, with which the same command goes on.
+    """
+    for name in ("samples", "batch", "length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'fdpp-jax[plots]'")
+    from fdpp_jax import calibration, models
+    from fdpp_jax.models.loading import read_json
+
+    config = models.config_from_hf(read_json(directory, "config.json"))
+    length = args.length or min(_DEFAULT_LENGTH, config.max_position_embeddings)
+    tokenizer = models.load_tokenizer(directory, vocab_size=config.vocab_size)
+    tokens, lengths = _samples(pathlib.Path(args.data), tokenizer, args.samples, length)
+    digest = hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()[:16]
+    data = f"{len(tokens)} pieces of {length} tokens from {pathlib.Path(args.data).name}, sha256 {digest}"
+
+    output = pathlib.Path(args.output) if args.output else directory / calibration.FILE_NAME
+    partial = output.with_name(output.name + ".partial")
+    resumed = calibration.Calibration.load(partial) if partial.is_file() else None
+    if resumed is not None and (resumed.data, resumed.dtype) != (data, dtype):
+        raise ValueError(
+            f"{partial} holds another run, of {resumed.data} in {resumed.dtype}; this one is of {data} in {dtype}: "
+            "remove it or name another --output"
+        )
+    model = models.load(directory, dtype=dtype)
+    done = 0 if resumed is None else resumed.num_sequences
+    recorded = resumed
+    with _bar(len(tokens), done) as advance:
+
+        def progress(calibration: "Calibration") -> None:
+            nonlocal recorded
+            recorded = calibration
+            advance(calibration.num_sequences)
+
+        try:
+            batches = _batches(tokens[done:], lengths[done:], args.batch)
+            recorded = calibration.calibrate(model, batches, progress=progress, resume=resumed)
+        except KeyboardInterrupt:
+            if recorded is None:
+                raise
+            dataclasses.replace(recorded, data=data).save(partial)
+            raise KeyboardInterrupt(
+                f"{partial} has the first {recorded.num_sequences}; the same command goes on"
+            ) from None
+    recorded = dataclasses.replace(recorded, data=data)
+    recorded.save(output)
+    partial.unlink(missing_ok=True)
+    if args.plot:
+        _save_plot(recorded, args.plot)
+    return _tables(recorded), output
+
+
+def _samples(
+    path: pathlib.Path, tokenizer: "Tokenizer", num_samples: int, length: int
+) -> tuple["np.ndarray", "np.ndarray"]:
+    """Up to num_samples pieces, evenly spread over the text: tokens [B, T] int32, right-padded, and lengths [B].
+
+    Each starts as the tokenizer starts a text.
+    """
+    import numpy as np
+
+    empty, pieces = tokenizer.encode(""), []
+    for text in _texts(path):
+        ids = tokenizer.encode(text)
+        start = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(empty, ids, strict=False))]
+        step = length - len(start)
+        if step < 1:
+            raise ValueError(f"--length must exceed the {len(start)} tokens that each piece starts with, got {length}")
+        pieces += [start + ids[i : i + step] for i in range(len(start), len(ids), step)]
+    if not pieces:
+        raise ValueError(f"expected text in {path}, found none")
+    count = min(num_samples, len(pieces))
+    tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
+    for row in range(count):
+        piece = pieces[row * len(pieces) // count]
+        tokens[row, : len(piece)], lengths[row] = piece, len(piece)
+    return tokens, lengths
+
+
+def _texts(path: pathlib.Path) -> Iterator[str]:
+    """The text of a file, or of all files below a directory that are UTF-8, in the order of their names."""
+    if not path.exists():
+        raise ValueError(f"--data must be a file or a directory, got {path}")
+    if path.is_file():
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+        return
+    for entry in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in entry.relative_to(path).parts)
+        if entry.is_file() and not hidden:
+            with contextlib.suppress(UnicodeDecodeError):
+                yield entry.read_text(encoding="utf-8")
+
+
+def _batches(tokens: "np.ndarray", lengths: "np.ndarray", batch: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:
+    """Batches of one shape; rows of length 0 fill the last."""
+    import numpy as np
+
+    for start in range(0, len(tokens), batch):
+        fill = (0, max(0, start + batch - len(tokens)))
+        yield np.pad(tokens[start : start + batch], (fill, (0, 0))), np.pad(lengths[start : start + batch], fill)
+
+
+@contextlib.contextmanager
+def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; yields what sets it."""
+    import rich.console
+    import rich.progress
+
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("Calibrating", total=total, completed=done)
+        yield lambda completed: progress.update(task, completed=completed)
+
+
+def _tables(recorded: "Calibration") -> list[Table]:
+    from fdpp_jax.calibration import LEVELS
+
+    stats = recorded.stats
+    bottom, top = recorded.window()
+    rows = []
+    for layer in range(recorded.num_layers):
+        central_low, central_high = (ends[layer] for ends in stats.scores.central_range())
+        ranges = [(d.low[layer].min(), d.high[layer].max()) for d in (stats.scores, stats.row_max, stats.log_den)]
+        ranges.insert(1, (central_low.min(), central_high.max()))
+        low, high = ranges[-1]
+        margin = (top - bottom - (high - low)) / 2
+        rows.append((str(layer), *(f"{low:.1f} .. {high:.1f}" for low, high in ranges), f"{margin:.1f}"))
+    title = f"Scores in nats, {recorded.num_tokens} tokens in {recorded.dtype}"
+    columns = ("layer", "scores", "99.99 % of them", "row max", "ln den", "margin")
+    verdicts = []
+    for level in LEVELS:
+        judgement = recorded.judge(level)
+        phi = (judgement.phi.min(), judgement.phi.max())
+        verdicts.append(
+            (
+                level,
+                f"{phi[0]:.2f}" if level == "model" else f"{phi[0]:.2f} .. {phi[1]:.2f}",
+                f"{judgement.margin_nats:.1f}",
+                f"{judgement.recompute_rate:.2%}",
+                "unified max" if judgement.fits else "refused",
+                judgement.reason,
+            )
+        )
+    return [
+        (title, columns, rows),
+        (
+            "Unified max with one phi for the model, a layer or a head",
+            ("level", "phi", "margin", "rows outside", "verdict", "why"),
+            verdicts,
+        ),
+    ]
+
+
+def _save_plot(recorded: "Calibration", path: str) -> None:
+    from fdpp_jax import calibration
+
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4), layout="constrained")
+    calibration.plot(recorded, figure.subplots())
+    figure.savefig(path, dpi=150)
+
+
+def add_softmax_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `choose_softmax` takes."""
+    parser.add_argument(
+        "--softmax",
+        choices=("auto", "unified", "bound", "online"),
+        default="auto",
+        help="auto: unified, with a calibrated phi where there is one; unified: one phi for all; bound: phi from "
+        "|q| max|k|; online: running max (default: auto)",
+    )
+    parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
+
+
+def choose_softmax(
+    name: str, phi: float | None, directory: pathlib.Path, dtype: str
+) -> tuple["UnifiedMax | None", str]:
+    """The policy that --softmax and --phi ask for, and what to say of it.
+
+    Raises:
+      ValueError: The checkpoint's calibration is malformed or of another model.
+    """
+    from fdpp_jax import calibration
+    from fdpp_jax.unified_max import UnifiedMax
+
+    if name == "online":
+        return None, "online, as asked"
+    if name == "bound":
+        return UnifiedMax.bound(), "bound, as asked"
+    default = UnifiedMax()
+    if phi is not None or name == "unified":
+        policy = default if phi is None else UnifiedMax(phi)
+        return policy, f"unified, phi {policy.phi:g}, as asked"
+    found = calibration.find(directory)
+    if found is None:
+        return default, f"unified, phi {default.phi:g}, the default: no {calibration.FILE_NAME} beside the checkpoint"
+    judgement = found.judge(dtype=dtype)
+    if not judgement.fits:
+        return None, f"online, since no phi fits {calibration.FILE_NAME}: {judgement.reason}"
+    return found.unified_max(dtype=dtype), f"unified, phi {judgement.phi:.2f}, calibrated: {judgement.reason}"

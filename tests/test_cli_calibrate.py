@@ -1,0 +1,160 @@
+"""`fdpp-jax calibrate`, and what `generate` makes of its file."""
+
+import functools
+import importlib.util
+import pathlib
+import shutil
+
+import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+from calibration_case import calibration_of
+
+from fdpp_jax import UnifiedMax, calibration, cli, cli_calibrate
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "llama3_gqa"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random LLaMA of two layers with a tokenizer of single ASCII characters."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURE / name, directory)
+    vocabulary = {chr(code): code for code in range(127)} | {"?": 127}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="?"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture
+def texts(tmp_path):
+    directory = tmp_path / "texts"
+    (directory / ".hidden").mkdir(parents=True)
+    (directory / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    (directory / "b.txt").write_text("Sphinx of black quartz, judge my vow")
+    (directory / "c.bin").write_bytes(b"\xff\xfe\xff")
+    (directory / ".hidden" / "d.txt").write_text("x" * 1000)
+    return directory
+
+
+def run(capsys, *argv):
+    code = cli.main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def calibrate_command(checkpoint, texts, *argv):
+    flags = ("--samples", 5, "--length", 24, "--batch", 2, "--dtype", "float32")
+    return ("calibrate", "--model", checkpoint, "--data", texts, *flags, *argv)
+
+
+def test_calibrate_then_generate_takes_it(capsys, checkpoint, texts, tmp_path):
+    code, out, err = run(capsys, *calibrate_command(checkpoint, texts))
+    assert code == 0, err
+    for expected in ("Scores in nats", "ln den", "model", "layer", "head", "unified max", "wrote "):
+        assert expected in out
+    found = calibration.find(checkpoint)
+    # 6 pieces of a.txt (135 characters), of 24 but the last; 2 of b.txt: 5 of these 8.
+    assert found.data.startswith("5 pieces of 24 tokens from texts, sha256 ")
+    assert (found.num_sequences, found.num_tokens) == (5, 24 * 5)
+    assert calibration.load_for(checkpoint) == found.unified_max()
+    assert calibration.load_for(checkpoint, level="layer").phi.shape == (2, 1, 1)
+
+    argv = ("generate", "--model", checkpoint, "--prompt", "The ", "--max-new-tokens", 4)
+    code, out, err = run(capsys, *argv)
+    assert code == 0
+    assert "recomputed steps: 0 of 3" in out
+    assert f"softmax: unified, phi {found.unified_max().phi:.2f}, calibrated: ln den from" in err
+
+
+def test_which_softmax_generate_takes(checkpoint):
+    choose = functools.partial(cli_calibrate.choose_softmax, directory=checkpoint, dtype="bfloat16")
+    path = checkpoint / calibration.FILE_NAME
+    default = (UnifiedMax(), "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint")
+    assert choose("auto", None) == default
+    assert calibration.load_for(checkpoint) is None
+
+    calibration_of([[-10.0] * 4] * 2, [[30.0] * 4] * 2).save(path)
+    assert choose("unified", None) == (UnifiedMax(), "unified, phi 6, as asked")
+    assert choose("auto", 2.5) == choose("unified", 2.5) == (UnifiedMax(2.5), "unified, phi 2.5, as asked")
+    assert choose("bound", None) == (UnifiedMax.bound(), "bound, as asked")
+    assert choose("online", None) == (None, "online, as asked")
+    policy, why = choose("auto", None)
+    assert policy == UnifiedMax(10.0)
+    assert why.startswith("unified, phi 10.00, calibrated: ln den from -10.0 to 30.0")
+    policy, why = choose("auto", None, dtype="float16")  # whose window is narrower
+    assert policy is None
+    assert why.startswith("online, since no phi fits fdpp_calibration.json: ln den from -10.0 to 30.0")
+    assert calibration.load_for(checkpoint, dtype="float16") is None
+
+    calibration_of([[0.0]], [[1.0]]).save(path)
+    with pytest.raises(ValueError, match=r"\(layers, heads\) = \(2, 4\), got \(1, 1\)"):
+        choose("auto", None)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"fdpp_calibration\.json is not a calibration: format is missing"):
+        choose("auto", None)
+
+
+def test_ctrl_c_leaves_a_file_that_the_same_command_goes_on_with(capsys, monkeypatch, checkpoint, texts, tmp_path):
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    assert run(capsys, *calibrate_command(checkpoint, texts, "--output", whole))[0] == 0
+    record = calibration._record
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return record(*arguments)
+
+    monkeypatch.setattr(calibration, "_record", interrupted)
+    command = calibrate_command(checkpoint, texts, "--output", parts)
+    code, _, err = run(capsys, *command)
+    assert code == 130
+    assert "parts.json.partial has the first 2; the same command goes on" in err
+    assert not parts.exists()
+    code, _, err = run(capsys, *calibrate_command(checkpoint, texts, "--output", parts, "--samples", 4))
+    assert code == 2
+    assert "parts.json.partial holds another run, of 5 pieces" in err
+    code, _, err = run(capsys, *command)
+    assert code == 0, err
+    assert len(calls) == 2 + 2
+    assert parts.read_text() == whole.read_text()
+    assert not (tmp_path / "parts.json.partial").exists()
+
+
+def test_plot_is_a_png(capsys, monkeypatch, checkpoint, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = calibrate_command(checkpoint, texts, "--plot", tmp_path / "scores.png", "--output", tmp_path / "o.json")
+    assert run(capsys, *command)[0] == 0
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--length", "513"], "513 tokens a sequence need as many positions"),
+        (["--data", "no/such/file"], "--data must be a file or a directory, got no/such/file"),
+        (["--plot", "x.png"], r"--plot needs matplotlib: pip install 'fdpp-jax\[plots\]'"),
+        (["--model", "llama-2-7b"], "llama-2-7b is a preset of shapes without weights"),
+    ],
+)
+def test_calibrate_refuses(capsys, monkeypatch, checkpoint, texts, argv, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = run(capsys, *calibrate_command(checkpoint, texts, *argv))
+    assert (code, out) == (2, "")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(err)
+
+
+def test_data_without_text_is_refused(capsys, checkpoint, texts, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    for data, message in ((tmp_path / "empty.txt", "expected text"), (texts / "c.bin", "is not text in UTF-8")):
+        code, _, err = run(capsys, *calibrate_command(checkpoint, data))
+        assert code == 2
+        assert message in err
