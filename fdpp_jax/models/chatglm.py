@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 
 from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import DecoderConfig, RopeScaling, common_problems, refuse
-from fdpp_jax.models.decoder import Attend, CausalLM
+from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
 from fdpp_jax.models.rotary import rotation_at
 
@@ -122,7 +122,7 @@ class SelfAttention(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
         config = self.config
@@ -146,7 +146,7 @@ class MLP(nnx.Module):
         return self.dense_4h_to_h(jax.nn.silu(gate) * up, implementation=implementation)
 
 
-class Layer(nnx.Module):
+class ChatGLMLayer(nnx.Module):
     """One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ChatGLMConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
@@ -160,7 +160,7 @@ class Layer(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
         x += self.self_attention(self.input_layernorm(x), rotation, attend, implementation)
@@ -178,7 +178,7 @@ class Encoder(nnx.Module):
     """Layers and the final norm."""
 
     def __init__(self, config: ChatGLMConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.layers = nnx.List(Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
+        self.layers = nnx.List(ChatGLMLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=dtype)
 
 
@@ -212,18 +212,17 @@ class ChatGLMForConditionalGeneration(CausalLM):
     def embedding(self) -> Embedding:
         return self.transformer.embedding.word_embeddings
 
-    def hidden_states(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        implementation: MatmulImplementation | None = None,
-    ) -> jax.Array:
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self.transformer.encoder.layers
+
+    @property
+    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+        return self.transformer.encoder.final_layernorm
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         rotation = rotation_at(_Rotary(self.config.head_dim // 2), positions)  # [B, T, 1, H / 4]
-        x = self.embedding(tokens)  # [B, T, D]
-        for i, layer in enumerate(self.transformer.encoder.layers):
-            x = layer(x, rotation, functools.partial(attend, i), implementation)
-        return self.transformer.encoder.final_layernorm(x)
+        return self.embedding(tokens), rotation
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         return self.transformer.output_layer(hidden, out_dtype=jnp.float32, implementation=implementation)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -130,7 +130,7 @@ class LlamaConfig(DecoderConfig):
         return cls.of(hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf.get("mlp_bias", False))
 
     @classmethod
-    def of(cls, hf: Mapping[str, Any], **fields: Any) -> "LlamaConfig":
+    def of(cls, hf: Mapping[str, Any], **fields: Any) -> Self:
         """What LLaMA, Mistral and Qwen say alike in a config.json that has no problems, and `fields` for the rest."""
         heads = hf["num_attention_heads"]
         return cls(

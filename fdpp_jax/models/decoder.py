@@ -1,8 +1,9 @@
 """A decoder with its head, whatever the family: scoring, prefill and one decode step."""
 
 import abc
-from collections.abc import Callable
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,14 @@ from fdpp_jax.unified_max import UnifiedMax
 
 # attend(layer, query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> [B, T, N, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# The same inside one layer.
+LayerAttend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# layer(x [B, T, D], context, attend, implementation) -> [B, T, D]; context is what `embed` gives.
+Layer = Callable[[jax.Array, Any, LayerAttend, MatmulImplementation | None], jax.Array]
 
 
 class CausalLM(nnx.Module):
-    """What the families share; a family adds its modules, `hidden_states` and `head`.
+    """What the families share; a family adds its modules, and says where they are.
 
     Attributes carry the checkpoint's names, so that loading needs no table. Inside `jax.jit` split a model first:
     `graphdef, state = nnx.split(model)`, then `nnx.merge` in the traced function.
@@ -40,7 +45,30 @@ class CausalLM(nnx.Module):
     def embedding(self) -> Embedding:
         """The rows of the tokens."""
 
+    @property
     @abc.abstractmethod
+    def layers(self) -> Sequence[Layer]:
+        """From the first to the last."""
+
+    @property
+    @abc.abstractmethod
+    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+        """The norm before the head."""
+
+    @abc.abstractmethod
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+        """What the first layer reads [B, T, D], and what every layer gets besides, such as rotary angles.
+
+        Args:
+          tokens: [B, T] integers.
+          positions: [B, T] integers; [1, T] serves all rows.
+        """
+
+    def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]: by the embedding, unless the family has a head."""
+        del implementation  # contracting the embedding where it lies is plain XLA
+        return self.embedding.logits(hidden)
+
     def hidden_states(
         self,
         tokens: jax.Array,
@@ -59,10 +87,10 @@ class CausalLM(nnx.Module):
         Returns:
           [B, T, D].
         """
-
-    @abc.abstractmethod
-    def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
-        """Logits [..., V] float32 of hidden states [..., D]."""
+        x, context = self.embed(tokens, positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, context, functools.partial(attend, i), implementation)
+        return self.final_norm(x)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of every position, causal, without a cache: for scoring and training.

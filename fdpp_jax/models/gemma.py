@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,19 +13,17 @@ from flax import nnx
 from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import (
     AttentionOptions,
-    DecoderConfig,
-    RopeScaling,
+    LlamaConfig,
     activation_problems,
     common_problems,
     refuse,
     rope_problems,
-    rope_scaling,
-    rope_theta,
     window_problems,
 )
-from fdpp_jax.models.decoder import Attend, CausalLM
-from fdpp_jax.models.layers import Embedding, Linear
-from fdpp_jax.models.rotary import rotate, rotation_at
+from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
+from fdpp_jax.models.layers import Embedding, RMSNorm
+from fdpp_jax.models.llama import MLP, Attention
+from fdpp_jax.models.rotary import rotation_at
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {
@@ -37,11 +35,12 @@ _DEFAULTS: dict[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
     "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma2Config(DecoderConfig):
+@dataclasses.dataclass(frozen=True)
+class Gemma2Config(LlamaConfig):
     """A Gemma 2's shapes and constants; field names as in Hugging Face's config.json.
 
     The cap makes half of the safe window provable. With |s| <= cap and den <= S e^(cap - phi), no row of bfloat16
@@ -50,8 +49,6 @@ class Gemma2Config(DecoderConfig):
     the window's 88.7. float16's window has 20.1 - log(S) nats, so there the cap proves nothing.
 
     Attributes:
-      layer_types: "sliding_attention" or "full_attention" for every layer.
-      sliding_window: Keys that a windowed layer sees, the token's own included.
       query_pre_attn_scalar: Scores are divided by its square root.
       attn_logit_softcapping: Cap of the scores, None for none.
       final_logit_softcapping: Cap of the logits, None for none.
@@ -60,16 +57,9 @@ class Gemma2Config(DecoderConfig):
       ValueError: A size is not positive, or the head counts do not divide.
     """
 
-    layer_types: tuple[str, ...]
-    sliding_window: int | None = 4096
     query_pre_attn_scalar: float = 256.0
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
-    tie_word_embeddings: bool = True
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Gemma2Config":
@@ -83,32 +73,23 @@ class Gemma2Config(DecoderConfig):
         types = hf.get("layer_types") or _alternating(hf["num_hidden_layers"])
         hf = {**_DEFAULTS, **hf, "layer_types": types}
         refuse(_problems(hf))
-        return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=hf["num_hidden_layers"],
-            num_attention_heads=hf["num_attention_heads"],
-            num_key_value_heads=hf["num_key_value_heads"],
-            head_dim=hf["head_dim"],
-            max_position_embeddings=hf["max_position_embeddings"],
-            layer_types=tuple(hf["layer_types"]),
+        bias = hf.get("attention_bias", False)
+        return cls.of(
+            hf,
+            qkv_bias=bias,
+            o_bias=bias,
             sliding_window=hf["sliding_window"],
+            layer_types=tuple(hf["layer_types"]),
             query_pre_attn_scalar=hf["query_pre_attn_scalar"],
             attn_logit_softcapping=hf["attn_logit_softcapping"],
             final_logit_softcapping=hf["final_logit_softcapping"],
-            rms_norm_eps=hf["rms_norm_eps"],
-            rope_theta=rope_theta(hf),
-            rope_scaling=rope_scaling(hf),
-            attention_bias=hf.get("attention_bias", False),
         )
 
     def attention_options(self, layer: int) -> AttentionOptions:
-        options: AttentionOptions = {"scale": self.query_pre_attn_scalar**-0.5}
+        options = super().attention_options(layer)
+        options["scale"] = self.query_pre_attn_scalar**-0.5
         if self.attn_logit_softcapping is not None:
             options["logits_soft_cap"] = self.attn_logit_softcapping
-        if self.layer_types[layer] == "sliding_attention" and self.sliding_window is not None:
-            options["local_window_size"] = (self.sliding_window - 1, 0)
         return options
 
 
@@ -127,82 +108,32 @@ def _problems(hf: Mapping[str, Any]) -> list[str]:
             problems.append(f"expected {key} to be positive or null, got {got}")
     if hf.get("use_bidirectional_attention"):
         problems.append("expected use_bidirectional_attention False, got True")
-    if not hf.get("tie_word_embeddings", True):
+    if not hf["tie_word_embeddings"]:
         problems.append("expected tie_word_embeddings True, got False")
     return problems
 
 
-class UnitOffsetRMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, rounded once to x's dtype."""
-
-    def __init__(self, size: int, *, eps: float, dtype: jax.typing.DTypeLike):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.zeros(size, dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
 
 
-class Attention(nnx.Module):
-    """The projections around attention; attention itself is the caller's `attend`."""
-
-    def __init__(self, config: Gemma2Config, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.config = config
-        bias = config.attention_bias
-        parts = ("q_proj", config.query_size), ("k_proj", config.kv_size), ("v_proj", config.kv_size)
-        self.qkv_proj = Linear(config.hidden_size, config.qkv_size, use_bias=bias, parts=parts, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(config.query_size, config.hidden_size, use_bias=bias, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-        implementation: MatmulImplementation | None,
-    ) -> jax.Array:
-        config = self.config
-        qkv = self.qkv_proj(x, implementation=implementation)  # [B, T, (N + 2 K) H]
-        qkv = qkv.reshape(*x.shape[:2], -1, config.head_dim)  # [B, T, N + 2 K, H]
-        turned = config.num_attention_heads + config.num_key_value_heads
-        query_key = rotate(qkv[:, :, :turned], *rotation)
-        query, key = jnp.split(query_key, [config.num_attention_heads], axis=2)
-        out = attend(query, key, qkv[:, :, turned:])  # [B, T, N, H]
-        return self.o_proj(out.reshape(*x.shape[:2], -1), implementation=implementation)
-
-
-class MLP(nnx.Module):
-    """GeGLU: (gelu(x @ gate) * (x @ up)) @ down, gelu by its tanh approximation."""
-
-    def __init__(self, config: Gemma2Config, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        parts = ("gate_proj", inner), ("up_proj", inner)
-        self.gate_up_proj = Linear(hidden, config.mlp_in_size, parts=parts, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(inner, hidden, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array, implementation: MatmulImplementation | None) -> jax.Array:
-        gate, up = jnp.split(self.gate_up_proj(x, implementation=implementation), 2, axis=-1)
-        return self.down_proj(jax.nn.gelu(gate, approximate=True) * up, implementation=implementation)
-
-
-class Layer(nnx.Module):
+class Gemma2Layer(nnx.Module):
     """One transformer layer: attention and MLP, each between two norms and added to the residual stream."""
 
     def __init__(self, config: Gemma2Config, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        norm = functools.partial(UnitOffsetRMSNorm, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        norm = functools.partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps, offset=1.0, dtype=dtype)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, activation=_gelu, dtype=dtype, rngs=rngs)
         self.post_feedforward_layernorm = norm()
 
     def __call__(
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
         y = self.self_attn(self.input_layernorm(x), rotation, attend, implementation)
@@ -216,8 +147,8 @@ class Gemma2Model(nnx.Module):
 
     def __init__(self, config: Gemma2Config, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
-        self.norm = UnitOffsetRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.layers = nnx.List(Gemma2Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, offset=1.0, dtype=dtype)
 
 
 class Gemma2ForCausalLM(CausalLM):
@@ -241,23 +172,21 @@ class Gemma2ForCausalLM(CausalLM):
     def embedding(self) -> Embedding:
         return self.model.embed_tokens
 
-    def hidden_states(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        implementation: MatmulImplementation | None = None,
-    ) -> jax.Array:
-        rotation = rotation_at(self.config, positions)
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self.model.layers
+
+    @property
+    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+        return self.model.norm
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         x = self.model.embed_tokens(tokens)  # [B, T, D]
         x *= jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)  # rounded, as the model was trained
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, rotation, functools.partial(attend, i), implementation)
-        return self.model.norm(x)
+        return x, rotation_at(self.config, positions)
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
-        del implementation  # a tied head is plain XLA
-        logits = self.embedding.logits(hidden)
+        logits = super().head(hidden, implementation)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -274,8 +203,10 @@ def _preset(
         num_key_value_heads=heads // 2,
         head_dim=head_dim,
         max_position_embeddings=8192,
-        layer_types=_alternating(layers),
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
         sliding_window=4096,
+        layer_types=_alternating(layers),
         query_pre_attn_scalar=query_pre_attn_scalar,
     )
 

@@ -11,16 +11,16 @@ _INIT_STDDEV = 0.02
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once to x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight), in float32, rounded once to x's dtype."""
 
-    def __init__(self, size: int, *, eps: float, dtype: jax.typing.DTypeLike):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones(size, dtype))
+    def __init__(self, size: int, *, eps: float, offset: float = 0.0, dtype: jax.typing.DTypeLike):
+        self.eps, self.offset = eps, offset
+        self.weight = nnx.Param(jnp.full(size, 1.0 - offset, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

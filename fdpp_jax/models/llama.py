@@ -1,7 +1,8 @@
 """LLaMA in Flax NNX, and what differs little: Mistral, Qwen. q, k, v and gate, up are fused into one matmul each."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 
 from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import LlamaConfig
-from fdpp_jax.models.decoder import Attend, CausalLM
+from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
 from fdpp_jax.models.rotary import rotate, rotation_at
 
@@ -31,7 +32,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
         config = self.config
@@ -48,9 +49,17 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: (silu(x @ gate) * (x @ up)) @ down."""
+    """SwiGLU: (silu(x @ gate) * (x @ up)) @ down, or with another activation."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         parts = ("gate_proj", inner), ("up_proj", inner)
         self.gate_up_proj = Linear(hidden, 2 * inner, use_bias=bias, parts=parts, dtype=dtype, rngs=rngs)
@@ -58,10 +67,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, implementation: MatmulImplementation | None) -> jax.Array:
         gate, up = jnp.split(self.gate_up_proj(x, implementation=implementation), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up, implementation=implementation)
+        return self.down_proj(self.activation(gate) * up, implementation=implementation)
 
 
-class Layer(nnx.Module):
+class LlamaLayer(nnx.Module):
     """One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
@@ -75,7 +84,7 @@ class Layer(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
         x += self.self_attn(self.input_layernorm(x), rotation, attend, implementation)
@@ -87,7 +96,7 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
+        self.layers = nnx.List(LlamaLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
 
@@ -115,20 +124,18 @@ class LlamaForCausalLM(CausalLM):
     def embedding(self) -> Embedding:
         return self.model.embed_tokens
 
-    def hidden_states(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        implementation: MatmulImplementation | None = None,
-    ) -> jax.Array:
-        rotation = rotation_at(self.config, positions)
-        x = self.model.embed_tokens(tokens)  # [B, T, D]
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, rotation, functools.partial(attend, i), implementation)
-        return self.model.norm(x)
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self.model.layers
+
+    @property
+    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+        return self.model.norm
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+        return self.model.embed_tokens(tokens), rotation_at(self.config, positions)
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         if self.config.tie_word_embeddings:
-            return self.embedding.logits(hidden)
+            return super().head(hidden)
         return self.lm_head(hidden, out_dtype=jnp.float32, implementation=implementation)

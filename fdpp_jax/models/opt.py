@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 
 from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import DecoderConfig, activation_problems, common_problems, refuse
-from fdpp_jax.models.decoder import Attend, CausalLM
+from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, LayerNorm, Linear
 
 _SIZES = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
         qkv = self.qkv_proj(x, implementation=implementation)  # [B, T, 3 D]
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         return self.out_proj(out.reshape(x.shape), implementation=implementation)
 
 
-class Layer(nnx.Module):
+class OPTLayer(nnx.Module):
     """One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: OPTConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
@@ -116,9 +116,11 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        context: None,
+        attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
+        del context  # positions are in x
         x += self.self_attn(self.self_attn_layer_norm(x), attend, implementation)
         y = jax.nn.relu(self.fc1(self.final_layer_norm(x), implementation=implementation))
         return x + self.fc2(y, implementation=implementation)
@@ -131,7 +133,7 @@ class Decoder(nnx.Module):
         size, rows = config.hidden_size, config.max_position_embeddings + _POSITION_OFFSET
         self.embed_tokens = Embedding(config.vocab_size, size, dtype=dtype, rngs=rngs)
         self.embed_positions = Embedding(rows, size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
+        self.layers = nnx.List(OPTLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = LayerNorm(size, eps=_LAYER_NORM_EPS, dtype=dtype)
 
 
@@ -163,25 +165,20 @@ class OPTForCausalLM(CausalLM):
     def embedding(self) -> Embedding:
         return self.model.decoder.embed_tokens
 
-    def hidden_states(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        implementation: MatmulImplementation | None = None,
-    ) -> jax.Array:
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self.model.decoder.layers
+
+    @property
+    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+        return self.model.decoder.final_layer_norm
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         limit = self.config.max_position_embeddings
         if tokens.shape[1] > limit:  # a lookup past the table would repeat its last row
             raise ValueError(f"expected at most max_position_embeddings={limit} tokens a row, got {tokens.shape[1]}")
         decoder = self.model.decoder
-        x = decoder.embed_tokens(tokens) + decoder.embed_positions(positions + _POSITION_OFFSET)  # [B, T, D]
-        for i, layer in enumerate(decoder.layers):
-            x = layer(x, functools.partial(attend, i), implementation)
-        return decoder.final_layer_norm(x)
-
-    def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
-        del implementation  # a tied head is plain XLA
-        return self.embedding.logits(hidden)
+        return decoder.embed_tokens(tokens) + decoder.embed_positions(positions + _POSITION_OFFSET), None
 
 
 def _preset(hidden_size: int, layers: int, heads: int) -> OPTConfig:

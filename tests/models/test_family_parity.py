@@ -32,7 +32,10 @@ def test_logits_of_every_position(name: str) -> None:
     np.testing.assert_allclose(logits[live], expected["logits"][live], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("softmax", [None, UnifiedMax.bound()], ids=["online", "bound"])
+@pytest.mark.parametrize(
+    "softmax",
+    [pytest.param(None, id="online"), pytest.param(UnifiedMax.bound(), id="bound", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_of_a_batch_of_unequal_lengths(name: str, softmax: Any) -> None:
     model, expected = load(name)

@@ -14,7 +14,8 @@ from flax import nnx
 
 from fdpp_jax import models, unified_max
 from fdpp_jax.models import PRESETS, config_from_hf
-from fdpp_jax.models.gemma import Gemma2Config, UnitOffsetRMSNorm
+from fdpp_jax.models.gemma import Gemma2Config
+from fdpp_jax.models.layers import RMSNorm
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "gemma2"
 # As published with gemma-2-2b.
@@ -163,7 +164,7 @@ def test_what_the_fixture_would_not_miss(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_norm_is_computed_in_float32(dtype: Any) -> None:
     x, weight = jax.random.normal(jax.random.key(0), (2, 7, 64)).astype(dtype)
-    norm = UnitOffsetRMSNorm(64, eps=1e-6, dtype=dtype)
+    norm = RMSNorm(64, eps=1e-6, offset=1.0, dtype=dtype)
     norm.weight.set_value(weight[0])
     exact = np.asarray(x, np.float64)
     exact /= np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + 1e-6)
