@@ -25,8 +25,7 @@ from flax import nnx
 import fdpp_jax
 from fdpp_jax import score_stats, unified_max
 from fdpp_jax.models.decoder import CausalLM
-from fdpp_jax.models.families import config_from_hf
-from fdpp_jax.models.loading import read_json, resolve
+from fdpp_jax.models.loading import read_config, read_json, resolve
 from fdpp_jax.score_stats import BIN_NATS, LOWEST_NATS, Stats
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -319,7 +318,7 @@ def find(path_or_hub_id: str | pathlib.Path) -> Calibration | None:
     if not path.is_file():
         return None
     found = Calibration.load(path)
-    config = config_from_hf(read_json(directory, "config.json"))
+    config = read_config(directory)
     expected, got = (config.num_hidden_layers, config.num_attention_heads), (found.num_layers, found.num_heads)
     if got != expected:
         raise ValueError(f"{path} must be of the model beside it: (layers, heads) = {expected}, got {got}")

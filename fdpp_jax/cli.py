@@ -216,7 +216,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     directory = _checkpoint_directory(args.model)
     # The tokenizer first: a wrong one shows in a moment, weights take a while.
-    tokenizer = models.load_tokenizer(directory, vocab_size=_read_config(directory).vocab_size)
+    tokenizer = models.load_tokenizer(directory, vocab_size=models.loading.read_config(directory).vocab_size)
     prompts = [cli_generate.prompt(args, prompt, directory, tokenizer) for prompt in args.prompt]
     sampling = cli_generate.sampling(args, directory)
     running = device.current()
@@ -274,12 +274,6 @@ def _checkpoint_directory(model: str) -> "pathlib.Path":
     return models.resolve(model)
 
 
-def _read_config(directory: "pathlib.Path") -> "DecoderConfig":
-    from fdpp_jax.models import config_from_hf, loading
-
-    return config_from_hf(loading.read_json(directory, "config.json"))
-
-
 def _model_config(model: str) -> "DecoderConfig":
     """The shapes of a preset, of the bundled model or of a directory with a config.json."""
     import pathlib
@@ -292,7 +286,7 @@ def _model_config(model: str) -> "DecoderConfig":
     if not directory.is_dir():
         known = ", ".join([_BUNDLED, *models.PRESETS])
         raise ValueError(f"unknown model {model!r}: neither a directory with a config.json nor one of {known}")
-    return _read_config(directory)
+    return models.loading.read_config(directory)
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -65,9 +65,9 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'fdpp-jax[plots]'")
     from fdpp_jax import calibration, models
-    from fdpp_jax.models.loading import read_json
+    from fdpp_jax.models.loading import read_config
 
-    config = models.config_from_hf(read_json(directory, "config.json"))
+    config = read_config(directory)
     length = args.length or min(_DEFAULT_LENGTH, config.max_position_embeddings)
     tokenizer = models.load_tokenizer(directory, vocab_size=config.vocab_size)
     tokens, lengths = _samples(pathlib.Path(args.data), tokenizer, args.samples, length)

@@ -114,7 +114,7 @@ def unchecked_decode_attention(
     *,
     scale: float | None = None,
     key_value_seq_lengths: jax.Array,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     query_offset: jax.Array | None = None,
     key_max_norm: jax.Array | None = None,
@@ -132,7 +132,7 @@ def unchecked_decode_attention(
       value: [B, S, K, H], finite also beyond the lengths.
       scale: Factor on the scores; 1 / sqrt(H) by default.
       key_value_seq_lengths: [B] int32 live keys.
-      local_window_size: As in `dot_product_attention`.
+      local_window_size: As in `dot_product_attention`, both sides.
       logits_soft_cap: As in `dot_product_attention`.
       query_offset: As in `dot_product_attention`; counts with a window only.
       key_max_norm: As in `dot_product_attention`.
@@ -142,8 +142,6 @@ def unchecked_decode_attention(
     Returns:
       [B, 1, N, H], NaN in rows that must be recomputed with softmax=None.
     """
-    if isinstance(local_window_size, int):
-        local_window_size = local_window_size, local_window_size
     if local_window_size is None:
         query_offset = None  # the lengths alone say what the last token sees
     arrays = attention.Arrays(query, key, value, lengths=key_value_seq_lengths, query_offset=query_offset)

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fdpp_jax.models.loading import list_files, read_json, resolve
+from fdpp_jax.models.loading import list_files, read_optional_json, resolve
 
 Message = Mapping[str, str]
 
@@ -26,9 +26,7 @@ def sampling_defaults(path_or_hub_id: str | pathlib.Path) -> SamplingDefaults:
       ValueError: No such checkpoint, malformed JSON, or a number where none is expected.
     """
     directory = resolve(path_or_hub_id)
-    if not (directory / "generation_config.json").is_file():
-        return SamplingDefaults()
-    settings = read_json(directory, "generation_config.json")
+    settings = read_optional_json(directory, "generation_config.json")
     if not settings.get("do_sample", False):
         return SamplingDefaults()
     for name in ("temperature", "top_k", "top_p"):
@@ -62,7 +60,7 @@ def chat_text(path_or_hub_id: str | pathlib.Path, messages: Sequence[Message]) -
         import jinja2.sandbox
     except ImportError as error:
         raise NotImplementedError("chat templates need jinja2: pip install 'fdpp-jax[chat]'") from error
-    settings = read_json(directory, "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
+    settings = read_optional_json(directory, "tokenizer_config.json")
     # A template comes with the checkpoint, from anyone: it may compute text and nothing else.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

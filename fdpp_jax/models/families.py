@@ -21,24 +21,22 @@ class Family:
 
     Attributes:
       read_config: From the contents of a config.json to a config.
-      model: The class of the model; called with the config, dtype and rngs.
       presets: Configs as published, by name, for plans and benches that need no checkpoint.
     """
 
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    model: Callable[..., CausalLM]
     presets: Mapping[str, DecoderConfig]
 
 
 # By the model_type of config.json.
 FAMILIES = {
-    "llama": Family(LlamaConfig.from_hf, LlamaForCausalLM, llama_config.PRESETS),
-    "mistral": Family(mistral.config_from_hf, LlamaForCausalLM, mistral.PRESETS),
-    "qwen2": Family(qwen.qwen2_config_from_hf, LlamaForCausalLM, qwen.QWEN2_PRESETS),
-    "qwen3": Family(qwen.qwen3_config_from_hf, LlamaForCausalLM, qwen.QWEN3_PRESETS),
-    "gemma2": Family(gemma.Gemma2Config.from_hf, gemma.Gemma2ForCausalLM, gemma.PRESETS),
-    "chatglm": Family(chatglm.ChatGLMConfig.from_hf, chatglm.ChatGLMForConditionalGeneration, chatglm.PRESETS),
-    "opt": Family(opt.OPTConfig.from_hf, opt.OPTForCausalLM, opt.PRESETS),
+    "llama": Family(LlamaConfig.from_hf, llama_config.PRESETS),
+    "mistral": Family(mistral.config_from_hf, mistral.PRESETS),
+    "qwen2": Family(qwen.qwen2_config_from_hf, qwen.QWEN2_PRESETS),
+    "qwen3": Family(qwen.qwen3_config_from_hf, qwen.QWEN3_PRESETS),
+    "gemma2": Family(gemma.Gemma2Config.from_hf, gemma.PRESETS),
+    "chatglm": Family(chatglm.ChatGLMConfig.from_hf, chatglm.PRESETS),
+    "opt": Family(opt.OPTConfig.from_hf, opt.PRESETS),
 }
 _MODEL_OF: dict[type, Callable[..., CausalLM]] = {
     LlamaConfig: LlamaForCausalLM,

@@ -58,7 +58,7 @@ def load(
     if jnp.dtype(dtype).name not in _MODEL_DTYPES:
         raise ValueError(f"expected a dtype out of {', '.join(_MODEL_DTYPES)}, got {jnp.dtype(dtype).name}")
     directory = resolve(path_or_hub_id)
-    config = config_from_hf(read_json(directory, "config.json"))
+    config = read_config(directory)
     model = nnx.eval_shape(lambda: causal_lm(config, dtype=dtype, rngs=nnx.Rngs(0)))
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
     parameters = [(_name(path), value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
@@ -125,6 +125,20 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}")
     return content
+
+
+def read_optional_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """As `read_json`, but empty where there is no such file."""
+    return read_json(directory, name) if (directory / name).is_file() else {}
+
+
+def read_config(directory: pathlib.Path) -> DecoderConfig:
+    """What the checkpoint's config.json describes.
+
+    Raises:
+      ValueError: The file is missing or malformed, or of no model that we have.
+    """
+    return config_from_hf(read_json(directory, "config.json"))
 
 
 def list_files(directory: pathlib.Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from fdpp_jax.models.loading import list_files, read_json, resolve
+from fdpp_jax.models.loading import list_files, read_optional_json, resolve
 
 # ChatGLM's own tokens, which its code numbers from the end of the SentencePiece vocabulary on, and those of them
 # that every text starts with.
@@ -137,7 +137,7 @@ def _from_json(directory: pathlib.Path) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    settings = _optional_json(directory, "tokenizer_config.json")
+    settings = read_optional_json(directory, "tokenizer_config.json")
     add_bos, eos_ids = settings.get("add_bos_token"), _eos_ids(directory)
     if eos_ids is None:
         token = settings.get("eos_token")
@@ -160,13 +160,13 @@ def _from_sentencepiece(directory: pathlib.Path) -> Tokenizer:
     except RuntimeError as error:
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
     bos, eos = processor.bos_id(), processor.eos_id()  # -1: the file has none
-    if _optional_json(directory, "config.json").get("model_type") == "chatglm":
+    if read_optional_json(directory, "config.json").get("model_type") == "chatglm":
         backend = _SentencePiece(processor, named={}, num_added=len(_CHATGLM_TOKENS))
         prefix = [processor.vocab_size() + _CHATGLM_TOKENS.index(token) for token in _CHATGLM_PREFIX]
     else:
         named = {processor.id_to_piece(i): i for i in (bos, eos) if i >= 0}
         backend = _SentencePiece(processor, named=named, num_added=0)
-        add_bos = _optional_json(directory, "tokenizer_config.json").get("add_bos_token", True)
+        add_bos = read_optional_json(directory, "tokenizer_config.json").get("add_bos_token", True)
         prefix = [bos] if add_bos and bos >= 0 else []
     eos_ids = _eos_ids(directory)
     if eos_ids is None:
@@ -189,7 +189,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.
 def _eos_ids(directory: pathlib.Path) -> tuple[int, ...] | None:
     """generation_config.json knows best (Llama 3 has three), then config.json; None where both are silent."""
     for name in ("generation_config.json", "config.json"):
-        eos = _optional_json(directory, name).get("eos_token_id")
+        eos = read_optional_json(directory, name).get("eos_token_id")
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return None
@@ -202,7 +202,3 @@ def _token_id(tokenizer: tokenizers.Tokenizer, token: str | Mapping[str, Any] | 
     if token_id is None:
         raise ValueError(f"tokenizer_config.json names {what} {text!r}, which tokenizer.json does not have")
     return token_id
-
-
-def _optional_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
-    return read_json(directory, name) if (directory / name).is_file() else {}
