@@ -1,4 +1,4 @@
-"""`fdpp-jax generate | calibrate | plan | bench | info`: arguments in, text and tables out.
+"""`fdpp-jax generate | calibrate | tune | plan | bench | info`: arguments in, text and tables out.
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fdpp_jax
-from fdpp_jax import cli_bench, cli_calibrate, cli_generate
+from fdpp_jax import cli_bench, cli_calibrate, cli_generate, cli_tune
 
 if TYPE_CHECKING:
     import pathlib
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_calibrate(commands)
+    _add_tune(commands)
     _add_plan(commands)
     _add_bench(commands)
     _add_info(commands)
@@ -128,6 +129,11 @@ def _add_calibrate(commands: Any) -> None:
     parser = _add_command(commands, "calibrate", _calibrate, summary, cli_calibrate.CALIBRATE_EXAMPLES)
     _add_checkpoint(parser)
     cli_calibrate.add_calibrate_flags(parser)
+
+
+def _add_tune(commands: Any) -> None:
+    summary = "measure which matmul kernel is the fastest on this GPU, weight by weight, for all later plans"
+    cli_tune.add_tune_flags(_add_command(commands, "tune", _tune, summary, cli_tune.TUNE_EXAMPLES))
 
 
 def _add_plan(commands: Any) -> None:
@@ -261,6 +267,16 @@ def _calibrate(args: argparse.Namespace) -> None:
     for title, columns, rows in tables:
         _print_table(title, columns, rows)
     print(f"wrote {output}")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    configs = {name: _model_config(name) for name in cli_tune.model_names(args)}
+    from fdpp_jax import device
+
+    tables, end = cli_tune.run_tune(args, configs, device.current())
+    for title, columns, rows in tables:
+        _print_table(title, columns, rows)
+    print(end)
 
 
 def _checkpoint_directory(model: str) -> "pathlib.Path":

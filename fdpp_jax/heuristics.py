@@ -1,7 +1,8 @@
 """Which kernel runs: the paper's decision tree, from shapes and a device to a plan with its reason.
 
 Attention: the decode kernel for up to 16 queries, with as many CTAs a key/value head as fill the SMs; cuDNN for
-prefill; else the float32 reference. Matmul: M = 1 gemv (the paper's ImplA), M up to 64 flat (ImplB), else XLA (ImplC).
+prefill; else the float32 reference. Matmul: what a table of measurements says (docs/tuning.md), of this weight or the
+nearest; without one M = 1 gemv (the paper's ImplA), M up to 64 flat (ImplB), else XLA (ImplC).
 The roofline says whether a call is memory- or compute-bound. Rules are analytic; `_MIN_FLAT_ROWS` and how many CTAs and
 keys a tile attention takes were measured.
 
@@ -13,6 +14,7 @@ Source: FlashDecoding++ (arXiv 2311.01282), sections 4 and 5.
 import functools
 
 from fdpp_jax import device as device_lib
+from fdpp_jax import tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
     PAGE_SIZES,
@@ -33,6 +35,7 @@ from fdpp_jax.device import Device
 MAX_FLAT_ROWS = 64
 MAX_ATTENTION_ROWS = 64
 MAX_QUERY_LENGTH = 16
+MATMUL_BLOCKS = (64, 128)  # both of block_n and block_k: wgmma's large operand has 64 rows, the swizzle 64 elements
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured. At M = 1 on an H200 flat takes 12.7 us
 # for 4096 x 4096 and 29.6 for 4096 x 12288, gemv 13.4 and 30.4 (best configs of one sweep each, 2026-11-23).
 _MIN_FLAT_ROWS = {"H200": 1}
@@ -92,20 +95,61 @@ def plan_xla_attention(shape: AttentionShape, device: Device | str, why: str) ->
     return AttentionPlan("xla", XlaAttentionConfig("reference"), f"float32 reference: {why_not_cudnn}; {why}")
 
 
-@functools.cache
 def plan_matmul(shape: MatmulShape, device: Device | str) -> MatmulPlan:
-    """How `flat_matmul` computes x [m, k] @ w [k, n] on `device`; arguments and result as `plan_attention`."""
+    """How `flat_matmul` computes x [m, k] @ w [k, n] on `device`.
+
+    Args:
+      shape: The static facts of the call.
+      device: A Device, or the name of a known one.
+
+    Returns:
+      The implementation, its config, and the reason in one line: "tuned on ...: exact", "tuned on ...: nearest ...",
+      "rule: ...", or why no kernel runs.
+
+    Raises:
+      ValueError: The device is unknown, or a table of its measurements is malformed.
+    """
     device = device_lib.resolve(device)
+    return _tuned_plan(shape, device) or _rule_plan(shape, device)
+
+
+def _tuned_plan(
+    shape: MatmulShape, device: Device, implementation: MatmulImplementation | None = None
+) -> MatmulPlan | None:
+    """The measured plan, or that of the named kernel; None where no table has one that fits.
+
+    Not cached here: tables may change under a running process, and are cached by `tuned_tables` until they do.
+    """
+    if shape.m < 1 or _device_refusal(device) or _matmul_shape_refusal(shape):
+        return None
+    match = tuned_tables.lookup(shape, device.kind)
+    if match is None:
+        return None
+    chosen = implementation or match.entry.implementation
+    if chosen == "xla":
+        return MatmulPlan("xla", None, match.reason)
+    config = match.entry.configs.get(chosen)
+    if config is None:
+        return None
+    refusal = refuse_matmul_config(shape, device, config)
+    if refusal is None:
+        return MatmulPlan(chosen, config, match.reason)
+    if match.is_exact:
+        raise ValueError(f"{match.entry.where}.configs.{chosen} cannot run: {refusal}")
+    return None
+
+
+def _rule_plan(shape: MatmulShape, device: Device) -> MatmulPlan:
     min_flat_rows = _MIN_FLAT_ROWS.get(device.kind, 2)
     implementation: MatmulImplementation = "flat" if shape.m >= min_flat_rows else "gemv"
     bound = _bound(_matmul_intensity(shape), device)
     if shape.m > MAX_FLAT_ROWS:
-        return MatmulPlan("xla", None, f"M = {shape.m} > {MAX_FLAT_ROWS} fills cuBLAS's tiles ({bound})")
-    config = _matmul_config(shape, device, implementation)
+        return MatmulPlan("xla", None, f"rule: M = {shape.m} > {MAX_FLAT_ROWS} fills cuBLAS's tiles ({bound})")
+    config = rule_matmul_config(shape, device, implementation)
     refusal = refuse_kernel_matmul(shape, device, implementation)
     if refusal is None:
         measured = ", measured faster than gemv" if min_flat_rows == shape.m == 1 else ""
-        return MatmulPlan(implementation, config, f"M = {shape.m}{measured}, split {config.split_k} ({bound})")
+        return MatmulPlan(implementation, config, f"rule: M = {shape.m}{measured}, split {config.split_k} ({bound})")
     if device.is_gpu and device.arch != _KERNEL_ARCH and _matmul_shape_refusal(shape) is None:
         refusal += f"; the rule here would be: {implementation}, split {config.split_k} ({bound})"
     return MatmulPlan("xla", None, refusal)
@@ -126,6 +170,25 @@ def refuse_kernel_matmul(shape: MatmulShape, device: Device | str, implementatio
     if not 1 <= shape.m <= MAX_FLAT_ROWS:
         return f"{implementation} takes 1 to {MAX_FLAT_ROWS} rows, got M = {shape.m}"
     return _device_refusal(device_lib.resolve(device)) or _matmul_shape_refusal(shape)
+
+
+def refuse_matmul_config(shape: MatmulShape, device: Device | str, config: FlatMatmulConfig | GemvConfig) -> str | None:
+    """Why a kernel with `config` cannot compute `shape` on `device`, or None if it can."""
+    device = device_lib.resolve(device)
+    refusal = refuse_kernel_matmul(shape, device, "gemv" if isinstance(config, GemvConfig) else "flat")
+    if refusal is not None:
+        return refusal
+    for name in ("block_n", "block_k"):
+        if getattr(config, name) not in MATMUL_BLOCKS:
+            return f"{name} must be one of {MATMUL_BLOCKS}, got {getattr(config, name)}"
+    if not _MIN_STAGES <= config.num_stages <= _MAX_STAGES:
+        return f"num_stages must lie in {_MIN_STAGES}..{_MAX_STAGES}, got {config.num_stages}"
+    max_splits = min(_MAX_K_SPLITS, -(-shape.k // config.block_k))
+    if not 1 <= config.split_k <= max_splits:
+        return f"split_k must lie in 1..{max_splits} (K = {shape.k}), got {config.split_k}"
+    if (smem_bytes := config.smem_bytes(shape)) > device.smem_bytes:
+        return f"the tiles need {smem_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
+    return None
 
 
 def decode_attention_config(shape: AttentionShape, device: Device | str) -> DecodeAttentionConfig:
@@ -165,17 +228,26 @@ def _with_stages(
 
 
 def flat_matmul_config(shape: MatmulShape, device: Device | str) -> FlatMatmulConfig:
-    """Tiles and splits of the flat kernel, whether or not it is the plan's choice."""
-    config = _matmul_config(shape, device_lib.resolve(device), "flat")
+    """Tiles and splits of the flat kernel, measured or by rule, whether or not it is the plan's choice."""
+    config = _kernel_config(shape, device_lib.resolve(device), "flat")
     assert isinstance(config, FlatMatmulConfig)
     return config
 
 
 def gemv_config(shape: MatmulShape, device: Device | str) -> GemvConfig:
-    """Tiles and splits of the gemv kernel, whether or not it is the plan's choice."""
-    config = _matmul_config(shape, device_lib.resolve(device), "gemv")
+    """Tiles and splits of the gemv kernel, measured or by rule, whether or not it is the plan's choice."""
+    config = _kernel_config(shape, device_lib.resolve(device), "gemv")
     assert isinstance(config, GemvConfig)
     return config
+
+
+def _kernel_config(
+    shape: MatmulShape, device: Device, implementation: MatmulImplementation
+) -> FlatMatmulConfig | GemvConfig:
+    tuned = _tuned_plan(shape, device, implementation)
+    if tuned is not None and tuned.config is not None:
+        return tuned.config
+    return rule_matmul_config(shape, device, implementation)
 
 
 def _device_refusal(device: Device) -> str | None:
@@ -266,9 +338,10 @@ def _smem_budget(num_ctas: int, two_fit: bool, device: Device) -> int:
     return device.smem_bytes_shared(2 if two_fit and num_ctas > device.num_sms else 1)
 
 
-def _matmul_config(
+def rule_matmul_config(
     shape: MatmulShape, device: Device, implementation: MatmulImplementation
 ) -> FlatMatmulConfig | GemvConfig:
+    """Tiles and splits of the kernel "gemv" or "flat" by rule, where nothing was measured."""
     config_type = GemvConfig if implementation == "gemv" else FlatMatmulConfig
     # A tile holds 16 KiB of weights either way. Wide tiles where narrow ones would need more than two CTAs an SM.
     block_n, block_k = (64, 128) if -(-shape.n // 64) <= 2 * device.num_sms else (128, 64)

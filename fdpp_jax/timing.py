@@ -157,6 +157,9 @@ def time_kernels(
     sets: Sequence[Any],
     num_bytes: int,
     chain: Callable[[Any, jax.Array], Any] | None = None,
+    *,
+    repeats: int = REPEATS,
+    quiet: bool = False,
 ) -> Timings:
     """Times all candidates on the same buffers, and the read floor between them.
 
@@ -167,30 +170,34 @@ def time_kernels(
       num_bytes: What one step has to read.
       chain: chain(x, result) -> the next step's x. Without it every result is an output of the program, and outputs
         are what its dispatch takes long for.
+      repeats: Rounds, of which the times are medians.
+      quiet: Says nothing on stderr.
     """
     running = device.current()
-    lowered: dict[str, tuple[jax.stages.Lowered, int]] = {}
+    compiling: dict[str, tuple[concurrent.futures.Future[jax.stages.Compiled], int]] = {}
     failures: dict[str, Exception] = {}
-    progress(f"compile {', '.join(candidates)}")
-    for name, candidate in candidates.items():
-        num_steps = len(sets) if candidate.is_short else _num_steps(num_bytes, len(sets), running)
-        try:
-            lowered[name] = _lower(candidate.step, x, sets, num_steps, chain), num_steps
-        except Exception as error:
-            failures[name] = error
+    say = (lambda _: None) if quiet else progress
+    say(f"compile {', '.join(candidates)}")
     with concurrent.futures.ThreadPoolExecutor(min(_COMPILE_THREADS, os.cpu_count() or 1)) as pool:
-        compiling = {name: pool.submit(program.compile) for name, (program, _) in lowered.items()}
+        for name, candidate in candidates.items():
+            num_steps = len(sets) if candidate.is_short else _num_steps(num_bytes, len(sets), running)
+            try:
+                # Lowering holds the GIL, compiling does not: one goes on while the other does.
+                lowered = _lower(candidate.step, x, sets, num_steps, chain)
+                compiling[name] = pool.submit(lowered.compile), num_steps
+            except Exception as error:
+                failures[name] = error
         floor = _floor_program(num_bytes)
     programs: dict[str, _Program] = {}
-    progress("time")
-    for name, compiled in compiling.items():
+    say("time")
+    for name, (compiled, num_steps) in compiling.items():
         try:
-            programs[name] = _Program(compiled.result(), x, sets, lowered[name][1])
+            programs[name] = _Program(compiled.result(), x, sets, num_steps)
         except Exception as error:
             failures[name] = error
     _warm_up(floor)
     floors, samples = [floor.sample()], {name: list[float]() for name in programs}
-    for turn in range(REPEATS):
+    for turn in range(repeats):
         # Another one first each time: whoever follows the floor is some 4 % slower (H200, 2026-11-23).
         order = list(programs)[turn % max(1, len(programs)) :] + list(programs)[: turn % max(1, len(programs))]
         for name in order:

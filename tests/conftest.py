@@ -1,9 +1,12 @@
 """Marker `gpu`: skipped, with the reason, where the device cannot run Mosaic kernels."""
 
 import os
+import pathlib
 
 # Several test processes may share one GPU. JAX reads this when its backend starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Tests plan by the rules and the shipped tables, whatever the user has measured.
+os.environ["FDPP_TUNED_DIR"] = str(pathlib.Path(__file__).parent / "no_tables_of_the_user")
 
 import hypothesis
 import jax

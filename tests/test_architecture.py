@@ -17,7 +17,8 @@ MAX_LINES = 500
 LEVELS = (
     ("__main__",),
     ("cli",),
-    ("cli_bench", "cli_calibrate", "cli_generate", "tuning"),
+    ("cli_bench", "cli_calibrate", "cli_generate", "cli_tune"),
+    ("tuning",),
     ("benchmark", "bench_attention"),
     ("timing",),
     ("generation", "calibration"),
@@ -25,6 +26,7 @@ LEVELS = (
     ("ops", "sampling", "score_stats"),
     ("attention", "matmul"),
     ("heuristics", "reference", "pallas", "triton"),
+    ("tuned_tables",),
     ("device", "unified_max"),
     ("config",),
 )
@@ -174,7 +176,7 @@ def test_plans_need_no_backend():
     code = """
 import jax, fdpp_jax
 from fdpp_jax.config import MatmulShape
-print(fdpp_jax.heuristics.plan_matmul(MatmulShape(8, 4096, 4096), "H200").implementation)
+print(fdpp_jax.heuristics.plan_matmul(MatmulShape(8, 4096, 4096), "H100").implementation)
 assert not jax._src.xla_bridge._backends
 """
     assert _python(code) == "flat\n"

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from fdpp_jax import device, heuristics
+from fdpp_jax import device, heuristics, tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
     AttentionShape,
@@ -31,6 +31,14 @@ PREFILL = AttentionShape(
     is_causal=True,
     has_lengths=False,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _rules_only(tmp_path_factory):
+    """The rules, whatever tables are shipped; tests/test_tuned_tables.py is about these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned_tables, "SHIPPED_DIRECTORY", tmp_path_factory.mktemp("no_tables"))
+        yield
 
 
 def _decode(**changes):
@@ -246,6 +254,7 @@ def test_rows_choose_the_matmul_on_an_h200(m, implementation, config_type):
     plan = plan_matmul(MatmulShape(m=m, k=4096, n=12288), "H200")
     assert plan.implementation == implementation
     assert isinstance(plan.config, config_type)
+    assert plan.reason.startswith(f"rule: M = {m}")
     assert ("compute-bound" if m == 4096 else "memory-bound") in plan.reason
 
 
@@ -291,6 +300,26 @@ def test_matmul_tiles_and_splits(m, k, n, block_n, split_k):
 def test_refused_matmul_says_why(shape, implementation, reason):
     assert reason in heuristics.refuse_kernel_matmul(shape, H200, implementation)
     assert plan_matmul(shape, H200).implementation != implementation
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FlatMatmulConfig(96, 64, 4, 1), r"block_n must be one of (64, 128), got 96"),
+        (FlatMatmulConfig(64, 32, 4, 1), r"block_k must be one of (64, 128), got 32"),
+        (FlatMatmulConfig(64, 64, 1, 1), "num_stages must lie in 2..8, got 1"),
+        (FlatMatmulConfig(64, 64, 9, 1), "num_stages must lie in 2..8, got 9"),
+        (FlatMatmulConfig(64, 64, 4, 5), "split_k must lie in 1..4 (K = 256), got 5"),
+        (FlatMatmulConfig(64, 64, 4, 0), "split_k must lie in 1..4 (K = 256), got 0"),
+        (FlatMatmulConfig(128, 128, 8, 1), "the tiles need 290816 bytes of shared memory, a CTA gets 232448"),
+        (GemvConfig(64, 64, 4, 1), "gemv takes one row, got M = 8"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(config, reason):
+    assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), H200, config) == reason
+    assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), "cpu", FlatMatmulConfig(64, 64, 4, 1)) == (
+        "no kernel for cpu"
+    )
 
 
 def test_what_the_kernels_take_is_not_refused():
@@ -360,8 +389,7 @@ def test_any_matmul_config_fits_the_sm(shape, name):
     gpu = device.by_name(name)
     config = plan_matmul(shape, gpu).config
     num_tiles = -(-shape.n // config.block_n)
-    assert config.smem_bytes(shape) <= gpu.smem_bytes
-    assert 2 <= config.num_stages <= 8
+    assert heuristics.refuse_matmul_config(shape, gpu, config) is None
     assert config.split_k in (1, 2, 4, 8)
     if config.split_k > 1:
         assert -(-shape.k // config.block_k) // config.split_k >= 4

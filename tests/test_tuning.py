@@ -1,0 +1,301 @@
+"""Tuning with a fake timer, and the command; no GPU, nothing depends on a time."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, entry, make_timer, tune, write
+
+from fdpp_jax import cli, cli_tune, device, heuristics, models, tuned_tables, tuning
+from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
+from fdpp_jax.heuristics import plan_matmul
+from fdpp_jax.tuned_tables import Sweep, Table
+from fdpp_jax.tuning import Job, Weight
+
+
+@pytest.fixture(autouse=True)
+def directories(tmp_path, monkeypatch):
+    """Where the shipped tables and the user's lie: nothing is in them."""
+    found = {"shipped": tmp_path / "shipped", "user": tmp_path / "user"}
+    monkeypatch.setattr(tuned_tables, "SHIPPED_DIRECTORY", found["shipped"])
+    monkeypatch.setenv("FDPP_TUNED_DIR", str(found["user"]))
+    return found
+
+
+def paper(weight, job):
+    """gemv wins one row, flat up to 16, XLA beyond; the best tiles are (64, 128, 3, 2), then (128, 128, 2, 2)."""
+    if job.implementation == "gemv":
+        return 11.0 + job.config.split_k / 100
+    if job.implementation == "xla":
+        return 20.0
+    order = [FlatMatmulConfig(64, 128, 3, 2), FlatMatmulConfig(128, 128, 2, 2)]
+    rank = order.index(job.config) if job.config in order else 2
+    return 12.0 + rank + (20.0 if job.m > 16 else 0.0)
+
+
+def test_switch_points_and_the_best_config_of_each():
+    weight = Weight(4096, 12288, "qkv")
+    table, _ = tune([weight], paper)
+    entries = table.of_weight(4096, 12288, "bfloat16")
+    assert tuple(found.shape.m for found in entries) == tuning.ROWS
+    assert [found.implementation for found in entries] == ["gemv"] + 4 * ["flat"] + 3 * ["xla"]
+    assert tuning.switch_points(entries) == (2, 17)
+    assert entries[0].configs["gemv"].split_k == 1
+    assert entries[0].time_us == {"gemv": 11.01, "flat": 12.0, "xla": 20.0}
+    assert {found.configs["flat"] for found in entries[:5]} == {FlatMatmulConfig(64, 128, 3, 2)}
+    assert "flat" not in entries[-1].configs
+    assert (entries[3].floor_us, entries[3].run) == (10.0, RUN)
+    only_xla, _ = tune([weight], lambda weight, job: 1.0 if job.implementation == "xla" else 2.0)
+    assert tuning.switch_points(only_xla.of_weight(4096, 12288, "bfloat16")) == (1, 1)
+
+
+def test_a_kernel_that_fails_is_left_out_and_told_of():
+    broken = FlatMatmulConfig(64, 128, 3, 2)
+
+    def us(weight, job):
+        return None if job.config == broken else paper(weight, job)
+
+    (step,) = tuning.tune([Weight(4096, 12288, "qkv")], "bfloat16", H200, Table(DEVICE), RUN, make_timer=make_timer(us))
+    assert step.failures == ("M = 8, flat 64 x 128, 3 stages, split 2: XlaRuntimeError: no",)
+    assert step.table.of_weight(4096, 12288, "bfloat16")[3].configs["flat"] == FlatMatmulConfig(128, 128, 2, 2)
+
+
+@pytest.mark.parametrize(("k", "n"), [(64, 64), (4096, 4096), (11008, 4096), (4096, 128256), (28672, 8192)])
+def test_candidates_are_few_legal_and_have_the_rule_s(k, n):
+    for m, implementation in ((1, "gemv"), (8, "flat")):
+        shape = MatmulShape(m, k, n)
+        configs = [job.config for job in tuning.candidates(shape, H200, implementation)]
+        assert configs[0] == heuristics.rule_matmul_config(shape, H200, implementation)
+        assert len(set(configs)) == len(configs) <= 18
+        assert all(heuristics.refuse_matmul_config(shape, H200, config) is None for config in configs)
+
+
+def test_some_configs_are_swept_for_every_weight():
+    weights = [w for name in cli_tune._DEFAULT_MODELS for w in tuning.weights_of(name, models.PRESETS[name])]
+    shapes = [MatmulShape(8, weight.k, weight.n) for weight in weights]
+    assert len(set.intersection(*({*tuning.candidates(shape, H200, "flat")} for shape in shapes))) == 6
+
+
+def test_a_budget_stops_before_the_weight_that_would_exceed_it():
+    weights = [Weight(4096, 4096 * i, f"w{i}") for i in range(1, 6)]
+    now = [100.0]
+    seconds = {"w1": 10.0, "w2": 20.0, "w3": 5.0, "w4": 5.0, "w5": 5.0}
+
+    def us(weight, job):
+        if job.m == 128:  # once a weight
+            now[0] += seconds[weight.label]
+        return any_time(weight, job)
+
+    def done(budget):
+        now[0] = 100.0
+        return tune(weights, us, clock=lambda: now[0], deadline=100.0 + budget)[1]
+
+    assert done(0) == []
+    assert done(1) == ["w1"]  # how long one takes is not known before
+    assert done(20) == ["w1"]  # w2 may take as long as w1
+    assert done(20.5) == ["w1", "w2"]  # and takes longer
+    assert done(50) == ["w1", "w2"]
+    assert done(50.5) == ["w1", "w2", "w3"]
+    assert done(1000) == [weight.label for weight in weights]
+
+
+def test_what_was_measured_by_the_same_versions_is_done():
+    weights = [Weight(4096, 4096, "o"), Weight(4096, 12288, "qkv")]
+    table, _ = tune(weights[:1], any_time)
+    later = dataclasses.replace(RUN, date="2027-01-01", commit="def")
+    newer = dataclasses.replace(RUN, versions=RUN.versions | {"jax": "0.12.0"})
+    assert tuning.pending(weights, "bfloat16", table, later) == weights[1:]
+    assert tuning.pending(weights, "bfloat16", table, newer) == weights
+    assert tuning.pending(weights, "float16", table, RUN) == weights
+    parts = Table(DEVICE, table.entries[:-1], table.sweeps)
+    assert tuning.pending(weights, "bfloat16", parts, RUN) == weights
+
+
+def test_a_weight_measured_again_replaces_what_was_there():
+    weight = Weight(4096, 4096, "o")
+    table, _ = tune([weight, Weight(4096, 12288, "qkv")], paper)
+    newer = dataclasses.replace(RUN, date="2027-01-01")
+    (step,) = tuning.tune([weight], "bfloat16", H200, table, newer, make_timer=make_timer(any_time))
+    assert len(step.table.entries) == len(table.entries)
+    assert len(step.table.sweeps) == 2
+    assert all(found.run == newer for found in step.table.of_weight(4096, 4096, "bfloat16"))
+    assert all(found.run == RUN for found in step.table.of_weight(4096, 12288, "bfloat16"))
+
+
+def test_static_costs():
+    shapes = MatmulShape(8, 4096, 4096), SHAPE
+    rule = {s: tuned_tables.config_text(heuristics.rule_matmul_config(s, H200, "flat")) for s in shapes}
+    sweeps = (
+        Sweep(shapes[0], {"a": 10.0, "b": 20.0, "xla": 15.0, rule[shapes[0]]: 10.0}, RUN),
+        Sweep(shapes[1], {"a": 40.0, "b": 10.0, "only here": 5.0, "xla": 15.0, rule[shapes[1]]: 20.0}, RUN),
+    )
+    entries = (entry(), entry(64), entry(n=4096, config=None))  # XLA takes 1.5, 1.5, 1 times the best, flat 1, 1, 2
+    single, rules, flat, xla = tuning.static_costs(Table(DEVICE, entries, sweeps), H200, "bfloat16")
+    assert (single.choice, single.worst, single.where) == ("flat, b, M = 8", 2.0, "[8, 4096] @ [4096, 4096]")
+    assert single.geomean == pytest.approx(2.0)
+    assert (rules.choice, rules.worst) == ("flat, the rule's config, M = 8", 4.0)
+    assert rules.geomean == pytest.approx(2.0)
+    assert (flat.choice, flat.worst) == ("flat with its best config, M = 8..64", 2.0)
+    assert (xla.choice, xla.worst) == ("xla with its best config, M = 8..64", 1.5)
+    assert xla.geomean == pytest.approx(1.5 ** (2 / 3))
+    assert tuning.static_costs(Table(DEVICE), H200, "bfloat16") == []
+
+
+def test_weights_of_models():
+    weights = tuning.weights_of("llama-3-8b", models.PRESETS["llama-3-8b"])
+    assert [(weight.k, weight.n) for weight in weights] == [
+        (4096, 6144),
+        (4096, 4096),
+        (4096, 28672),
+        (14336, 4096),
+        (4096, 128256),
+    ]
+    assert str(weights[0]) == "llama-3-8b qkv 4096x6144"
+    assert not any("head" in w.label for w in tuning.weights_of("x", models.PRESETS["llama-3.2-1b"]))  # tied
+    both = weights + tuning.weights_of("llama-2-7b", models.PRESETS["llama-2-7b"])
+    assert len(tuning.distinct(both)) == 9
+    assert tuning.distinct(both)[:5] == weights
+
+
+@pytest.mark.slow
+def test_the_timer_times_xla_on_a_cpu_and_raises_what_xla_does():
+    measured = tuning.weight_timer(Weight(128, 64, "w"), "bfloat16")([Job(1, "xla"), Job(8, "xla")], 1)
+    assert set(measured.time_us) == {Job(1, "xla"), Job(8, "xla")}
+    assert min(measured.floor_us, *measured.time_us.values()) > 0
+    failing = Job(8, "flat", FlatMatmulConfig(64, 64, 2, 1))  # no GPU here
+    if jax.default_backend() == "cpu":
+        measured = tuning.weight_timer(Weight(128, 64, "w"), "bfloat16")([failing], 1)
+        assert list(measured.failures) == [failing]
+
+
+@pytest.mark.parametrize("job", [Job(8, "flat", FLAT), Job(1, "gemv", GemvConfig(64, 128, 3, 2)), Job(128, "xla")])
+def test_what_is_timed_lowers_for_cuda(job):
+    x = {job.m: jax.ShapeDtypeStruct((job.m, 1024), jnp.bfloat16)}
+    w = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16)
+    lowered = jax.jit(functools.partial(tuning._step, job)).trace(x, w).lower(lowering_platforms=("cuda",))
+    assert ("mosaic_gpu" in lowered.as_text()) == (job.config is not None)
+
+
+# The command.
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    """Tunes as if on an H200, with any_time; the value is a list of what was measured."""
+    measured = []
+
+    def us(weight, job):
+        if job.m == 128:
+            measured.append((weight.k, weight.n))
+        return any_time(weight, job)
+
+    monkeypatch.setattr(device, "current", lambda: H200)
+    monkeypatch.setattr(tuning, "weight_timer", make_timer(us))
+    return measured
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of fdpp-jax tune."""
+    code = cli.main(["tune", *map(str, argv)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_tune_writes_the_user_s_table_and_goes_on_from_it(capsys, directories, on_h200):
+    path = directories["user"] / "h200.json"
+    code, out, err = run(capsys, "--weights", "4096x12288", "--weights", "4096x4096", "--weights", "4096x4096")
+    assert code == 0, err
+    assert on_h200 == [(4096, 12288), (4096, 4096)]
+    assert f"wrote {path}" in out
+    assert "weight 4096x4096: M1 " in err
+    for expected in ("Fastest by rows, bfloat16", "jnp.dot / best", "What a static choice costs", "the rule's config"):
+        assert expected in out
+    assert "exact" in plan_matmul(SHAPE, H200).reason
+    content = json.loads(path.read_text())
+    assert content["device"]["num_sms"] == 132
+    assert content["runs"][0]["versions"]["jax"] == jax.__version__
+
+    code, out, err = run(capsys, "--weights", "4096x12288", "--model", "llama-3-8b")
+    assert code == 0
+    assert "has 2 of 6 weights; --fresh measures them again" in err
+    assert on_h200[2:] == [(4096, 6144), (4096, 28672), (14336, 4096), (4096, 128256)]
+    code, out, _ = run(capsys, "--model", "llama-3-8b")
+    assert (code, len(on_h200)) == (0, 6)
+    assert "nothing was measured" in out
+    assert "llama-3-8b head 4096x128256" in out
+    assert run(capsys, "--weights", "4096x4096", "--fresh")[0] == 0
+    assert on_h200[6:] == [(4096, 4096)]
+    assert "nearest 4096x4096" in plan_matmul(dataclasses.replace(SHAPE, n=6144), H200).reason
+
+
+def test_tune_has_four_models_by_default(capsys, on_h200, tmp_path):
+    assert run(capsys, "--output", tmp_path / "elsewhere", "--dtype", "float16")[0] == 0
+    assert len(on_h200) == 19
+    assert plan_matmul(MatmulShape(8, 4096, 4096), H200).reason.startswith("rule: ")
+    table = tuned_tables.load(tmp_path / "elsewhere" / "h200.json", "H200")
+    assert {found.shape.dtype for found in table.entries} == {"float16"}
+
+
+def test_a_used_up_budget_says_what_is_missing(capsys, on_h200):
+    code, out, _ = run(capsys, "--budget", 1e-9, "--weights", "4096x4096", "--weights", "64x64")
+    assert (code, on_h200) == (0, [])
+    assert out == (
+        "nothing was measured\nthe budget of 1e-09 min is used up, the same command goes on; missing:\n"
+        "  weight 4096x4096\n  weight 64x64\n"
+    )
+
+
+def test_ctrl_c_keeps_what_was_measured(capsys, monkeypatch, directories, on_h200):
+    def interrupted(weight, dtype):
+        if weight.n == 64:
+            raise KeyboardInterrupt
+        return make_timer(any_time)(weight, dtype)
+
+    monkeypatch.setattr(tuning, "weight_timer", interrupted)
+    code, out, err = run(capsys, "--weights", "4096x4096", "--weights", "64x64")
+    assert (code, out) == (130, "")
+    assert "fdpp-jax: interrupted: 1 of 2 weights were measured; the same command goes on" in err
+    assert len(tuned_tables.load(directories["user"] / "h200.json", "H200").entries) == len(tuning.ROWS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--budget", "0"], "--budget must be positive, got 0"),
+        (["--budget", "nan"], "--budget must be positive, got nan"),
+        (["--weights", "4096x100"], "there is nothing to tune in weight 4096x100: the kernel takes K and N that are"),
+        (["--model", "nope"], "unknown model 'nope'"),
+    ],
+)
+def test_tune_refuses(capsys, on_h200, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert (code, out, on_h200) == (2, "", [])
+    assert err.startswith(f"fdpp-jax: error: {message}")
+
+
+@pytest.mark.parametrize(("name", "arch"), [("cpu", "cpu"), ("A100", "sm_80 yet")])
+def test_tune_needs_a_gpu_with_kernels(capsys, monkeypatch, name, arch):
+    monkeypatch.setattr(device, "current", lambda: device.by_name(name))
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert err == f"fdpp-jax: error: there is nothing to tune here: no kernel for {arch}\n"
+
+
+def test_a_malformed_table_stops_tune_unless_it_starts_over(capsys, directories, on_h200):
+    path = write(directories["user"])
+    path.write_text("{}")
+    code, _, err = run(capsys, "--weights", "64x64")
+    assert code == 2
+    assert "h200.json is not a table of tuned matmuls: format is missing" in err
+    assert run(capsys, "--weights", "64x64", "--fresh")[0] == 0
+    assert tuned_tables.load(path, "H200").entries
+
+
+def test_wrong_sizes_are_argparse_s(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["tune", "--weights", "4096"])
+    assert stop.value.code == 2
+    assert "expected KxN such as 4096x12288, got '4096'" in capsys.readouterr().err
