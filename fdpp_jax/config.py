@@ -27,6 +27,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def reduction_bytes(rows: int) -> int:
+    """Shared memory by which warps add up [block_kv, rows] float32 over the keys: of 8 rows, or of 16 at a time."""
+    return 1024 * min(rows // 8, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
     """Static facts of one attention call.
@@ -107,9 +112,10 @@ class DecodeAttentionConfig:
         ring = self.num_stages * 2 * self.block_kv * head_dim * shape.kv_itemsize
         if shape.kv_itemsize == 1:  # one tile in 16 bits
             ring += self.block_kv * head_dim * 2
-        if shape.scales == "token":  # those of 8 heads are loaded together
-            ring += self.num_stages * 2 * self.block_kv * 8 * 4
-        return ring + rows * (num_queries * head_dim + self.block_kv) * 2 + _ATTENTION_SMEM_RESERVE
+        if shape.scales == "token":  # those of 4 heads are loaded together
+            ring += self.num_stages * 2 * self.block_kv * 4 * 4
+        operands = rows * (num_queries * head_dim + self.block_kv) * 2
+        return ring + operands + reduction_bytes(rows) + _ATTENTION_SMEM_RESERVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +157,8 @@ class GemvConfig:
 
 # Barriers, alignment and the reduction scratch that Mosaic GPU adds to what a kernel asks for.
 _SMEM_RESERVE = 8 * 1024
-_ATTENTION_SMEM_RESERVE = 4 * 1024  # 3 KiB measured
+# Which rows failed, to a whole KiB as all that the attention kernel asks for, and up to 32 barriers.
+_ATTENTION_SMEM_RESERVE = 1024 + 256
 
 
 @dataclasses.dataclass(frozen=True)

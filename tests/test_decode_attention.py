@@ -90,6 +90,25 @@ def test_agrees_with_float64(case, phi):
     assert not np.asarray(out, np.float64)[np.isneginf(log_sum)].any()  # rows without keys are zeros, not almost
 
 
+@pytest.mark.parametrize("combine", ["kernel", "launch"])
+@pytest.mark.parametrize(
+    ("num_rows", "head_dim"),
+    [
+        (1, 128),
+        pytest.param(9, 64, marks=pytest.mark.slow),
+        pytest.param(64, 256, marks=pytest.mark.slow),  # so many registers that shares are added one at a time
+        *(pytest.param(x, 128, marks=pytest.mark.gpu) for x in (2, 3, 7, 8, 9, 12, 16, 64)),
+    ],
+)
+def test_any_number_of_rows_is_added_up(num_rows, head_dim, combine):
+    """CTAs hand over the rows there are; memory that none has written is NaN to the interpreter."""
+    case = Case(2, 330, num_rows, 1, head_dim, tiles(64, 5, 2, combine))
+    inputs = case.inputs(num_rows, (330, 129))
+    expected, _ = case.expected(inputs)
+    for phi in (1.5, None):
+        check(case, case.run(inputs, phi), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_is_as_accurate_as_online_softmax(dtype):

@@ -155,7 +155,7 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
     assert config.smem_bytes(_decode(head_dim=80)) == config.smem_bytes(_decode(head_dim=96)) == plain
     by_head = config.smem_bytes(_decode(kv_dtype="int8", scales="head"))
     assert by_head == plain - 2 * 2 * tile + tile * 2
-    assert config.smem_bytes(_decode(kv_dtype="int8", scales="token")) == by_head + 2 * 2 * 64 * 8 * 4
+    assert config.smem_bytes(_decode(kv_dtype="int8", scales="token")) == by_head + 2 * 2 * 64 * 4 * 4
     large = _decode(head_dim=256, capacity=64)  # whose one CTA a head has its SM to itself
     stages = [
         heuristics.decode_attention_config(dataclasses.replace(large, **changes), H200).num_stages

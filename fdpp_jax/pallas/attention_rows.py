@@ -71,8 +71,7 @@ class Rows:
         """Whether any live row is set, for [rows] float32 of 0 and 1: a scalar, by way of shared memory."""
         self.smem.failed[...] = is_set
         plgpu.commit_smem()
-        live_rows = self.facts.group * self.facts.query_length
-        return functools.reduce(jnp.logical_or, [self.smem.failed[row] > 0 for row in range(live_rows)])
+        return functools.reduce(jnp.logical_or, [self.smem.failed[row] > 0 for row in range(self.facts.live_rows)])
 
     def attend(self) -> Sums:
         """The sums of this CTA's tiles.
@@ -151,7 +150,7 @@ class Rows:
                 kv_tiles.widen_values(smem, slot)
             if self.token_scales:
                 den += p
-                p *= _across(kv_tiles.factors(smem, "v", slot, self.share.kv_head), s.shape, 0)
+                p *= _across(self._factors("v", slot), s.shape, 0)
                 p = jnp.where(live, p, 0.0)  # a scale beyond the length may be NaN
             p = p.astype(smem.p.dtype)
             if not self.token_scales:
@@ -200,52 +199,69 @@ class Rows:
 
         s = pl.run_scoped(product, plgpu.ACC((facts.config.block_kv, self.num_rows), jnp.float32))
         if self.token_scales:
-            s *= _across(kv_tiles.factors(smem, "k", slot, self.share.kv_head), s.shape, 0)
+            s *= _across(self._factors("k", slot), s.shape, 0)
         if facts.cap is None:
             return s * (scale * LOG2E)
         # tanh from exp2, since the hardware's tanh is good to 11 bits only.
         s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / facts.cap))) + 1.0)
         return s * (facts.cap * LOG2E)
 
+    def _factors(self, name: str, slot: jax.Array) -> jax.Array:
+        """[block_kv] scales of the tile of keys or values in `slot`."""
+        kv_head, is_interpreted = self.share.kv_head, self.facts.is_interpreted
+        return kv_tiles.factors(self.smem, name, slot, kv_head, is_interpreted=is_interpreted)
+
     def publish(self, sums: Sums) -> None:
-        """Leaves the sums at this CTA's place, and says so."""
+        """Leaves the sums at this CTA's place, of num the live rows only, and says so."""
         share = self.share
         here = share.chunk, share.kv_head, share.index
         for name, value in zip(("num", "den", "max"), _laid_out(sums), strict=False):
-            if self.facts.is_interpreted:
-                getattr(self.gmem, name)[here] = value
-            else:
+            if not self.facts.is_interpreted:
                 handover.store(value, getattr(self.gmem, name).at[here])
+            else:
+                getattr(self.gmem, name)[here] = (
+                    handover.packed(value, self.facts.live_rows) if name == "num" else value
+                )
         if hasattr(self.gmem, "flag") and not self.facts.is_interpreted:
             handover.raise_flag(self.gmem.flag.at[here])
 
     def finish(self, sums: Sums) -> None:
         """Adds the sums that other CTAs publish, whose indices are just below this one's, and writes the result."""
-        gmem, share = self.gmem, self.share
+        share, facts = self.share, self.facts
         num_others = share.num_sharers(self.stop) - 1
         first = share.index - num_others
-        if not self.facts.is_interpreted:  # the interpreter runs one CTA after the other
-            flag = gmem.flag.at[share.chunk, share.kv_head, first]
-            pl.when(num_others > 0)(lambda: handover.await_flags(flag, num_others))
-        unroll = max(1, 128 * 128 // (self.padded_dim * self.num_rows))  # loads in flight: 128 registers a thread
+        # Loads in flight: up to 180 registers a thread. Of many sequences most have few CTAs each.
+        num_registers = self.num_rows // 4 * (self.padded_dim // 32 + len(sums) - 1)
+        max_others = facts.config.num_splits - 1
+        num_rounds = -(-max_others // max(1, min(180 // num_registers, 8 if facts.chunk > 1 else max_others)))
 
         def add(turn: jax.Array, sums: Sums) -> Sums:
-            for i in range(unroll):
-                index = turn * unroll + i
-                there = (share.chunk, share.kv_head, first + jnp.minimum(index, num_others - 1))
-                num = plgpu.load(gmem.num.at[there], layout=plgpu.Layout.WGMMA, optimized=False)
-                stats = [
-                    plgpu.load(getattr(gmem, name).at[there], layout=_ROW, optimized=False)
-                    for name in ("den", "max")[: len(sums) - 1]
-                ]
-                weight = (index < num_others).astype(jnp.float32)  # one too many is the last once more: weighs 0
-                if len(sums) == 2:
-                    sums = sums[0] + num * weight, sums[1] + stats[0] * weight
-                else:
-                    sums = _merged(sums, (num, stats[0], stats[1] * weight + _LOWEST * (1 - weight)))
+            others = [self._published(first, turn * unroll + i, num_others) for i in range(unroll)]
+            for other in others:
+                sums = _merged(sums, other)
             return _laid_out(sums)
 
-        self._write(lax.fori_loop(0, lax.div(num_others + (unroll - 1), jnp.int32(unroll)), add, sums))
+        if max_others:
+            unroll = -(-max_others // num_rounds)
+            if not facts.is_interpreted:  # the interpreter runs one CTA after the other
+                flag = self.gmem.flag.at[share.chunk, share.kv_head, first]
+                pl.when(num_others > 0)(lambda: handover.await_flags(flag, num_others))
+            sums = lax.fori_loop(0, lax.div(num_others + (unroll - 1), jnp.int32(unroll)), add, sums)
+        self._write(sums)
+
+    def _published(self, first: jax.Array, index: jax.Array, num_others: jax.Array) -> Sums:
+        """The sums of CTA first + index, or those of no keys if index is not below num_others."""
+        gmem, is_there = self.gmem, index < num_others
+        there = self.share.chunk, self.share.kv_head, first + jnp.minimum(index, num_others - 1)
+        if self.facts.is_interpreted:
+            num = jnp.where(is_there, handover.unpacked(gmem.num[there]).T, 0.0)
+            num = jnp.pad(num, ((0, 0), (0, self.num_rows - num.shape[1])))
+        else:
+            num = handover.load(gmem.num.at[there], self.num_rows, is_there)
+        names = ("den", "max") if hasattr(gmem, "max") else ("den",)
+        den, *row_max = (plgpu.load(getattr(gmem, name).at[there], layout=_ROW, optimized=False) for name in names)
+        weight = is_there.astype(jnp.float32)
+        return num, den * weight, *(x * weight + _LOWEST * (1 - weight) for x in row_max)
 
     def _write(self, sums: Sums) -> None:
         """Divides by the denominators and stores [rows, H]; redoes the rows first, if one left the safe window."""
@@ -308,7 +324,9 @@ def box(smem: Any, batch: jax.Array, kv_head: jax.Array) -> tuple[Any, ...]:
 
 
 def _merged(sums: Sums, others: Sums) -> Sums:
-    """Online softmax of two shares: both rescaled to the larger max."""
+    """The sums of two shares; with online softmax both are rescaled to the larger max first."""
+    if len(sums) == 2:
+        return sums[0] + others[0], sums[1] + others[1]
     row_max = jnp.maximum(sums[2], others[2])
     weight, other_weight = jnp.exp2(sums[2] - row_max), jnp.exp2(others[2] - row_max)
     num = sums[0] * _across(weight, sums[0].shape) + others[0] * _across(other_weight, others[0].shape)

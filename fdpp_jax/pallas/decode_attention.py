@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, round_up
+from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, reduction_bytes, round_up
 from fdpp_jax.pallas import attention_rows, handover, kv_tiles, ring
 from fdpp_jax.pallas.attention_rows import LOG2E, Rows
 from fdpp_jax.pallas.kv_shares import Facts, Share, bounds
@@ -130,7 +130,9 @@ def decode_attention(
 
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     grid = num_chunks, num_kv_heads, config.num_splits
-    out_types: dict[str, Any] = dict(num=f32((*grid, padded_dim, rows)), den=f32((*grid, rows)))
+    out_types: dict[str, Any] = dict(
+        num=f32((*grid, handover.num_pairs(live_rows), 2 * padded_dim)), den=f32((*grid, rows))
+    )
     if phi is None:
         out_types["max"] = f32((*grid, rows))
     if in_kernel:
@@ -172,7 +174,7 @@ def decode_attention(
         scratch_types=scratch,
         grid=grid,
         grid_names=("chunk", "kv_head", "share"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes(rows)),
         interpret=interpret,
         kernel_name=f"decode_attention_{'unified' if 'phi' in operands else 'online'}",
     )(*operands.values())
@@ -182,8 +184,8 @@ def decode_attention(
         num, den, *row_max = outs
         phi, sinks = operands.get("phi"), operands.get("sinks")
         out = _combine(num, den, row_max, lengths, query_offset, phi, sinks, facts, query.dtype)
-        out = out[..., :head_dim].astype(query.dtype)
-    out = out[:, :, :live_rows].reshape(batch, num_kv_heads, query_length, group, head_dim)
+        out = out.astype(query.dtype)
+    out = out[:, :, :live_rows, :head_dim].reshape(batch, num_kv_heads, query_length, group, head_dim)
     return out.swapaxes(1, 2).reshape(query.shape)
 
 
@@ -238,7 +240,7 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
 
 
 def _combine(
-    num: jax.Array,  # [B, K, splits, H, rows]
+    num: jax.Array,  # [B, K, splits, pairs of live rows, 2 H]
     den: jax.Array,  # [B, K, splits, rows]
     row_max: list[jax.Array],  # as den, with online softmax
     lengths: jax.Array,
@@ -248,22 +250,32 @@ def _combine(
     facts: Facts,
     dtype: Any,
 ) -> jax.Array:
-    """Adds the splits up in XLA, a launch of its own: [B, K, rows, H] float32."""
-    if phi is None:
-        shift = row_max[0].max(axis=2)  # [B, K, rows]
-        if sinks is not None:
-            shift = jnp.maximum(shift, sinks * LOG2E)
-        weight = jnp.exp2(row_max[0] - shift[:, :, None])
-        num, den = num * weight[..., None, :], den * weight
-    else:
-        shift = jnp.broadcast_to(phi * LOG2E, den[:, :, 0].shape)
-    num, den = num.sum(axis=2), den.sum(axis=2)
+    """Adds the splits up in XLA, a launch of its own: [B, K, live rows, H] float32."""
+    # Rows last, as in memory: [B, K, splits, pairs, H, 2]. Only the result is put in order.
+    num = num.reshape(*num.shape[:-1], -1, 2)
+    odd = 2 * num.shape[3] - facts.live_rows  # of an odd number of rows the last of the last pair is none
+
+    def pairs(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, odd),)).reshape(*x.shape[:-1], -1, 1, 2)
+
+    den, *row_max = (x[..., : facts.live_rows] for x in (den, *row_max))
     if sinks is not None:
-        den += jnp.exp2(sinks * LOG2E - shift)
+        sinks = sinks[..., : facts.live_rows] * LOG2E
+    if phi is None:
+        shift = row_max[0].max(axis=2)  # [B, K, live rows]
+        if sinks is not None:
+            shift = jnp.maximum(shift, sinks)
+        weight = jnp.exp2(row_max[0] - shift[:, :, None])
+        num, den = num * pairs(weight), den * weight
+    else:
+        shift = (phi if phi.ndim == 1 else phi[..., : facts.live_rows]) * LOG2E
+    den = den.sum(axis=2)
+    num = handover.unpacked(num.sum(axis=2).reshape(*num.shape[:2], num.shape[3], -1))[..., : facts.live_rows, :]
+    if sinks is not None:
+        den += jnp.exp2(sinks - shift)
     if phi is not None:
         den = jnp.where(unified_max.leaves_window(den, facts.capacity, dtype), jnp.nan, den)
-    token = jnp.arange(den.shape[-1]) // facts.group
     position = 0 if offset is None else offset[:, None]
-    low, high = bounds(lengths[:, None], position, token, facts)  # [B, rows]
-    sees_key = jnp.broadcast_to(high > low, (den.shape[0], den.shape[-1]))[:, None, :]
-    return jnp.where(sees_key[..., None], num.swapaxes(-1, -2) / den[..., None], 0.0)
+    token = jnp.arange(facts.live_rows) // facts.group
+    low, high = bounds(lengths[:, None], position, token, facts)  # [B, live rows], or [B, 1]
+    return jnp.where((high > low)[:, None, :, None], num / den[..., None], 0.0)

@@ -1,6 +1,7 @@
 """One CTA hands its sums to another through global memory: no counter to zero, so no second launch.
 
-The giver stores them and raises its flag; the taker waits for the flags of all, and reads.
+The giver stores them and raises its flag; the taker waits for the flags of all, and loads them. Of sums [H, rows] only
+the live rows pass through memory.
 
 A flag is four words of scratch memory whose earlier content may be anything. It counts as raised when all 128 bits
 equal a pattern, and the CTA that waits for it lowers it again: so a flag of an earlier launch is never found raised,
@@ -12,8 +13,12 @@ A CTA may wait only for CTAs of lower index, which the GPU starts before it, and
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
 
 WORDS = 4
 MAX_GIVERS = 128  # threads of a CTA
@@ -59,15 +64,122 @@ DONE:
 }}"""
 
 
+# How sums [H, rows] lie in memory, [pairs of live rows, 2 H]: a thread (warp w, lane 4 g + t) holds 2 x 2 of every
+# 16 x 8 of them, h = 64 m + 16 w + 8 r + g of rows 8 n + 2 t + e, in registers as wgmma left them. The four of r and e
+# are neighbours, and those of the eight g follow upon each other: whole sectors of 32 bytes, in loads of 16 bytes. This
+# locates the four of m = 0 for one n; the next m lies 512 bytes on.
+_LOCATE = """
+  .reg .pred condition;
+  .reg .b32 pair, place;
+  .reg .b64 address;
+  mov.u32 place, %tid.x;
+  and.b32 pair, place, 3;
+  shr.u32 place, place, 2;
+  add.u32 pair, pair, {first_pair};
+  {choose}
+  mad.lo.u32 place, pair, {pair_words}, place;
+  mad.wide.u32 address, place, 16, {base};
+"""
+
+
+def num_pairs(live_rows: int) -> int:
+    """Pairs of rows in memory."""
+    return -(-live_rows // 2)
+
+
+def packed(num: jax.Array, live_rows: int) -> jax.Array:
+    """num [H, rows] as store() leaves it in memory: [pairs, 2 H]."""
+    head_dim, pairs = num.shape[0], num_pairs(live_rows)
+    num = num.T[: 2 * pairs].reshape(pairs, 2, head_dim // 64, 4, 2, 8)  # pair, e, m, w, r, g
+    return num.transpose(0, 2, 3, 5, 4, 1).reshape(pairs, 2 * head_dim)
+
+
+def unpacked(num: jax.Array) -> jax.Array:
+    """[..., pairs, 2 H] from memory as [..., 2 pairs, H]; of an odd number of live rows the last one is no row."""
+    *batch, pairs, width = num.shape
+    num = num.reshape(*batch, pairs, width // 128, 4, 8, 2, 2)  # pair, m, w, g, r, e
+    last = tuple(len(batch) + axis for axis in (0, 5, 1, 2, 4, 3))
+    return num.transpose(*range(len(batch)), *last).reshape(*batch, 2 * pairs, width // 2)
+
+
 def store(value: jax.Array, ref_gmem: Any) -> None:
-    """ref_gmem[...] = value straight from registers: JAX 0.12 wants such a layout to pass through shared memory."""
+    """Stores straight from registers: JAX 0.12 wants such layouts to pass through shared memory.
+
+    Args:
+      value: [rows], or [H, rows], of which the live rows are stored packed.
+      ref_gmem: [rows], or [pairs, 2 H].
+    """
     layout = plgpu.Layout.WGMMA if value.ndim == 2 else plgpu.Layout.WGMMA.reduce(0)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def emit(_: Any, ref: Any, value: Any) -> None:
-        value.store_untiled(ref, optimized=False)
+        if len(value.shape) == 1:
+            value.store_untiled(ref, optimized=False)
+            return
+        pairs = ref_gmem.shape[0]
+        for n in range(value.shape[1] // 8):
+            registers = value.registers.reshape(-1, value.shape[1] // 8, 2)[:, n]  # m, r
+            elements = [vector.extract(register, [], [e]) for register in registers.flat for e in range(2)]
+            stores = [
+                f"@condition st.global.v4.f32 [address + {512 * m}], {_operands(1 + 4 * m)};"
+                for m in range(len(registers))
+            ]
+            where = _locate(f"setp.lt.u32 condition, pair, {pairs};", n, value.shape[0], "$0")
+            mgpu.utils.inline_ptx(_block(where, *stores), mgpu.utils.memref_ptr(ref), *elements, has_side_effects=True)
 
     emit(ref_gmem, value)
+
+
+def load(ref_gmem: Any, num_rows: int, is_there: jax.Array) -> jax.Array:
+    """[H, num_rows] float32 from ref_gmem [pairs, 2 H], with anything in rows that are not live; zeros if not is_there.
+
+    Its loads need not be over before the next call's begin.
+    """
+    pairs, head_dim = ref_gmem.shape[0], ref_gmem.shape[1] // 2
+    shape = head_dim, num_rows
+    returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=returned)
+    def emit(_: Any, ref: Any, is_there: Any) -> Any:
+        f32, layout = ir.F32Type.get(), plgpu.Layout.WGMMA.to_mgpu()
+        registers = np.empty((head_dim // 64, num_rows // 8, 2), object)  # m, n, r
+        num_elements = 4 * len(registers)
+        for n in range(num_rows // 8):
+            # A pair that is not there is read as the last one: such a load takes no more sectors.
+            where = _locate(f"min.u32 pair, pair, {pairs - 1};", n, head_dim, f"${num_elements}")
+            loads = [f"setp.ne.u32 condition, ${num_elements + 1}, 0;"]
+            loads += [f"mov.f32 ${i}, 0f00000000;" for i in range(num_elements)]
+            loads += [
+                f"@condition ld.global.v4.f32 {_operands(4 * m)}, [address + {512 * m}];" for m in range(len(registers))
+            ]
+            # The side effects that it does not have keep it behind await_flags().
+            elements = mgpu.utils.inline_ptx(
+                _block(where, *loads),
+                mgpu.utils.memref_ptr(ref),
+                is_there.registers.item(),
+                result_types=[f32] * num_elements,
+                has_side_effects=True,
+            )
+            for i, (m, r) in enumerate(np.ndindex(len(registers), 2)):
+                both = elements[2 * i : 2 * i + 2]
+                registers[m, n, r] = vector.from_elements(ir.VectorType.get((2,), f32), both)
+        registers = registers.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return emit(ref_gmem, is_there.astype(jnp.int32))
+
+
+def _locate(choose: str, n: int, head_dim: int, base: str) -> str:
+    return _LOCATE.format(choose=choose, first_pair=4 * n, pair_words=head_dim // 2, base=base)
+
+
+def _operands(first: int) -> str:
+    return "{" + ", ".join(f"${first + i}" for i in range(4)) + "}"
+
+
+def _block(*lines: str) -> str:
+    """PTX with registers of its own."""
+    return "\n".join(["{", *lines, "}"])
 
 
 def raise_flag(flag_gmem: Any) -> None:

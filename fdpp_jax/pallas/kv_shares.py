@@ -39,6 +39,11 @@ class Facts:
     recompute: bool
     is_interpreted: bool
 
+    @property
+    def live_rows(self) -> int:
+        """Query rows of a key/value head, which are padded to 8."""
+        return self.group * self.query_length
+
 
 @dataclasses.dataclass(frozen=True)
 class Live:
@@ -70,6 +75,10 @@ class Share:
     def __init__(self, gmem: Any, facts: Facts, chunk: jax.Array, kv_head: jax.Array, index: jax.Array):
         self.gmem, self.facts, self.chunk, self.kv_head, self.index = gmem, facts, chunk, kv_head, index
         self.first_sequence = chunk * facts.chunk
+        # With one sequence there is one answer, and its length is loaded once.
+        self._only: Live | None = None
+        if facts.chunk == 1:
+            self._only = self.live(jnp.int32(0))
         counts = [self.live(jnp.int32(i)).count for i in range(facts.chunk)]
         self.total = sum(counts[1:], counts[0])
         # No share between others may be empty: the sums of all are waited for. CTAs beyond have nothing to do.
@@ -84,6 +93,8 @@ class Share:
 
     def live(self, i: jax.Array) -> Live:
         """What is live of sequence i of the chunk."""
+        if self._only is not None:
+            return self._only
         sequence, facts = self.sequence(i), self.facts
         length = self.gmem.lengths[sequence]
         offset = self.gmem.offset[sequence] if hasattr(self.gmem, "offset") else 0
@@ -103,7 +114,7 @@ class Share:
         """Whether a row of the sequence's earlier result is NaN."""
         rows = [
             self.gmem.prior[self.sequence(i), self.kv_head, row, 0].astype(jnp.float32)
-            for row in range(self.facts.group * self.facts.query_length)
+            for row in range(self.facts.live_rows)
         ]
         return functools.reduce(jnp.logical_or, [row != row for row in rows])
 

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
 
 from fdpp_jax.config import DecodeAttentionConfig
 from fdpp_jax.pallas import ring
@@ -32,7 +34,7 @@ _QUERY = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (8, 16), (4,))), warp_dims=(-
 _PERMUTED_QUERY = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 64), (8, 16), (8,), (2,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
 )
-_SCALE_HEADS = 8  # heads of per-token scales that are loaded together: the columns of a WGMMA tile
+_SCALE_HEADS = 4  # heads of per-token scales that are loaded together: the 16 bytes that TMA takes at least
 
 
 def scratch(
@@ -183,12 +185,22 @@ def _load_wide(smem: Any, tile: Any, layout: Any) -> jax.Array:
     return narrow.astype(smem.v_wide.dtype)
 
 
-def factors(smem: Any, name: str, slot: jax.Array, kv_head: jax.Array) -> jax.Array:
-    """Per-token scales of a tile, [block_kv]."""
-    loaded = plgpu.load(getattr(smem, f"{name}_factors").at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
-    head = plgpu.broadcasted_iota(jnp.int32, loaded.shape, 1, layout=plgpu.Layout.WGMMA)
-    mine = head == lax.rem(kv_head, jnp.int32(_SCALE_HEADS))
-    return jnp.where(mine, loaded, 0.0).sum(axis=1)
+def factors(smem: Any, name: str, slot: jax.Array, kv_head: jax.Array, *, is_interpreted: bool) -> jax.Array:
+    """Per-token scales of a tile, [block_kv]: a thread loads those of its rows and of this head only."""
+    ref, head = getattr(smem, f"{name}_factors"), lax.rem(kv_head, jnp.int32(_SCALE_HEADS))
+    if is_interpreted:
+        return ref[slot, :, head]
+    layout: Any = plgpu.Layout.WGMMA.reduce(1)
+    returned = plgpu.ShapeDtypeStruct(ref.shape[1:2], ref.dtype, layout=layout)
+
+    # plgpu.load() takes no column of a ref.
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=returned)
+    def emit(_: Any, tile: Any, head: Any) -> Any:
+        index = arith.index_cast(ir.IndexType.get(), head.registers.item())
+        column = mgpu.utils.memref_slice(tile, (slice(None), index))
+        return mgpu.FragmentedArray.load_untiled(column, layout=layout.to_mgpu(), optimized=False)
+
+    return emit(ref.at[slot], head)
 
 
 def clear_rows(tile: Any, first: jax.Array, last: jax.Array) -> None:
