@@ -157,7 +157,7 @@ class GemvConfig:
 
 # Barriers, alignment and the reduction scratch that Mosaic GPU adds to what a kernel asks for.
 _SMEM_RESERVE = 8 * 1024
-# Which rows failed, to a whole KiB as all that the attention kernel asks for, and up to 32 barriers.
+# A number a row, to a whole KiB as all that the attention kernel asks for, and up to 32 barriers.
 _ATTENTION_SMEM_RESERVE = 1024 + 256
 
 

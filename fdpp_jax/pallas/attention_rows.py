@@ -31,9 +31,18 @@ Sums = tuple[jax.Array, ...]
 class Rows:
     """See the module."""
 
-    def __init__(self, gmem: Any, smem: Any, share: Share, stream: kv_tiles.Stream, place: Place, slot: jax.Array):
+    def __init__(
+        self,
+        gmem: Any,
+        smem: Any,
+        share: Share,
+        stream: kv_tiles.Stream,
+        place: Place,
+        slot: jax.Array,
+        is_again: jax.Array | None = None,  # of a kernel that recomputes
+    ):
         self.gmem, self.smem, self.facts, self.share, self.stream = gmem, smem, share.facts, share, stream
-        self.place, self.slot = place, slot
+        self.place, self.slot, self.is_again = place, slot, is_again
         self.batch, self.live = share.sequence(place[0]), share.live(place[0])
         self.start, self.stop = place[1], place[1] + self.live.count
         self.query = smem.q.at[slot]
@@ -41,11 +50,14 @@ class Rows:
         self.token_scales = hasattr(smem, "k_factors")
         self.head_scales = hasattr(gmem, "k_scale") and not self.token_scales
 
-    def _phi(self) -> jax.Array:
-        """[rows] in base 2."""
-        if self.gmem.phi.ndim == 1:
-            return _full((self.num_rows,), 1.0, _ROW) * (self.gmem.phi[0] * LOG2E)
-        return self._per_row("phi")
+    def _shift(self) -> jax.Array:
+        """[rows] in base 2: phi, or the second time the rows' maxima."""
+        ones = _full((self.num_rows,), 1.0, _ROW)
+        phi = ones * (self.gmem.phi[0] * LOG2E) if self.gmem.phi.ndim == 1 else self._per_row("phi")
+        if self.is_again is None:
+            return phi
+        row_max = plgpu.load(self.smem.by_row, layout=_ROW, optimized=False)
+        return jnp.where(ones * self.is_again.astype(jnp.float32) > 0, row_max, phi)
 
     def _per_row(self, name: str) -> jax.Array:
         """[rows] of a float32 [1 or B, K, rows], in base 2."""
@@ -69,73 +81,54 @@ class Rows:
 
     def _any(self, is_set: jax.Array) -> jax.Array:
         """Whether any live row is set, for [rows] float32 of 0 and 1: a scalar, by way of shared memory."""
-        self.smem.failed[...] = is_set
+        self.smem.by_row[...] = is_set
         plgpu.commit_smem()
-        return functools.reduce(jnp.logical_or, [self.smem.failed[row] > 0 for row in range(self.facts.live_rows)])
+        return functools.reduce(jnp.logical_or, [self.smem.by_row[row] > 0 for row in range(self.facts.live_rows)])
 
     def attend(self) -> Sums:
-        """The sums of this CTA's tiles.
+        """The sums of this CTA's tiles, or the second time of all tiles of the sequence.
 
-        Their loads have been started by the stream, and that of the query by load_query().
+        Their loads have been started by the stream or by _prepare_again(), and that of the query by load_query().
         """
-        share = self.share
+        share, live, smem = self.share, self.live, self.smem
         first, last = (
-            self.live.first + jnp.clip(position, self.start, self.stop) - self.start
-            for position in (share.begin, share.end)
+            live.first + jnp.clip(position, self.start, self.stop) - self.start for position in (share.begin, share.end)
         )
-        plgpu.barrier_wait(self.smem.q_ready.at[self.slot])
-        if kv_tiles.is_narrow(self.smem) and not self.facts.is_interpreted:
-            kv_tiles.permute_query(self.query)
+        base = share.begin + live.first - self.start
 
-        def refill(tile: jax.Array, slot: jax.Array) -> None:
-            self.stream.refill(slot, tile, self.place, self.live, self.batch)
+        def receive_query() -> None:
+            plgpu.barrier_wait(smem.q_ready.at[self.slot])
+            if kv_tiles.is_narrow(smem) and not self.facts.is_interpreted:
+                kv_tiles.permute_query(self.query)
 
-        base = share.begin + self.live.first - self.start
-        return self._attend(first, last, base, refill, online=not hasattr(self.gmem, "phi"))
-
-    def attend_again(self) -> Sums:
-        """The sums of all tiles of the sequence, with online softmax."""
-        first = self.live.first
-        last = first + self.live.count
-        fetch = functools.partial(kv_tiles.fetch, self.gmem, self.smem, self.batch, self.share.kv_head)
-        num_stages = self.facts.config.num_stages
-
-        def refill(tile: jax.Array, slot: jax.Array) -> None:
-            pl.when(tile + num_stages < last)(lambda: fetch(tile + num_stages, slot))
-
-        if self.facts.chunk > 1:  # the ring holds the next sequences' tiles
-            self.stream.drain(self.stop)
-        ring.fill(fetch, first, last, num_stages)
-        sums = self._attend(first, last, first, refill, online=True)
-        if self.facts.chunk > 1:
-            self.stream.fill(self.stop, self.place)
+        if self.is_again is None:
+            receive_query()
+            return self._attend(first, last, base)
+        pl.when(jnp.logical_not(self.is_again))(receive_query)
+        last = jnp.where(self.is_again, live.first + live.count, last)
+        sums = self._attend(first, last, jnp.where(self.is_again, live.first, base))
+        if self.facts.chunk > 1:  # the ring is the next sequences' again
+            pl.when(self.is_again)(lambda: self.stream.fill(self.stop, self.place))
         return sums
 
-    def _attend(
-        self,
-        first: jax.Array,
-        last: jax.Array,
-        base: jax.Array,
-        refill: Callable[[jax.Array, jax.Array], None],
-        *,
-        online: bool,
-    ) -> Sums:
+    def _attend(self, first: jax.Array, last: jax.Array, base: jax.Array) -> Sums:
         """The sums of the tiles [first, last), where tile `base` is in slot 0 of the ring."""
         smem, facts, live_keys = self.smem, self.facts, self.live
-        block_kv, num_stages = facts.config.block_kv, facts.config.num_stages
+        block_kv = facts.config.block_kv
         is_narrow = kv_tiles.is_narrow(smem)
-        scale = facts.scale * self.gmem.k_scale[self.share.kv_head] if self.head_scales else facts.scale
-        phi = None if online else self._phi()
+        scale = self._scale()
+        phi = self._shift() if hasattr(self.gmem, "phi") else None
 
         def step(tile: jax.Array, carry: Sums) -> Sums:
             num, den, *row_max = carry
-            slot = lax.rem(tile - base, jnp.int32(num_stages))
-            s = self._scores(slot, scale)
-            position = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + tile * block_kv
-            low, high = self._bounds(s.shape, 1, plgpu.Layout.WGMMA)
-            live = position < high
-            if facts.window is not None:
-                live &= position >= low
+            slot = self._slot(tile, base)
+
+            def receive_values() -> None:
+                plgpu.barrier_wait(smem.v_ready.at[slot])
+                self._sync()  # v_wide and p were read by the last tile's product
+                kv_tiles.widen_values(smem, slot)
+
+            s, live = self._scores(tile, slot, scale, receive_values if is_narrow else None)
             if phi is None:
                 shift = jnp.maximum(row_max[0], jnp.where(live, s, _LOWEST).max(axis=0))
                 alpha = jnp.exp2(row_max[0] - shift)
@@ -145,9 +138,8 @@ class Rows:
             else:
                 shift = phi
             p = jnp.where(live, jnp.exp2(s - _across(shift, s.shape)), 0.0)
-            if is_narrow:
+            if not is_narrow:
                 plgpu.barrier_wait(smem.v_ready.at[slot])
-                kv_tiles.widen_values(smem, slot)
             if self.token_scales:
                 den += p
                 p *= _across(self._factors("v", slot), s.shape, 0)
@@ -157,34 +149,89 @@ class Rows:
                 # The sum of the weights as rounded: a rounding error common to numerator and denominator cancels.
                 # Summed over the keys once, after the last tile.
                 den += p.astype(jnp.float32)
-            smem.p.transpose((1, 0))[...] = p
-            if not is_narrow:
-                plgpu.barrier_wait(smem.v_ready.at[slot])
-            values = smem.v_wide if is_narrow else smem.v.at[slot]
+            smem.p.at[0].transpose((1, 0))[...] = p
+            zero = 0 if self.facts.is_interpreted else kv_tiles.opaque_zero()
+            values = smem.v_wide.at[zero] if is_narrow else smem.v.at[slot]
+            if smem.v.dtype != jnp.int8:  # which has no NaN
 
-            @pl.when((tile * block_kv < live_keys.low) | ((tile + 1) * block_kv > live_keys.high))
-            def _clear_dead_values() -> None:
-                kv_tiles.clear_rows(values, live_keys.low - tile * block_kv, live_keys.high - tile * block_kv)
+                @pl.when((tile * block_kv < live_keys.low) | ((tile + 1) * block_kv > live_keys.high))
+                def _clear_dead_values() -> None:
+                    if is_narrow:
+                        self._sync()  # other threads widened them
+                    kv_tiles.clear_rows(values, live_keys.low - tile * block_kv, live_keys.high - tile * block_kv)
 
             plgpu.commit_smem()
 
             def product(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, values.transpose((1, 0)), smem.p.transpose((1, 0)))
+                plgpu.wgmma(acc, values.transpose((1, 0)), smem.p.at[zero].transpose((1, 0)))
+                if is_narrow:  # all threads have read the tile; the product reads v_wide
+                    self._refill(tile, slot, last)
                 return acc[...]
 
             num += pl.run_scoped(product, plgpu.ACC((self.padded_dim, self.num_rows), jnp.float32))
-            refill(tile, slot)
+            if not is_narrow:
+                self._sync()  # p and the tile were read by all warps
+                self._refill(tile, slot, last)
             return num, den, *row_max
 
         zeros = _zeros(self.padded_dim, self.num_rows), _zeros(block_kv, self.num_rows)
-        start = (*zeros, _full((self.num_rows,), _LOWEST, _ROW)) if online else zeros
+        start = zeros if phi is not None else (*zeros, _full((self.num_rows,), _LOWEST, _ROW))
         num, den, *row_max = lax.fori_loop(first, last, step, start)
         if self.head_scales:
             num *= self.gmem.v_scale[self.share.kv_head]
         return _laid_out((num, den.sum(axis=0), *row_max))
 
-    def _scores(self, slot: jax.Array, scale: Any) -> jax.Array:
-        """[block_kv, rows] in base 2, of the tile in `slot`."""
+    def _prepare_again(self) -> None:
+        """Leaves the rows' maxima in by_row, and starts the loads of the sequence's tiles for attend().
+
+        attend() itself comes again, not a copy with online softmax, whose values would be kept in registers during the
+        first loop.
+        """
+        first = self.live.first
+        last = first + self.live.count
+        num_stages, block_kv = self.facts.config.num_stages, self.facts.config.block_kv
+        fetch = functools.partial(kv_tiles.fetch, self.gmem, self.smem, self.batch, self.share.kv_head)
+        fetch_keys = functools.partial(fetch, names=("k",))
+        scale = self._scale()
+
+        def step(tile: jax.Array, largest: jax.Array) -> jax.Array:
+            slot = self._slot(tile, first)
+            s, live = self._scores(tile, slot, scale)
+            plgpu.commit_smem()  # all threads have read the tile
+            pl.when(tile + num_stages < last)(lambda: fetch_keys(tile + num_stages, slot))
+            return jnp.maximum(largest, jnp.where(live, s, _LOWEST))
+
+        if self.facts.chunk > 1:  # the ring holds the next sequences' tiles
+            self.stream.drain(self.stop)
+            plgpu.commit_smem()
+        ring.fill(fetch_keys, first, last, num_stages)
+        largest = _full((block_kv, self.num_rows), _LOWEST, plgpu.Layout.WGMMA)
+        row_max = lax.fori_loop(first, last, step, largest).max(axis=0)
+        if hasattr(self.gmem, "sinks"):
+            row_max = jnp.maximum(row_max, self._per_row("sinks"))
+        self.smem.by_row[...] = row_max
+        plgpu.commit_smem()
+        ring.fill(fetch, first, last, num_stages)
+
+    def _slot(self, tile: jax.Array, base: jax.Array) -> jax.Array:
+        return lax.rem(tile - base, jnp.int32(self.facts.config.num_stages))
+
+    def _refill(self, tile: jax.Array, slot: jax.Array, last: jax.Array) -> None:
+        """Starts the load that follows in the slot of a tile of [.., last), which all threads have read."""
+        self.stream.refill(slot, tile, last, self.place, self.live, self.batch, self.is_again)
+
+    def _sync(self) -> None:
+        """All threads of the CTA get here before any goes on."""
+        if not self.facts.is_interpreted:
+            handover.sync()
+
+    def _scale(self) -> Any:
+        return self.facts.scale * self.gmem.k_scale[self.share.kv_head] if self.head_scales else self.facts.scale
+
+    def _scores(
+        self, tile: jax.Array, slot: jax.Array, scale: Any, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """[block_kv, rows] in base 2 of the tile in `slot`, and which are live. The product runs `meanwhile`."""
         facts, smem = self.facts, self.smem
         plgpu.barrier_wait(smem.k_ready.at[slot])
 
@@ -192,19 +239,31 @@ class Rows:
             if not kv_tiles.is_narrow(smem):
                 plgpu.wgmma(acc, smem.k.at[slot], self.query.transpose((1, 0)))
             elif facts.is_interpreted:  # whose wgmma takes no registers
+                if meanwhile is not None:
+                    meanwhile()
                 return jnp.dot(smem.k[slot].astype(jnp.float32), self.query[...].astype(jnp.float32).T)
             else:
-                plgpu.wgmma(acc, kv_tiles.wide_keys(smem, slot), self.query.transpose((1, 0)))
+                query = smem.q.at[self.slot + kv_tiles.opaque_zero()]
+                plgpu.wgmma(acc, kv_tiles.wide_keys(smem, slot), query.transpose((1, 0)))
+            if meanwhile is not None:
+                meanwhile()
             return acc[...]
 
         s = pl.run_scoped(product, plgpu.ACC((facts.config.block_kv, self.num_rows), jnp.float32))
         if self.token_scales:
             s *= _across(self._factors("k", slot), s.shape, 0)
         if facts.cap is None:
-            return s * (scale * LOG2E)
-        # tanh from exp2, since the hardware's tanh is good to 11 bits only.
-        s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / facts.cap))) + 1.0)
-        return s * (facts.cap * LOG2E)
+            s *= scale * LOG2E
+        else:  # tanh from exp2, since the hardware's tanh is good to 11 bits only
+            s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / facts.cap))) + 1.0)
+            s *= facts.cap * LOG2E
+        position = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
+        position += tile * facts.config.block_kv
+        low, high = self._bounds(s.shape, 1, plgpu.Layout.WGMMA)
+        live = position < high
+        if facts.window is not None:
+            live &= position >= low
+        return s, live
 
     def _factors(self, name: str, slot: jax.Array) -> jax.Array:
         """[block_kv] scales of the tile of keys or values in `slot`."""
@@ -225,10 +284,16 @@ class Rows:
         if hasattr(self.gmem, "flag") and not self.facts.is_interpreted:
             handover.raise_flag(self.gmem.flag.at[here])
 
-    def finish(self, sums: Sums) -> None:
-        """Adds the sums that other CTAs publish, whose indices are just below this one's, and writes the result."""
+    def finish(self, sums: Sums) -> jax.Array:
+        """Adds the sums that other CTAs publish, whose indices are just below this one's, and writes the result.
+
+        Returns:
+          Whether it did not, since a row left the safe window: all is ready for attend() and finish() once more.
+        """
         share, facts = self.share, self.facts
         num_others = share.num_sharers(self.stop) - 1
+        if self.is_again is not None:
+            num_others = jnp.where(self.is_again, 0, num_others)
         first = share.index - num_others
         # Loads in flight: up to 180 registers a thread. Of many sequences most have few CTAs each.
         num_registers = self.num_rows // 4 * (self.padded_dim // 32 + len(sums) - 1)
@@ -247,7 +312,7 @@ class Rows:
                 flag = self.gmem.flag.at[share.chunk, share.kv_head, first]
                 pl.when(num_others > 0)(lambda: handover.await_flags(flag, num_others))
             sums = lax.fori_loop(0, lax.div(num_others + (unroll - 1), jnp.int32(unroll)), add, sums)
-        self._write(sums)
+        return self._write(sums)
 
     def _published(self, first: jax.Array, index: jax.Array, num_others: jax.Array) -> Sums:
         """The sums of CTA first + index, or those of no keys if index is not below num_others."""
@@ -263,8 +328,8 @@ class Rows:
         weight = is_there.astype(jnp.float32)
         return num, den * weight, *(x * weight + _LOWEST * (1 - weight) for x in row_max)
 
-    def _write(self, sums: Sums) -> None:
-        """Divides by the denominators and stores [rows, H]; redoes the rows first, if one left the safe window."""
+    def _write(self, sums: Sums) -> jax.Array:
+        """Divides by the denominators and stores [rows, H], or returns that a row left the safe window."""
         num, den, *row_max = _laid_out(sums)
         if hasattr(self.gmem, "sinks"):
             sink = self._per_row("sinks")
@@ -273,23 +338,22 @@ class Rows:
                 alpha = jnp.exp2(row_max[0] - shift)
                 num, den = num * _across(alpha, num.shape), den * alpha + jnp.exp2(sink - shift)
             else:
-                den += jnp.exp2(sink - self._phi())
+                den += jnp.exp2(sink - self._shift())
         if row_max:
             self._store(num, 1.0 / den)
-            return
+            return jnp.bool_(False)
         den_min, den_max = unified_max.window(self.smem.p.dtype, self.facts.capacity)
-        if not self.facts.recompute:
+        if self.is_again is None:
             is_safe = (den >= den_min) & (den <= den_max)
             self._store(num + (num - num), jnp.where(is_safe, 1.0 / den, jnp.nan))  # an infinite sum becomes NaN too
-            return
+            return jnp.bool_(False)
         checked = den + (num - num).sum(axis=0)  # NaN where a value as large as 1e18 made a sum infinite
         is_safe = (checked >= den_min) & (checked <= den_max)
         failed = self._any(jnp.where(self._sees_key(), jnp.where(is_safe, 0.0, 1.0), 0.0))
+        failed &= jnp.logical_not(self.is_again)
         pl.when(jnp.logical_not(failed))(lambda: self._store(num, 1.0 / den))
-
-        @pl.when(failed)
-        def _recompute() -> None:
-            self._write(self.attend_again())
+        pl.when(failed)(self._prepare_again)
+        return failed
 
     def _store(self, num: jax.Array, factor: jax.Array) -> None:
         """Writes num * factor, and zeros to rows that see no key. The query is not needed any more: its place is."""

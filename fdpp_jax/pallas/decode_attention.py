@@ -9,8 +9,9 @@ the group times T tokens, padded to 8) as the narrow one:
 
 With phi fixed in advance no CTA keeps a running max, so o and sum(p) only add up, in any order: of the CTAs that share
 a sequence, that of its first tile adds to its own sums those that the others publish, and writes the result. If a
-denominator left the safe window, it goes over the sequence again with online softmax. With phi=None all do so from the
-start: each keeps the running max of its share, and the shares are rescaled when they are added.
+denominator left the safe window, it goes over the keys of the sequence for the rows' maxima, and then over the sequence
+again with them in the place of phi. With phi=None there is online softmax: each CTA keeps the running max of its share,
+and the shares are rescaled when they are added.
 
 Source: FlashDecoding++ (arXiv 2311.01282), sections 3 and 4.
 """
@@ -142,8 +143,8 @@ def decode_attention(
     transforms = ring.tile_transforms(head_dim)
     scratch: dict[str, Any] = dict(
         q=plgpu.SMEM((2 if chunk > 1 else 1, rows, padded_dim), query.dtype, transforms=transforms),
-        p=plgpu.SMEM((rows, config.block_kv), query.dtype, transforms=transforms),
-        failed=plgpu.SMEM((rows,), jnp.float32),
+        p=plgpu.SMEM((1, rows, config.block_kv), query.dtype, transforms=transforms),
+        by_row=plgpu.SMEM((rows,), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=2 if chunk > 1 else 1),
         **kv_tiles.scratch(
             key, config, padded_dim, query.dtype, paged=page_table is not None, token_scales=token_scales
@@ -160,7 +161,7 @@ def decode_attention(
         is_causal=is_causal,
         window=local_window_size,
         cap=logits_soft_cap,
-        recompute=recompute,
+        recompute=recompute and phi is not None,
         is_interpreted=interpret is not None,
     )
 
@@ -174,7 +175,12 @@ def decode_attention(
         scratch_types=scratch,
         grid=grid,
         grid_names=("chunk", "kv_head", "share"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes(rows)),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=reduction_bytes(rows),
+            # They would be around every store and before every load: here each has its place and its reason.
+            unsafe_no_auto_barriers=True,
+        ),
         interpret=interpret,
         kernel_name=f"decode_attention_{'unified' if 'phi' in operands else 'online'}",
     )(*operands.values())
@@ -217,23 +223,29 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
         load_query(share.first[0], jnp.int32(0))
         stream.fill(share.begin, share.first)
 
-    def attend(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The sequence at a place, and how many came before."""
-        i, start, turn = carry
+    def attend(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The sequence at a place, how many came before, and whether it comes again, its rows having failed."""
+        i, start, turn, *is_again = carry
         slot = lax.rem(turn, jnp.int32(2)) if facts.chunk > 1 else turn
-        rows = Rows(gmem, smem, share, stream, (i, start), slot)
+        rows = Rows(gmem, smem, share, stream, (i, start), slot, *is_again)
         has_next = rows.stop < share.end
         next_i, next_start = share.locate(jnp.where(has_next, rows.stop, start), (i, start))
+        next_start = jnp.where(has_next, next_start, share.end)
         if facts.chunk > 1:
-            pl.when(has_next)(lambda: load_query(next_i, 1 - slot))
+            wants_next = functools.reduce(lambda x, y: x & jnp.logical_not(y), is_again, has_next)
+            pl.when(wants_next)(lambda: load_query(next_i, 1 - slot))
         sums = rows.attend()
         is_owner = start >= share.begin
-        pl.when(is_owner)(lambda: rows.finish(sums))
         pl.when(jnp.logical_not(is_owner))(lambda: rows.publish(sums))
-        return next_i, jnp.where(has_next, next_start, share.end), turn + 1
+        if not facts.recompute:
+            pl.when(is_owner)(lambda: (rows.finish(sums), None)[1])
+            return next_i, next_start, turn + 1
+        failed = lax.cond(is_owner, lambda: rows.finish(sums), lambda: jnp.bool_(False))
+        then = (next_i, next_start, turn + 1)
+        return *(jnp.where(failed, x, y) for x, y in zip((i, start, turn), then, strict=True)), failed
 
-    first = (*share.first, jnp.int32(0))
-    if facts.chunk == 1:
+    first = (*share.first, jnp.int32(0), *([jnp.bool_(False)] if facts.recompute else []))
+    if facts.chunk == 1 and not facts.recompute:
         pl.when(share.end > share.begin)(lambda: (attend(first), None)[1])
     else:
         lax.while_loop(lambda carry: carry[1] < share.end, attend, first)

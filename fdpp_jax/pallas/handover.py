@@ -182,6 +182,16 @@ def _block(*lines: str) -> str:
     return "\n".join(["{", *lines, "}"])
 
 
+def sync() -> None:
+    """All threads of the CTA get here before any goes on."""
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        mgpu.utils.warpgroup_barrier()
+
+    emit()
+
+
 def raise_flag(flag_gmem: Any) -> None:
     """Raises the flag flag_gmem [WORDS]: whoever finds it raised sees what this CTA stored before."""
 

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from fdpp_jax.config import DecodeAttentionConfig
-from fdpp_jax.pallas import ring
+from fdpp_jax.pallas import handover, ring
 from fdpp_jax.pallas.kv_shares import Live, Place, Share
 
 # Values, a thread 8 neighbours at a time: 8 lanes take 64 columns of a row, the others rows at a distance of 4, whose
@@ -58,14 +58,22 @@ def scratch(
     ready = plgpu.Barrier(num_arrivals=copies * (1 + token_scales), num_barriers=num_stages)
     refs = dict(k=tile, v=tile, k_ready=ready, v_ready=ready)
     if key.dtype.itemsize == 1:
-        refs["v_wide"] = plgpu.SMEM((block_kv, padded_dim), dtype, transforms=ring.tile_transforms(head_dim, dtype))
+        refs["v_wide"] = plgpu.SMEM((1, block_kv, padded_dim), dtype, transforms=ring.tile_transforms(head_dim, dtype))
     if token_scales:
         factors = plgpu.SMEM((num_stages, block_kv, _SCALE_HEADS), jnp.float32)
         refs |= dict(k_factors=factors, v_factors=factors)
     return refs
 
 
-def fetch(gmem: Any, smem: Any, batch: jax.Array, kv_head: jax.Array, tile: jax.Array, slot: jax.Array | int) -> None:
+def fetch(
+    gmem: Any,
+    smem: Any,
+    batch: jax.Array,
+    kv_head: jax.Array,
+    tile: jax.Array,
+    slot: jax.Array | int,
+    names: tuple[str, ...] = ("k", "v"),
+) -> None:
     """Starts the loads of one tile of keys and values into a slot of the ring."""
     zero = batch * 0  # a traced start lets a box reach beyond the axis: TMA fills with zeros
     _, block_kv, padded_dim = smem.k.shape
@@ -81,7 +89,7 @@ def fetch(gmem: Any, smem: Any, batch: jax.Array, kv_head: jax.Array, tile: jax.
             plgpu.copy_gmem_to_smem(factors, getattr(smem, f"{name}_factors").at[slot, rows], ready)
 
     if not hasattr(gmem, "pages"):
-        for name in ("k", "v"):
+        for name in names:
             copy(name, batch, tile * block_kv, block_kv, pl.ds(0, block_kv))
         return
     num_pages, page_size = gmem.k.shape[:2]
@@ -91,7 +99,7 @@ def fetch(gmem: Any, smem: Any, batch: jax.Array, kv_head: jax.Array, tile: jax.
         # Pages beyond the length are read like others, and masked: any page of the pool will do.
         entry = jnp.minimum(lax.div(position, jnp.int32(page_size)), gmem.pages.shape[1] - 1)
         page = jnp.clip(gmem.pages[batch, entry], 0, num_pages - 1)
-        for name in ("k", "v"):
+        for name in names:
             copy(name, page, lax.rem(position, jnp.int32(page_size)), size, pl.ds(part * size, size))
 
 
@@ -107,15 +115,28 @@ class Stream:
         for stage in range(self.num_stages):
             pl.when(position + stage < self.share.end)(functools.partial(self._fetch, position + stage, place))
 
-    def refill(self, slot: jax.Array, tile: jax.Array, place: Place, live: Live, batch: jax.Array) -> None:
-        """Starts the load that follows in the slot of a tile of the sequence at `place`."""
+    def refill(
+        self,
+        slot: jax.Array,
+        tile: jax.Array,
+        last: jax.Array,
+        place: Place,
+        live: Live,
+        batch: jax.Array,
+        is_alone: jax.Array | None,
+    ) -> None:
+        """Starts the load that follows in the slot of a tile of the sequence at `place`.
+
+        Its own next ones are before `last`; the next sequences' follow unless `is_alone`.
+        """
         tile += self.num_stages
-        position = place[1] + tile - live.first
-        stop = place[1] + live.count
-        fetch_own = functools.partial(fetch, self.gmem, self.smem, batch, self.share.kv_head, tile, slot)
-        pl.when(position < jnp.minimum(self.share.end, stop))(fetch_own)
+        pl.when(tile < last)(functools.partial(fetch, self.gmem, self.smem, batch, self.share.kv_head, tile, slot))
         if self.share.facts.chunk > 1:
-            pl.when((position >= stop) & (position < self.share.end))(lambda: self._fetch(position, place))
+            position = place[1] + tile - live.first
+            has_next = (position >= place[1] + live.count) & (position < self.share.end)
+            if is_alone is not None:
+                has_next &= jnp.logical_not(is_alone)
+            pl.when(has_next)(lambda: self._fetch(position, place))
 
     def drain(self, position: jax.Array) -> None:
         """Waits for the loads of `position` and those after it, which are on their way."""
@@ -149,7 +170,9 @@ def wide_keys(smem: Any, slot: jax.Array) -> jax.Array:
 
 def permute_query(query: Any) -> None:
     """Puts the columns of a query [rows, H] where wide_keys() has them."""
-    query[...] = _permuted(plgpu.load(query, layout=_QUERY, optimized=False), _QUERY, _PERMUTED_QUERY)
+    permuted = _permuted(plgpu.load(query, layout=_QUERY, optimized=False), _QUERY, _PERMUTED_QUERY)
+    handover.sync()
+    query[...] = permuted
     plgpu.commit_smem()
 
 
@@ -175,7 +198,24 @@ def _permuted(x: jax.Array, layout: Any, to: Any) -> jax.Array:
 
 def widen_values(smem: Any, slot: jax.Array) -> None:
     """An 8-bit tile of values into v_wide, in the query's dtype: wgmma transposes 16 bits only, in shared memory."""
-    smem.v_wide[...] = _load_wide(smem, smem.v.at[slot], _VALUES)
+    smem.v_wide[0] = _load_wide(smem, smem.v.at[slot], _VALUES)
+
+
+def opaque_zero() -> jax.Array:
+    """0, from assembly that the compiler leaves where it is, and so what is computed from it.
+
+    Else the descriptors of wgmma's operands are computed once, before the loop, and take up to 64 registers in it.
+    """
+    returned = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(return_type=returned)
+    def emit(_: Any) -> Any:
+        zero = mgpu.utils.inline_ptx(
+            "mov.b32 $0, 0;", result_types=ir.IntegerType.get_signless(32), has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(zero, (), is_signed=True)
+
+    return emit()
 
 
 def _load_wide(smem: Any, tile: Any, layout: Any) -> jax.Array:
