@@ -291,7 +291,7 @@ def train(
 
 
 def hf_tensors(params: nnx.State, config: LlamaConfig) -> dict[str, jax.Array]:
-    """Our parameters under Hugging Face's names: [out, in], q, k, v and gate, up apart, in bfloat16."""
+    """Our parameters under Hugging Face's names: q, k, v and gate, up apart, in bfloat16."""
     query_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
     splits = {
@@ -306,12 +306,11 @@ def hf_tensors(params: nnx.State, config: LlamaConfig) -> dict[str, jax.Array]:
         value = leaf[...].astype(jnp.bfloat16)
         owner = parts[-2]
         if owner in splits:
-            names, columns = splits[owner]
-            for name, part in zip(names, jnp.split(value, columns, axis=1), strict=True):
-                tensors[".".join([*parts[:-2], name, "weight"])] = part.T
+            names, rows = splits[owner]
+            for name, part in zip(names, jnp.split(value, rows), strict=True):
+                tensors[".".join([*parts[:-2], name, "weight"])] = part
         else:
-            is_projection = owner.endswith("_proj") or owner == "lm_head"
-            tensors[".".join(parts)] = value.T if is_projection else value
+            tensors[".".join(parts)] = value
     return tensors
 
 

@@ -22,11 +22,11 @@ _CAPACITY_MULTIPLE = 64
 
 
 def bench_matmul(shape: MatmulShape) -> BenchReport:
-    """Times x [m, k] @ w [k, n]: each of our kernels that takes the shape, XLA's, and the read floor of w."""
+    """Times x [m, k] @ w in its order: each of our kernels that takes the shape, XLA's, and the read floor of w."""
     running, dtype = device.current(), jnp.dtype(shape.dtype)
     weight_bytes = dtype.itemsize * shape.k * shape.n
     x_key, w_key = jax.random.split(jax.random.key(0))
-    weights = timing.random_normal(w_key, (shape.k, shape.n), dtype, 0.02)
+    weights = timing.random_normal(w_key, shape.w_shape, dtype, 0.02)
     sets = timing.copies(weights, timing.num_sets(weight_bytes, running))
     x = timing.random_normal(x_key, (shape.m, shape.k), dtype)
 
@@ -36,11 +36,14 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
     for name in kernels:
         if heuristics.refuse_kernel_matmul(shape, running, name) is None:
             label = f"ours, {name}" + (" (planned)" if name == planned else "")
-            candidates[label] = Candidate(functools.partial(ops.flat_matmul, implementation=name))
-    candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = Candidate(jnp.dot, is_peer=True)
+            candidates[label] = Candidate(
+                functools.partial(ops.flat_matmul, w_order=shape.w_order, implementation=name)
+            )
+    dot = functools.partial(jnp.einsum, f"mk,{shape.w_order}->mn")
+    candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = Candidate(dot, is_peer=True)
     title = (
-        f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], {shape.dtype}, "
-        f"{weight_bytes / 1e6:.1f} MB of weights"
+        f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
+        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights"
     )
     timings = timing.time_kernels(candidates, x, sets, weight_bytes)
     return timing.kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})

@@ -189,6 +189,12 @@ def _add_bench(commands: Any) -> None:
     matmul.add_argument("--k", type=int, default=4096, help="contraction (default: 4096)")
     matmul.add_argument("--n", type=int, default=12288, help="columns (default: 12288)")
     matmul.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: bfloat16")
+    matmul.add_argument(
+        "--order",
+        choices=("kn", "nk"),
+        default="nk",
+        help="how w is stored: [K, N] or [N, K] (default: nk, as models do)",
+    )
 
     for kind in (decode, attention, matmul):
         kind.add_argument("--json", metavar="FILE", help="also write the numbers, with device, versions and commit")
@@ -384,7 +390,7 @@ def _bench_matmul(args: argparse.Namespace) -> None:
     from fdpp_jax.config import MatmulShape
 
     _warn_off_gpu(device.current())
-    _print_bench(benchmark.bench_matmul(MatmulShape(args.m, args.k, args.n, args.dtype)), args.json)
+    _print_bench(benchmark.bench_matmul(MatmulShape(args.m, args.k, args.n, args.dtype, args.order)), args.json)
 
 
 def _print_bench(report: "BenchReport", path: str | None) -> None:

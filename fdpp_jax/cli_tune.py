@@ -92,8 +92,7 @@ def run_tune(
     if refusal is not None:
         raise ValueError(f"there is nothing to tune here: {refusal}")
     for weight in weights:
-        shape = MatmulShape(8, weight.k, weight.n, args.dtype)
-        if (refusal := heuristics.refuse_kernel_matmul(shape, running, "flat")) is not None:
+        if (refusal := heuristics.refuse_kernel_matmul(weight.shape(8, args.dtype), running, "flat")) is not None:
             raise ValueError(f"there is nothing to tune in {weight}: {refusal}")
 
     directory = pathlib.Path(args.output) if args.output else tuned_tables.user_directory()

@@ -9,6 +9,8 @@ from typing import Literal
 
 AttentionImplementation = Literal["mosaic_gpu", "triton", "xla"]
 MatmulImplementation = Literal["gemv", "flat", "xla"]
+# The axes of a weight: [K, N], or [N, K] as PyTorch and Hugging Face store it.
+WeightOrder = Literal["kn", "nk"]
 # Where a row that left the safe window is redone: by the CTA that holds its sequence's first tile, by a second launch
 # that exits early where no row failed, or by a second call under lax.cond.
 Recompute = Literal["kernel", "launch", "cond"]
@@ -25,6 +27,11 @@ MAX_CHUNK = 32
 def round_up(value: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def in_order[T](w_order: WeightOrder, k: T, n: T) -> tuple[T, T]:
+    """What belongs to a weight's K and to its N, in the order of its axes."""
+    return (k, n) if w_order == "kn" else (n, k)
 
 
 def reduction_bytes(rows: int) -> int:
@@ -84,12 +91,18 @@ class AttentionShape:
 
 @dataclasses.dataclass(frozen=True)
 class MatmulShape:
-    """x [m, k] @ w [k, n]."""
+    """x [m, k] @ w [k, n], or with w stored [n, k]."""
 
     m: int
     k: int
     n: int
     dtype: str = "bfloat16"
+    w_order: WeightOrder = "kn"
+
+    @property
+    def w_shape(self) -> tuple[int, int]:
+        """[k, n] or [n, k]."""
+        return in_order(self.w_order, self.k, self.n)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ ATTENTION_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 _KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
 _KERNEL_DTYPES = ("bfloat16", "float16")
-_ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths, of which the narrowest is 32 bytes
+_ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths along the last axes, the narrowest has 32 bytes
 _BLOCK_KV = 64
 # A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where it has more, adding up
 # more shares costs what that saves, and a CTA alone on its SM takes tiles of 128 keys: 36.4 us with 16 such CTAs a
@@ -96,7 +96,9 @@ def plan_xla_attention(shape: AttentionShape, device: Device | str, why: str) ->
 
 
 def plan_matmul(shape: MatmulShape, device: Device | str) -> MatmulPlan:
-    """How `flat_matmul` computes x [m, k] @ w [k, n] on `device`.
+    """How `flat_matmul` computes x [m, k] @ w, [k, n] or [n, k], on `device`.
+
+    The order of w's axes changes neither the kernel nor its config.
 
     Args:
       shape: The static facts of the call.

@@ -8,45 +8,63 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import device, heuristics, reference
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulPlan, MatmulShape
+from fdpp_jax.config import (
+    FlatMatmulConfig,
+    GemvConfig,
+    MatmulImplementation,
+    MatmulPlan,
+    MatmulShape,
+    WeightOrder,
+)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run(implementation: MatmulImplementation | None, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def run(
+    implementation: MatmulImplementation | None,
+    out_dtype: jnp.dtype,
+    w_order: WeightOrder,
+    x: jax.Array,
+    w: jax.Array,
+) -> jax.Array:
     """flat_matmul after its checks; gradients are XLA's."""
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _run_matmul(implementation, out_dtype, x, w)
+        return _run_matmul(implementation, out_dtype, w_order, x, w)
 
     @call.def_vmap
     def fold_into_rows(axis_size: int, in_batched: Any, x: jax.Array, w: jax.Array) -> tuple[jax.Array, bool]:
         del axis_size
         if not in_batched[1]:
             return call(x, w), True  # the mapped axis is one more leading axis of x
-        return jax.vmap(lambda x, w: reference.matmul(x, w, out_dtype), (0 if in_batched[0] else None, 0))(x, w), True
+        matmul = functools.partial(reference.matmul, out_dtype=out_dtype, w_order=w_order)
+        return jax.vmap(matmul, (0 if in_batched[0] else None, 0))(x, w), True
 
     return call(x, w)
 
 
 def _run_matmul(
-    implementation: MatmulImplementation | None, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array
+    implementation: MatmulImplementation | None,
+    out_dtype: jnp.dtype,
+    w_order: WeightOrder,
+    x: jax.Array,
+    w: jax.Array,
 ) -> jax.Array:
-    shape = MatmulShape(m=math.prod(x.shape[:-1]), k=w.shape[0], n=w.shape[1], dtype=x.dtype.name)
+    shape = MatmulShape(math.prod(x.shape[:-1]), x.shape[-1], w.shape[w_order.index("n")], x.dtype.name, w_order)
     plan = _plan_matmul(shape, implementation)
     if plan.config is None:
-        return reference.matmul(x, w, out_dtype)
+        return reference.matmul(x, w, out_dtype, w_order)
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(plan.config, GemvConfig):
         from fdpp_jax.pallas import gemv
 
-        out = gemv.gemv(rows, w, config=plan.config, out_dtype=out_dtype)
+        out = gemv.gemv(rows, w, config=plan.config, out_dtype=out_dtype, w_order=w_order)
     else:
         assert isinstance(plan.config, FlatMatmulConfig)
         from fdpp_jax.pallas import flat_matmul as kernel
 
-        out = kernel.flat_matmul(rows, w, config=plan.config, out_dtype=out_dtype)
-    return out.reshape(*x.shape[:-1], w.shape[1])
+        out = kernel.flat_matmul(rows, w, config=plan.config, out_dtype=out_dtype, w_order=w_order)
+    return out.reshape(*x.shape[:-1], shape.n)
 
 
 def _plan_matmul(shape: MatmulShape, implementation: MatmulImplementation | None) -> MatmulPlan:
@@ -64,16 +82,24 @@ def _plan_matmul(shape: MatmulShape, implementation: MatmulImplementation | None
 
 
 def _matmul_fwd(
-    implementation: MatmulImplementation | None, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array
+    implementation: MatmulImplementation | None,
+    out_dtype: jnp.dtype,
+    w_order: WeightOrder,
+    x: jax.Array,
+    w: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    return run(implementation, out_dtype, x, w), (x, w)
+    return run(implementation, out_dtype, w_order, x, w), (x, w)
 
 
 def _matmul_bwd(
-    implementation: MatmulImplementation | None, out_dtype: jnp.dtype, saved: Any, grad: jax.Array
+    implementation: MatmulImplementation | None,
+    out_dtype: jnp.dtype,
+    w_order: WeightOrder,
+    saved: Any,
+    grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     del implementation
-    return jax.vjp(lambda x, w: reference.matmul(x, w, out_dtype), *saved)[1](grad)
+    return jax.vjp(functools.partial(reference.matmul, out_dtype=out_dtype, w_order=w_order), *saved)[1](grad)
 
 
 run.defvjp(_matmul_fwd, _matmul_bwd)

@@ -14,6 +14,7 @@ from fdpp_jax.config import (
     AttentionImplementation,
     DecodeAttentionConfig,
     MatmulImplementation,
+    WeightOrder,
     XlaAttentionConfig,
 )
 from fdpp_jax.unified_max import UnifiedMax
@@ -168,6 +169,7 @@ def flat_matmul(
     x: jax.Array,
     w: jax.Array,
     *,
+    w_order: WeightOrder = "kn",
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: MatmulImplementation | None = None,
 ) -> jax.Array:
@@ -175,7 +177,9 @@ def flat_matmul(
 
     Args:
       x: [..., K]; the product of the leading sizes is the number of rows M.
-      w: [K, N], same dtype as x.
+      w: [K, N], same dtype as x; or [N, K] with w_order="nk".
+      w_order: "kn", or "nk" for a weight as PyTorch and Hugging Face store it. Neither is transposed, and both are
+        as fast.
       out_dtype: dtype of the result; x's by default.
       implementation: "gemv" (CUDA cores, M == 1), "flat" (tensor cores, M padded to a multiple of 8) or
         "xla": the paper's ImplA, ImplB and ImplC. None lets the heuristics choose.
@@ -189,13 +193,16 @@ def flat_matmul(
 
     Source: FlashDecoding++ (arXiv 2311.01282), sections 4 and 5.
     """
-    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"expected x [..., K] and w [K, N]; got {x.shape=} and {w.shape=}")
+    if w_order not in get_args(WeightOrder):
+        raise ValueError(f"w_order must be one of {', '.join(get_args(WeightOrder))}; got {w_order!r}")
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[w_order.index("k")]:
+        axes = ", ".join(w_order).upper()
+        raise ValueError(f"expected x [..., K] and w [{axes}]; got {x.shape=} and {w.shape=} with {w_order=}")
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected x and w of one floating-point dtype; got {x.dtype=} and {w.dtype=}")
     _check_name("implementation", implementation, MatmulImplementation)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    return matmul.run(implementation, out_dtype, x, w)
+    return matmul.run(implementation, out_dtype, w_order, x, w)
 
 
 def _scale(scale: float | None, query: jax.Array) -> float:

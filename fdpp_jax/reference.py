@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdpp_jax import unified_max
+from fdpp_jax.config import WeightOrder
 
 
 def dot_product_attention(
@@ -139,9 +140,10 @@ def _contiguous(cache: jax.Array, scale: jax.Array | None, page_table: jax.Array
     return cache if scale is None else cache.astype(jnp.float32) * scale[..., None]
 
 
-def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x [..., K] @ w [K, N] by XLA, accumulated in float32."""
-    out = jnp.dot(x, w, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, w_order: WeightOrder = "kn") -> jax.Array:
+    """x [..., K] @ w [K, N], or [N, K], by XLA, accumulated in float32; w is contracted where it lies."""
+    # The order's name is also einsum's of the axes.
+    out = jnp.einsum(f"...k,{w_order}->...n", x, w, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(out_dtype)
 
 

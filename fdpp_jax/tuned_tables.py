@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape
+from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape, WeightOrder
 
 FORMAT = 1
 SHIPPED_DIRECTORY = pathlib.Path(__file__).parent / "tuned"
@@ -25,7 +25,10 @@ NEAR = 2.0
 _CONFIG_TYPES: dict[str, type[FlatMatmulConfig] | type[GemvConfig]] = {"flat": FlatMatmulConfig, "gemv": GemvConfig}
 _IMPLEMENTATIONS = get_args(MatmulImplementation)
 
-type WeightKey = tuple[int, int, str]  # k, n, dtype
+# The order that models store, and that tables are measured in. They answer for the other too, which is as fast.
+W_ORDER: WeightOrder = "nk"
+
+type WeightKey = tuple[int, int, str]  # k, n, dtype; whatever the order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Match:
 
 
 def weight_key(shape: MatmulShape) -> WeightKey:
-    """K, N and dtype: which weight it is."""
+    """K, N and dtype: which weight it is, in either order."""
     return shape.k, shape.n, shape.dtype
 
 
@@ -205,14 +208,14 @@ def save(table: Table, path: pathlib.Path) -> None:
         if run not in runs:
             runs.append(run)
     entries = [
-        dataclasses.asdict(entry.shape)
+        _shape_fields(entry.shape)
         | dict(implementation=entry.implementation, floor_us=entry.floor_us, time_us=dict(entry.time_us))
         | dict(configs={name: dataclasses.asdict(config) for name, config in entry.configs.items()})
         | dict(run=runs.index(entry.run))
         for entry in table.entries
     ]
     sweeps = [
-        dataclasses.asdict(sweep.shape) | dict(time_us=dict(sweep.time_us), run=runs.index(sweep.run))
+        _shape_fields(sweep.shape) | dict(time_us=dict(sweep.time_us), run=runs.index(sweep.run))
         for sweep in table.sweeps
     ]
     sections = dict(runs=[dataclasses.asdict(run) for run in runs], entries=entries, sweeps=sweeps)
@@ -224,6 +227,10 @@ def save(table: Table, path: pathlib.Path) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _shape_fields(shape: MatmulShape) -> dict[str, Any]:
+    return {name: getattr(shape, name) for name in ("m", "k", "n", "dtype")}
 
 
 def _paths(device_kind: str) -> tuple[pathlib.Path, ...]:
@@ -313,7 +320,7 @@ def _shape_and_run(content: Any, runs: Sequence[Run], where: str) -> tuple[Matmu
     run = _field(content, "run", int, where)
     if not 0 <= run < len(runs):
         raise ValueError(f"{where}run must be below {len(runs)}, the number of runs, got {run}")
-    return MatmulShape(m, k, n, dtype), runs[run]
+    return MatmulShape(m, k, n, dtype, W_ORDER), runs[run]
 
 
 def _times(content: Any, where: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from fdpp_jax import heuristics, models, timing
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape
 from fdpp_jax.device import Device
 from fdpp_jax.models import DecoderConfig
-from fdpp_jax.tuned_tables import Entry, Run, Sweep, Table, config_text
+from fdpp_jax.tuned_tables import W_ORDER, Entry, Run, Sweep, Table, config_text
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SWEEP_ROWS = 8  # of the kernel below 9 rows too, which pads to 8
@@ -41,11 +41,15 @@ _MAX_CTAS_PER_SM = 4  # beyond, in waves, a split is only more to add up
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """w [k, n], and what it is: "llama-2-7b qkv"."""
+    """A weight [K, N], stored [n, k], and what it is: "llama-2-7b qkv"."""
 
     k: int
     n: int
     label: str
+
+    def shape(self, m: int, dtype: str) -> MatmulShape:
+        """Of the matmul with m rows."""
+        return MatmulShape(m, self.k, self.n, dtype, W_ORDER)
 
     def __str__(self) -> str:
         return f"{self.label} {self.k}x{self.n}"
@@ -106,14 +110,10 @@ class StaticCost:
 
 
 def weights_of(name: str, config: DecoderConfig) -> list[Weight]:
-    """The weights that a decode step of the model multiplies with; a tied head is none of [K, N]."""
+    """The weights that a decode step of the model multiplies with."""
     # The shapes are the same on every device, and no table of the CPU is read.
     plans = models.model_plans(config, batch=1, capacity=1, device="cpu")
-    return [
-        Weight(shape.k, shape.n, f"{name} {what}")
-        for what, shape, _ in plans
-        if isinstance(shape, MatmulShape) and not (what == "head" and config.tie_word_embeddings)
-    ]
+    return [Weight(shape.k, shape.n, f"{name} {what}") for what, shape, _ in plans if isinstance(shape, MatmulShape)]
 
 
 def distinct(weights: Sequence[Weight]) -> list[Weight]:
@@ -176,7 +176,7 @@ def weight_timer(weight: Weight, dtype: str) -> Timer:
     running = device_lib.current()
     weight_bytes = jnp.dtype(dtype).itemsize * weight.k * weight.n
     x_key, w_key = jax.random.split(jax.random.key(0))
-    buffers = timing.random_normal(w_key, (weight.k, weight.n), dtype, 0.02)
+    buffers = timing.random_normal(w_key, weight.shape(1, dtype).w_shape, dtype, 0.02)
     sets = timing.copies(buffers, timing.num_sets(weight_bytes, running))
     x = timing.random_normal(x_key, (max(ROWS), weight.k), dtype)
 
@@ -196,17 +196,17 @@ def weight_timer(weight: Weight, dtype: str) -> Timer:
 
 
 def _step(job: Job, rows: Mapping[int, jax.Array], w: jax.Array) -> jax.Array:
-    """x [m, k] @ w [k, n] by the job's kernel."""
+    """x [m, k] @ w by the job's kernel; w is [n, k]."""
     x = rows[job.m]
     if isinstance(job.config, GemvConfig):
         from fdpp_jax.pallas.gemv import gemv
 
-        return gemv(x, w, config=job.config, out_dtype=x.dtype)
+        return gemv(x, w, config=job.config, out_dtype=x.dtype, w_order=W_ORDER)
     if isinstance(job.config, FlatMatmulConfig):
         from fdpp_jax.pallas.flat_matmul import flat_matmul
 
-        return flat_matmul(x, w, config=job.config, out_dtype=x.dtype)
-    return jnp.dot(x, w)
+        return flat_matmul(x, w, config=job.config, out_dtype=x.dtype, w_order=W_ORDER)
+    return jnp.einsum(f"mk,{W_ORDER}->mn", x, w)
 
 
 def tune(
@@ -253,7 +253,7 @@ def tune(
 def _tune_weight(
     weight: Weight, dtype: str, device: Device, run: Run, time_jobs: Timer, phase: Callable[[str], None]
 ) -> tuple[list[Entry], Sweep, tuple[str, ...]]:
-    shape = MatmulShape(_SWEEP_ROWS, weight.k, weight.n, dtype)
+    shape = weight.shape(_SWEEP_ROWS, dtype)
     jobs = [Job(_SWEEP_ROWS, "xla"), *candidates(shape, device, "flat")]
     jobs += candidates(dataclasses.replace(shape, m=1), device, "gemv")
     phase(f"sweep of {len(jobs)} kernels")

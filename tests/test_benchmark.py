@@ -168,11 +168,13 @@ def test_the_candidates_of_a_gpu_lower(monkeypatch):
         assert "mosaic_gpu" in text
 
 
-def test_matmul(tmp_path):
-    record = _check(
-        benchmark.bench_matmul(MatmulShape(8, 64, 128)), ["jnp.dot", "read floor"], tmp_path / "record.json"
-    )
+@pytest.mark.parametrize("w_order", ["kn", "nk"])
+def test_matmul(tmp_path, w_order):
+    report = benchmark.bench_matmul(MatmulShape(8, 64, 128, w_order=w_order))
+    assert f"stored {[64, 128] if w_order == 'kn' else [128, 64]}" in report.title
+    record = _check(report, ["jnp.dot", "read floor"], tmp_path / "record.json")
     assert record["bytes"] == 64 * 128 * 2
+    assert record["matmul"]["w_order"] == w_order
 
 
 @pytest.mark.parametrize("tied", [False, True])

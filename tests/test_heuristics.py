@@ -294,6 +294,8 @@ def test_matmul_tiles_and_splits(m, k, n, block_n, split_k):
         (MatmulShape(0, 64, 64), "flat", "flat takes 1 to 64 rows, got M = 0"),
         (MatmulShape(8, 64, 72), "flat", "multiples of 16, got K = 64, N = 72"),
         (MatmulShape(1, 72, 64), "gemv", "multiples of 16, got K = 72, N = 64"),
+        (MatmulShape(8, 64, 72, w_order="nk"), "flat", "multiples of 16, got K = 64, N = 72"),
+        (MatmulShape(1, 72, 64, w_order="nk"), "gemv", "multiples of 16, got K = 72, N = 64"),
         (MatmulShape(8, 64, 64, "float32"), "flat", "bfloat16 or float16, got float32"),
     ],
 )
@@ -371,6 +373,7 @@ _MATMUL = st.builds(
     m=st.integers(1, 64),
     k=st.integers(1, 2000).map(lambda value: 16 * value),
     n=st.integers(1, 10_000).map(lambda value: 16 * value),
+    w_order=st.sampled_from(["kn", "nk"]),
 )
 
 
@@ -388,6 +391,8 @@ def test_any_attention_config_fits_the_sm(shape, name):
 def test_any_matmul_config_fits_the_sm(shape, name):
     gpu = device.by_name(name)
     config = plan_matmul(shape, gpu).config
+    other = dataclasses.replace(shape, w_order="nk" if shape.w_order == "kn" else "kn")
+    assert plan_matmul(other, gpu).config == config
     num_tiles = -(-shape.n // config.block_n)
     assert heuristics.refuse_matmul_config(shape, gpu, config) is None
     assert config.split_k in (1, 2, 4, 8)

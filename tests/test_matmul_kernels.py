@@ -10,11 +10,12 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig
+from fdpp_jax.config import FlatMatmulConfig, GemvConfig, in_order
 from fdpp_jax.pallas.flat_matmul import flat_matmul
 from fdpp_jax.pallas.gemv import gemv
 
 ON_GPU = jax.default_backend() == "gpu"
+in_both_orders = pytest.mark.parametrize("w_order", ["kn", "nk"])
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +29,16 @@ def operands(m, k, n, dtype):
     return jax.random.normal(x_key, (m, k)).astype(dtype), jax.random.normal(w_key, (k, n)).astype(dtype)
 
 
-def run(kernel, x, w, config, out_dtype, detect_races=False):
+def run(kernel, x, w, w_order, config, out_dtype, detect_races=False):
+    """x @ w, with w [K, N] stored in that order."""
     interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=detect_races)
-    return jax.jit(functools.partial(kernel, config=config, out_dtype=out_dtype, interpret=interpret))(x, w)
+    call = functools.partial(kernel, config=config, out_dtype=out_dtype, w_order=w_order, interpret=interpret)
+    return jax.jit(call)(x, w if w_order == "kn" else w.T)
 
 
-def check(kernel, m, k, n, dtype, config, out_dtype="float32"):
+def check(kernel, m, k, n, dtype, w_order, config, out_dtype="float32"):
     x, w = operands(m, k, n, dtype)
-    out = run(kernel, x, w, config, out_dtype)
+    out = run(kernel, x, w, w_order, config, out_dtype)
     assert out.shape == (m, n)
     assert out.dtype == out_dtype
     expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
@@ -44,10 +47,11 @@ def check(kernel, m, k, n, dtype, config, out_dtype="float32"):
     assert oracle.relative_error(out, expected) < tolerance
 
 
+@in_both_orders
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 64])
-def test_flat_rows(m, dtype):
-    check(flat_matmul, m, 512, 128, dtype, FlatMatmulConfig(64, 128, 3, 2), out_dtype=dtype)
+def test_flat_rows(m, dtype, w_order):
+    check(flat_matmul, m, 512, 128, dtype, w_order, FlatMatmulConfig(64, 128, 3, 2), out_dtype=dtype)
 
 
 RAGGED = [  # k, n, (block_n, block_k, stages, split_k)
@@ -57,36 +61,41 @@ RAGGED = [  # k, n, (block_n, block_k, stages, split_k)
     (272, 224, (128, 64, 2, 2)),  # neither is
     (128, 64, (64, 64, 4, 4)),  # more splits than K blocks
     (64, 64, (128, 128, 2, 1)),  # blocks larger than the matrix
+    (16, 16, (64, 64, 2, 1)),
 ]
 
 
+@in_both_orders
 @pytest.mark.parametrize(("k", "n", "tiles"), RAGGED)
-def test_flat_ragged_sizes(k, n, tiles):
-    check(flat_matmul, 5, k, n, "bfloat16", FlatMatmulConfig(*tiles))
+def test_flat_ragged_sizes(k, n, tiles, w_order):
+    check(flat_matmul, 5, k, n, "bfloat16", w_order, FlatMatmulConfig(*tiles))
 
 
+@in_both_orders
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("k", "n", "tiles"), RAGGED)
-def test_gemv_ragged_sizes(k, n, tiles, dtype):
-    check(gemv, 1, k, n, dtype, GemvConfig(*tiles), out_dtype=dtype)
+def test_gemv_ragged_sizes(k, n, tiles, dtype, w_order):
+    check(gemv, 1, k, n, dtype, w_order, GemvConfig(*tiles), out_dtype=dtype)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the race detector is the interpreter's")
+@in_both_orders
 @pytest.mark.parametrize("kernel", [flat_matmul, gemv])
-def test_has_no_race(kernel):
+def test_has_no_race(kernel, w_order):
     x, w = operands(1, 640, 128, "bfloat16")
     config = (FlatMatmulConfig if kernel is flat_matmul else GemvConfig)(64, 64, 2, 2)
-    out = run(kernel, x, w, config, "float32", detect_races=True)
+    out = run(kernel, x, w, w_order, config, "float32", detect_races=True)
     jax.block_until_ready(out)
     assert not gpu_callbacks.get_races().races_found
     assert oracle.relative_error(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64)) < 1e-6
 
 
 @pytest.mark.parametrize(("k", "n"), [(4096, 12288), (11008, 4096), (4096, 32000), (8192, 28672), (4096, 50272)])
+@in_both_orders
 @pytest.mark.parametrize("kernel", [flat_matmul, gemv])
-def test_lowers_for_cuda(kernel, k, n):
+def test_lowers_for_cuda(kernel, k, n, w_order):
     m = 8 if kernel is flat_matmul else 1
     config = (FlatMatmulConfig if kernel is flat_matmul else GemvConfig)(64, 128, 5, 2)
-    call = functools.partial(kernel, config=config, out_dtype=jnp.bfloat16)
-    shapes = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
+    call = functools.partial(kernel, config=config, out_dtype=jnp.bfloat16, w_order=w_order)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((m, k), in_order(w_order, k, n))]
     assert "mosaic_gpu" in jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()

@@ -38,6 +38,14 @@ def test_a_measured_weight_answers_with_the_next_higher_number_of_rows(directori
     assert plan.reason == f"tuned on NVIDIA H200, 2026-11-23: exact, M = {measured} (flat 20.0 us, xla 30.0 us)"
 
 
+def test_one_entry_answers_both_orders(directories):
+    path = write(directories["shipped"], entry())
+    plans = [plan_matmul(dataclasses.replace(SHAPE, w_order=w_order), H200) for w_order in ("kn", "nk")]
+    assert plans[0] == plans[1]
+    assert plans[0].config == FLAT
+    assert "w_order" not in path.read_text()
+
+
 def test_xla_where_it_was_the_faster_one(directories):
     write(directories["shipped"], entry(config=None), entry(128, config=None))
     for m in (5, 100):
@@ -219,7 +227,7 @@ def check_plan(shape, gpu):
 def test_every_rule_is_legal(name):
     gpu = device.by_name(name)
     for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
-        plan = check_plan(MatmulShape(m, weight.k, weight.n), gpu)
+        plan = check_plan(weight.shape(m, "bfloat16"), gpu)
         assert (plan.implementation == "xla") == (gpu.arch != "sm_90" or m > 64)
 
 
@@ -230,7 +238,7 @@ def test_every_tuned_plan_is_legal(directories, name):
     tuned_tables.save(table, directories["user"] / tuned_tables.file_name(name))
     reasons = set()
     for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
-        plan = check_plan(MatmulShape(m, weight.k, weight.n), gpu)
+        plan = check_plan(weight.shape(m, "bfloat16"), gpu)
         reasons.add((plan.implementation, plan.reason.partition(": ")[2].split(",")[0].split(" ")[0]))
     found = {(implementation, how) for implementation in ("gemv", "flat", "xla") for how in ("exact", "nearest")}
     assert found <= reasons
@@ -243,4 +251,4 @@ def test_shipped_tables_are_legal_and_every_entry_is_found(monkeypatch):
         for found in tuned_tables.load(path, gpu.kind).entries:
             assert "exact" in check_plan(found.shape, gpu).reason
         for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
-            check_plan(MatmulShape(m, weight.k, weight.n), gpu)
+            check_plan(weight.shape(m, "bfloat16"), gpu)

@@ -154,7 +154,8 @@ def test_weights_of_models():
         (4096, 128256),
     ]
     assert str(weights[0]) == "llama-3-8b qkv 4096x6144"
-    assert not any("head" in w.label for w in tuning.weights_of("x", models.PRESETS["llama-3.2-1b"]))  # tied
+    assert str(tuning.weights_of("x", models.PRESETS["llama-3.2-1b"])[-1]) == "x head 2048x128256"  # tied
+    assert weights[0].shape(8, "float16") == MatmulShape(8, 4096, 6144, "float16", "nk")
     both = weights + tuning.weights_of("llama-2-7b", models.PRESETS["llama-2-7b"])
     assert len(tuning.distinct(both)) == 9
     assert tuning.distinct(both)[:5] == weights
@@ -174,7 +175,7 @@ def test_the_timer_times_xla_on_a_cpu_and_raises_what_xla_does():
 @pytest.mark.parametrize("job", [Job(8, "flat", FLAT), Job(1, "gemv", GemvConfig(64, 128, 3, 2)), Job(128, "xla")])
 def test_what_is_timed_lowers_for_cuda(job):
     x = {job.m: jax.ShapeDtypeStruct((job.m, 1024), jnp.bfloat16)}
-    w = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)  # [N, K]
     lowered = jax.jit(functools.partial(tuning._step, job)).trace(x, w).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (job.config is not None)
 

@@ -12,14 +12,14 @@ H200 = device.by_name("H200")
 DEVICE = dataclasses.asdict(H200) | {"jax_kind": "NVIDIA H200"}
 RUN = Run("2026-11-23T10:00:00+00:00", {"fdpp_jax": "0.1.0", "jax": "0.11.2"}, "abc")
 FLAT = FlatMatmulConfig(128, 64, 3, 4)  # by no rule
-SHAPE = MatmulShape(8, 4096, 12288)
+SHAPE = MatmulShape(8, 4096, 12288, w_order="nk")
 
 
 def entry(m=8, k=4096, n=12288, config=FLAT, dtype="bfloat16", run=RUN):
     """An entry that flat wins, or XLA without a config."""
     times = {"xla": 30.0 if config else 10.0, "flat": 20.0}
     chosen = "flat" if config else "xla"
-    return Entry(MatmulShape(m, k, n, dtype), chosen, 15.0, times, {"flat": config or FLAT}, run)
+    return Entry(MatmulShape(m, k, n, dtype, "nk"), chosen, 15.0, times, {"flat": config or FLAT}, run)
 
 
 def write(directory, *entries, kind="H200"):

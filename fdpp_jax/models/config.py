@@ -65,22 +65,22 @@ class DecoderConfig:
 
     @property
     def query_size(self) -> int:
-        """Columns of q_proj, N * H."""
+        """Outputs of q_proj, N * H."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Columns of k_proj and of v_proj, K * H."""
+        """Outputs of k_proj and of v_proj, K * H."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def qkv_size(self) -> int:
-        """Columns of the fused query, key and value projection, (N + 2 K) * H."""
+        """Outputs of the fused query, key and value projection, (N + 2 K) * H."""
         return self.query_size + 2 * self.kv_size
 
     @property
     def mlp_in_size(self) -> int:
-        """Columns of the MLP's first projection: gate and up."""
+        """Outputs of the MLP's first projection: gate and up."""
         return 2 * self.intermediate_size
 
     def attention_options(self, layer: int) -> AttentionOptions:

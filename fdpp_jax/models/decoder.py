@@ -66,8 +66,7 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]: by the embedding, unless the family has a head."""
-        del implementation  # contracting the embedding where it lies is plain XLA
-        return self.embedding.logits(hidden)
+        return self.embedding.logits(hidden, implementation)
 
     def hidden_states(
         self,

@@ -1,4 +1,4 @@
-"""What all families are built of: norms, linear maps, embeddings. Weights are [in, out]; norms are in float32."""
+"""What all families are built of: norms, linear maps, embeddings. Weights are [out, in]; norms are in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +39,13 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x [..., in] @ weight [in, out] (+ bias).
+    """x [..., in] @ weight^T (+ bias), with weight [out, in] as checkpoints have it.
 
     Args:
-      in_size: Columns of x.
-      out_size: Columns of the result.
+      in_size: Columns of x and of the weight.
+      out_size: Columns of the result, rows of the weight.
       use_bias: Whether there is a bias [out].
-      parts: Where a checkpoint has several linear maps of x: the name and the columns of each, in our order.
+      parts: Where a checkpoint has several linear maps of x: the name and the rows of each, in our order.
       dtype: Of the parameters.
       rngs: Source of the random initial weights.
     """
@@ -61,7 +61,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.parts = parts
-        self.weight = nnx.Param(_normal(rngs, (in_size, out_size), dtype))
+        self.weight = nnx.Param(_normal(rngs, (out_size, in_size), dtype))
         self.bias = nnx.Param(jnp.zeros(out_size, dtype)) if use_bias else None
 
     def __call__(
@@ -71,7 +71,7 @@ class Linear(nnx.Module):
         out_dtype: jax.typing.DTypeLike | None = None,
         implementation: MatmulImplementation | None = None,
     ) -> jax.Array:
-        y = ops.flat_matmul(x, self.weight[...], out_dtype=out_dtype, implementation=implementation)
+        y = ops.flat_matmul(x, self.weight[...], w_order="nk", out_dtype=out_dtype, implementation=implementation)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -84,11 +84,9 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.weight[...][tokens]
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """x [..., D] @ weight^T -> [..., V] float32, without a transposed copy of the weight."""
-        # float32 means TF32 to a GPU unless the highest precision is asked for.
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jnp.einsum("...d,vd->...v", x, self.weight[...], precision=precision, preferred_element_type=jnp.float32)
+    def logits(self, x: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
+        """x [..., D] @ weight^T -> [..., V] float32."""
+        return ops.flat_matmul(x, self.weight[...], w_order="nk", out_dtype=jnp.float32, implementation=implementation)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:

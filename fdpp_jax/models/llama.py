@@ -137,5 +137,5 @@ class LlamaForCausalLM(CausalLM):
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         if self.config.tie_word_embeddings:
-            return super().head(hidden)
+            return super().head(hidden, implementation)
         return self.lm_head(hidden, out_dtype=jnp.float32, implementation=implementation)

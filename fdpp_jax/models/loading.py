@@ -1,7 +1,7 @@
 """Hugging Face checkpoints into our model, tensor by tensor.
 
 What is on disk is compared with what the config promises from the shards' headers, before a single weight
-moves. Then one tensor at a time goes through host memory; it is transposed and fused on the device.
+moves. Then one tensor at a time goes through host memory; parts are fused on the device.
 """
 
 import contextlib
@@ -68,8 +68,7 @@ def load(
         shards = _open_shards(directory, expected, model, stack)
         for name, parameter in _with_progress(parameters, f"Loading {directory.name}", progress):
             parts = [shards[source].get_tensor(source) for source in sources[name]]
-            transpose = isinstance(modules[name.rpartition(".")[0]], Linear)
-            parameter.set_value(_assemble(parts, transpose, jnp.dtype(dtype)).block_until_ready())
+            parameter.set_value(_fuse(parts, jnp.dtype(dtype)).block_until_ready())
     return model
 
 
@@ -151,20 +150,17 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _sources(name: str, shape: tuple[int, ...], module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's tensors (name to shape) that make up one of our parameters, in the order of our columns."""
-    if not isinstance(module, Linear):
+    """The checkpoint's tensors (name to shape) that make up one of our parameters, in the order of our rows."""
+    if not isinstance(module, Linear) or not module.parts:
         return {name: shape}
-    if not module.parts:
-        return {name: shape[::-1]}
     *parents, _, parameter = name.split(".")
-    return {_name((*parents, part, parameter)): (size, *shape[:-1]) for part, size in module.parts}
+    return {_name((*parents, part, parameter)): (size, *shape[1:]) for part, size in module.parts}
 
 
-@functools.partial(jax.jit, static_argnames=("transpose", "dtype"))
-def _assemble(parts: list[jax.Array], transpose: bool, dtype: jnp.dtype) -> jax.Array:
-    """[out, in] tensors to one [in, sum of out] parameter; vectors are joined."""
-    parts = [part.astype(dtype) for part in parts]
-    return jnp.concatenate([part.T if transpose else part for part in parts], axis=-1)
+@functools.partial(jax.jit, static_argnames="dtype")
+def _fuse(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The rows of all parts, one after the other, in our dtype."""
+    return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
 def _open_shards(

@@ -55,7 +55,7 @@ class OPTConfig(DecoderConfig):
 
     @property
     def mlp_in_size(self) -> int:
-        """Columns of the MLP's first projection, which has no gate."""
+        """Outputs of the MLP's first projection, which has no gate."""
         return self.intermediate_size
 
 

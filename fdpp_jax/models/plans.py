@@ -54,22 +54,18 @@ def model_plans(
         )
 
     def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:
-        shape = MatmulShape(batch, k, n, name)
+        shape = MatmulShape(batch, k, n, name, w_order="nk")
         return what, shape, heuristics.plan_matmul(shape, device)
 
     mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
     attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
-    head = matmul("head", config.hidden_size, config.vocab_size)
-    if config.tie_word_embeddings:
-        reason = "a tied head contracts the embedding [V, D] where it is, the kernels want [D, V]"
-        head = (*head[:2], MatmulPlan("xla", None, reason))
     return [
         matmul("qkv", config.hidden_size, config.qkv_size),
         *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
         matmul("o", config.query_size, config.hidden_size),
         matmul(mlp_in, config.hidden_size, config.mlp_in_size),
         matmul("down", config.intermediate_size, config.hidden_size),
-        head,
+        matmul("head", config.hidden_size, config.vocab_size),
     ]
 
 

@@ -1,9 +1,9 @@
 """x @ w for one row on Hopper's CUDA cores (Mosaic GPU).
 
-A CTA takes one column block and one share of K and streams w and x through a ring of TMA stages. Every lane
-multiplies the weights it holds with their rows' x and adds in float32 in place; the rows are summed once,
-after the last block. TMA fills what lies beyond a ragged K or N with zeros. The split-K partial sums are
-added by XLA, which fuses that into whatever consumes the result.
+A CTA takes one block of N and one share of K and streams w, as it is stored, and x through a ring of TMA stages.
+Every lane multiplies the weights it holds with the x of their K and adds in float32 in place; what it has is
+summed over K once, after the last block. TMA fills what lies beyond a ragged K or N with zeros. The split-K
+partial sums are added by XLA, which fuses that into whatever consumes the result.
 
 Source: FlashDecoding++ (arXiv 2311.01282), section 5 (ImplA, FastGEMV).
 """
@@ -16,43 +16,44 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.config import GemvConfig
+from fdpp_jax.config import GemvConfig, WeightOrder, in_order
 from fdpp_jax.pallas import ring
 
-_CHUNK = 64  # rows of w that the lanes hold at a time: the height of the WGMMA register layout
+_CHUNK = 64  # of K, that the lanes hold at a time: the WGMMA register layout has a height of 64
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
-@functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype", "w_order", "interpret"))
 def gemv(
     x: jax.Array,
     w: jax.Array,
     *,
     config: GemvConfig,
     out_dtype: jax.typing.DTypeLike,
+    w_order: WeightOrder = "kn",
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
     """x @ w, accumulated in float32.
 
     Args:
       x: [1, K] bfloat16 or float16; K a multiple of 16.
-      w: [K, N], same dtype; N a multiple of 16.
+      w: [K, N] or [N, K], same dtype; N a multiple of 16.
       config: Tiles, splits and stages.
       out_dtype: dtype of the result.
+      w_order: "kn" or "nk", the order of w's axes.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
       [1, N].
     """
-    width = w.shape[1]
+    width = w.shape[w_order.index("n")]
+    w_tile = in_order(w_order, config.block_k, config.block_n)
     partial = plgpu.kernel(
-        functools.partial(_body, config=config),
+        functools.partial(_body, config=config, w_order=w_order),
         out_type=jax.ShapeDtypeStruct((config.split_k, width), jnp.float32),
         scratch_types=dict(
             x_smem=plgpu.SMEM((config.num_stages, config.block_k), x.dtype),
-            w_smem=plgpu.SMEM(
-                (config.num_stages, config.block_k, config.block_n), w.dtype, transforms=ring.tile_transforms(width)
-            ),
+            w_smem=plgpu.SMEM((config.num_stages, *w_tile), w.dtype, transforms=ring.tile_transforms(w.shape[1])),
             out_smem=plgpu.SMEM((config.block_n,), jnp.float32),
             ready=plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
         ),
@@ -64,16 +65,17 @@ def gemv(
     return functools.reduce(jnp.add, list(partial))[None].astype(out_dtype)
 
 
-def _body(x_gmem, w_gmem, out_gmem, *, x_smem, w_smem, out_smem, ready, config):
+def _body(x_gmem, w_gmem, out_gmem, *, x_smem, w_smem, out_smem, ready, config, w_order):
     """One CTA: one block of columns and one share of K."""
+    k_axis, n_axis = in_order(w_order, 0, 1)
     block_n, block_k, num_stages = config.block_n, config.block_k, config.num_stages
     column = pl.ds(lax.axis_index("block_n") * block_n, block_n)
     split = lax.axis_index("split_k")
-    first, last = ring.share(split, config.split_k, pl.cdiv(w_gmem.shape[0], block_k))
+    first, last = ring.share(split, config.split_k, pl.cdiv(x_gmem.shape[0], block_k))
 
     def fetch(block, slot):
         depth = pl.ds(block * block_k, block_k)
-        plgpu.copy_gmem_to_smem(w_gmem.at[depth, column], w_smem.at[slot], ready.at[slot])
+        plgpu.copy_gmem_to_smem(w_gmem.at[in_order(w_order, depth, column)], w_smem.at[slot], ready.at[slot])
         plgpu.copy_gmem_to_smem(x_gmem.at[depth], x_smem.at[slot], ready.at[slot])
 
     ring.fill(fetch, first, last, num_stages)
@@ -83,15 +85,16 @@ def _body(x_gmem, w_gmem, out_gmem, *, x_smem, w_smem, out_smem, ready, config):
         plgpu.barrier_wait(ready.at[slot])
         for start in range(0, block_k, _CHUNK):
             chunk = pl.ds(start, _CHUNK)
-            w = plgpu.load(w_smem.at[slot, chunk], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            x = plgpu.load(x_smem.at[slot, chunk], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            acc += w * lax.broadcast_in_dim(x.astype(jnp.float32), w.shape, [0])
+            w_chunk = w_smem.at[slot, *in_order(w_order, chunk, slice(None))]
+            w = plgpu.load(w_chunk, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            x = plgpu.load(x_smem.at[slot, chunk], layout=plgpu.Layout.WGMMA.reduce(n_axis), optimized=False)
+            acc += w * lax.broadcast_in_dim(x.astype(jnp.float32), w.shape, [k_axis])
         plgpu.commit_smem()  # the copy engine overwrites the slot only after the reads above
         pl.when(block + num_stages < last)(functools.partial(fetch, block + num_stages, slot))
         return acc
 
-    acc = plgpu.layout_cast(jnp.zeros((_CHUNK, block_n), jnp.float32), plgpu.Layout.WGMMA)
-    out_smem[...] = lax.fori_loop(first, last, step, acc).sum(axis=0)
+    acc = plgpu.layout_cast(jnp.zeros(in_order(w_order, _CHUNK, block_n), jnp.float32), plgpu.Layout.WGMMA)
+    out_smem[...] = lax.fori_loop(first, last, step, acc).sum(axis=k_axis)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[split, column])
     plgpu.wait_smem_to_gmem(0)

@@ -13,7 +13,9 @@ from fdpp_jax.generation import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
 
 
-def traced_step(num_layers: int, batch: int, softmax: UnifiedMax | None, *, with_key_norms: bool = False) -> Any:
+def traced_step(
+    num_layers: int, batch: int, softmax: UnifiedMax | None, *, with_key_norms: bool = False, tied: bool = False
+) -> Any:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=256,
@@ -22,6 +24,7 @@ def traced_step(num_layers: int, batch: int, softmax: UnifiedMax | None, *, with
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
+        tie_word_embeddings=tied,
     )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
     graphdef, weights = nnx.split(model)
@@ -33,25 +36,26 @@ def traced_step(num_layers: int, batch: int, softmax: UnifiedMax | None, *, with
     return jax.jit(step, donate_argnums=1).trace(weights, cache, jax.ShapeDtypeStruct((batch,), jnp.int32), softmax)
 
 
-def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None) -> str:
-    return traced_step(num_layers, batch, softmax).lower(lowering_platforms=("cuda",)).as_text()
+def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None, *, tied: bool = False) -> str:
+    return traced_step(num_layers, batch, softmax, tied=tied).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "matmul"),
+    ("name", "batch", "matmul", "tied"),
     [
-        ("H200", 1, "flat_matmul"),
-        pytest.param("H100", 1, "gemv", marks=pytest.mark.slow),
-        pytest.param("H100", 4, "flat_matmul", marks=pytest.mark.slow),
+        ("H200", 1, "flat_matmul", True),
+        pytest.param("H100", 1, "gemv", False, marks=pytest.mark.slow),
+        pytest.param("H100", 4, "flat_matmul", False, marks=pytest.mark.slow),
     ],
 )
-def test_layers_share_their_kernels(monkeypatch, name, batch, matmul):
+def test_layers_share_their_kernels(monkeypatch, name, batch, matmul, tied):
     """qkv, o, gate and up, down, head, and attention with each softmax: lowered once, whatever the depth."""
     monkeypatch.setattr(device, "current", lambda: device.by_name(name))
-    text = lowered_step(3, batch, UnifiedMax())
+    text = lowered_step(3, batch, UnifiedMax(), tied=tied)
     assert text.count("custom_call @mosaic_gpu") == 7
     assert len(set(re.findall(rf"func private @({matmul}\w*)", text))) == 5
     assert "dot_general" not in text
+    assert not re.search(r"stablehlo\.transpose .*tensor<\d{3,}x\d{3,}x", text)  # of a weight
     assert text.count("stablehlo.case") == 1  # the step is redone, not each layer
 
 

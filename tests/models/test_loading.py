@@ -63,16 +63,16 @@ def edit_config(folder: pathlib.Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_parameters_are_the_checkpoints_transposed_and_fused(single: pathlib.Path) -> None:
+def test_parameters_are_the_checkpoints_fused(single: pathlib.Path) -> None:
     tensors = load_file(single / "model.safetensors")
     model = models.load(single, jnp.float32)
     layer = model.model.layers[1]
     name = "model.layers.1."
-    qkv = [tensors[f"{name}self_attn.{part}_proj.weight"].T for part in "qkv"]
-    np.testing.assert_array_equal(layer.self_attn.qkv_proj.weight[...], np.concatenate(qkv, axis=1))
-    gate_up = [tensors[f"{name}mlp.{part}_proj.weight"].T for part in ("gate", "up")]
-    np.testing.assert_array_equal(layer.mlp.gate_up_proj.weight[...], np.concatenate(gate_up, axis=1))
-    np.testing.assert_array_equal(layer.mlp.down_proj.weight[...], tensors[f"{name}mlp.down_proj.weight"].T)
+    qkv = [tensors[f"{name}self_attn.{part}_proj.weight"] for part in "qkv"]
+    np.testing.assert_array_equal(layer.self_attn.qkv_proj.weight[...], np.concatenate(qkv))
+    gate_up = [tensors[f"{name}mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    np.testing.assert_array_equal(layer.mlp.gate_up_proj.weight[...], np.concatenate(gate_up))
+    np.testing.assert_array_equal(layer.mlp.down_proj.weight[...], tensors[f"{name}mlp.down_proj.weight"])
     np.testing.assert_array_equal(model.model.embed_tokens.weight[...], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(layer.input_layernorm.weight[...], tensors[f"{name}input_layernorm.weight"])
     assert not hasattr(model, "lm_head")  # tied
@@ -332,9 +332,10 @@ def test_model_plans_name_every_kernel_of_a_step() -> None:
         "down": (8, 8192, 2048),
         "head": (8, 2048, 128256),
     }
+    assert {s.w_order for name, s, _ in plans if name != "attention"} == {"nk"}
     chosen = {name: plan.implementation for name, _, plan in plans}
     assert chosen["attention"] == "mosaic_gpu"
     assert chosen["qkv"] == "flat"
-    assert chosen["head"] == "xla"  # tied
+    assert chosen["head"] == "flat"  # tied
     with pytest.raises(ValueError, match="batch=0"):
         models.model_plans(config, batch=0, capacity=4096, device="H200")
