@@ -52,7 +52,7 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
 def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
     """Times greedy decoding with random weights: ours, ours with online softmax, plain XLA, and the read floor.
 
-    The floor is that of all weights that a step needs and the live keys and values.
+    The floor is that of all weights that a step needs and the live keys and values, inside a layer's local window.
 
     Args:
       config: The model's shapes.
@@ -71,9 +71,8 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
     timing.progress("random weights")
     model = models.random_model(config, dtype)
-    live_tokens = context - steps / 2  # on average
     weight_bytes = _weight_bytes(model)
-    kv_bytes = int(2 * config.num_hidden_layers * batch * live_tokens * config.kv_size * dtype.itemsize)
+    kv_bytes = int(batch * _kv_bytes(config, context - steps / 2, dtype))  # live tokens on average
     timing.progress("read floor")
     floors = [read_floor(weight_bytes + kv_bytes)]
 
@@ -123,6 +122,14 @@ def _weight_bytes(model: CausalLM) -> int:
     head = model.embedding if model.config.tie_word_embeddings else None
     tables = [m for _, m in nnx.iter_modules(model) if isinstance(m, Embedding) and m is not head]
     return total - sum(table.weight[...].nbytes for table in tables)
+
+
+def _kv_bytes(config: DecoderConfig, live_tokens: float, dtype: jnp.dtype) -> float:
+    """Bytes of keys and values that a decode step reads of one row: the live ones, or those in the layer's window."""
+    options = map(config.attention_options, range(config.num_hidden_layers))
+    windows = (option.get("local_window_size") for option in options)
+    seen = sum(live_tokens if window is None else min(live_tokens, window[0] + 1) for window in windows)
+    return 2 * seen * config.kv_size * dtype.itemsize
 
 
 def _time_decode(

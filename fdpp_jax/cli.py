@@ -17,13 +17,13 @@ from fdpp_jax import cli_bench, cli_calibrate, cli_generate, cli_tune
 if TYPE_CHECKING:
     import pathlib
 
-    from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
+    from fdpp_jax.config import AttentionPlan, AttentionShape, LayerPlan, LayerShape, MatmulPlan, MatmulShape
     from fdpp_jax.device import Device
     from fdpp_jax.models import DecoderConfig
     from fdpp_jax.timing import BenchReport
 
-    type Shape = AttentionShape | MatmulShape
-    type Plan = AttentionPlan | MatmulPlan
+    type Shape = AttentionShape | LayerShape | MatmulShape
+    type Plan = AttentionPlan | LayerPlan | MatmulPlan
 
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -335,11 +335,13 @@ def _print_plans(plans: "Sequence[tuple[str, Shape, Plan]]", title: str) -> None
 
 
 def _shape_text(shape: "Shape") -> str:
-    from fdpp_jax.config import MatmulShape
+    from fdpp_jax.config import LayerShape, MatmulShape
 
     if isinstance(shape, MatmulShape):
         return f"[{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}]"
     heads = f"{shape.num_query_heads}/{shape.num_kv_heads}"
+    if isinstance(shape, LayerShape):
+        return f"B {shape.batch}, D {shape.hidden_size}, F {shape.intermediate_size}, N/K {heads}, H {shape.head_dim}"
     return f"B {shape.batch}, N/K {heads}, S {shape.capacity}, H {shape.head_dim}"
 
 

@@ -22,6 +22,10 @@ QUANTISED_DTYPES = ("int8", "float8_e4m3fn")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 # Sequences that share the CTAs of `pallas.decode_attention`, each of which scans their lengths.
 MAX_CHUNK = 32
+# Columns of a result that one CTA of `pallas.fused_layer` finishes, half the rows of wgmma's large operand.
+UNIT_WIDTH = 32
+# Pieces of a result that its CTAs can wait for one by one: a thread of a warpgroup each.
+MAX_COUNTERS = 128
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -168,6 +172,49 @@ class GemvConfig:
         return self.num_stages * (self.block_n + 1) * self.block_k * 2 + _SMEM_RESERVE
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """One layer's matmuls for `batch` rows, from attention's output to the next layer's queries, keys and values."""
+
+    batch: int
+    hidden_size: int
+    intermediate_size: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the products: the batch, padded to a multiple of 8."""
+        return round_up(self.batch, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedLayerConfig:
+    """Tiles of `pallas.fused_layer`.
+
+    Attributes:
+      num_ctas: CTAs, one an SM.
+      block_k: Columns of a tile of weights, which has 64 rows.
+      num_stages: Tiles in the ring of weights.
+      num_x_tiles: Tiles of x, each of block_k columns, that are loaded together: a chunk.
+      num_x_stages: Chunks in the ring of x.
+    """
+
+    num_ctas: int
+    block_k: int
+    num_stages: int
+    num_x_tiles: int
+    num_x_stages: int
+
+    def smem_bytes(self, shape: LayerShape) -> int:
+        """Shared memory one CTA asks for: both rings, and what partners are swapped through."""
+        ring = self.num_stages * 2 * UNIT_WIDTH * self.block_k * 2
+        x_ring = self.num_x_stages * self.num_x_tiles * shape.rows * self.block_k * 2
+        return ring + x_ring + 2 * UNIT_WIDTH * shape.rows * 4 + _SMEM_RESERVE
+
+
 # Barriers, alignment and the reduction scratch that Mosaic GPU adds to what a kernel asks for.
 _SMEM_RESERVE = 8 * 1024
 # A number a row, to a whole KiB as all that the attention kernel asks for, and up to 32 barriers.
@@ -193,4 +240,13 @@ class MatmulPlan:
 
     implementation: MatmulImplementation
     config: FlatMatmulConfig | GemvConfig | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """Whether a layer's matmuls are one launch ("fused", with what config) or one each ("unfused"), and why."""
+
+    implementation: Literal["fused", "unfused"]
+    config: FusedLayerConfig | None
     reason: str

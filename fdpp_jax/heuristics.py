@@ -11,19 +11,25 @@ Pure Python without arrays, so that a plan can be had for any named device on an
 Source: FlashDecoding++ (arXiv 2311.01282), sections 4 and 5.
 """
 
+import dataclasses
 import functools
 
 from fdpp_jax import device as device_lib
 from fdpp_jax import tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
+    MAX_COUNTERS,
     PAGE_SIZES,
     QUANTISED_DTYPES,
+    UNIT_WIDTH,
     AttentionPlan,
     AttentionShape,
     DecodeAttentionConfig,
     FlatMatmulConfig,
+    FusedLayerConfig,
     GemvConfig,
+    LayerPlan,
+    LayerShape,
     MatmulImplementation,
     MatmulPlan,
     MatmulShape,
@@ -59,6 +65,12 @@ _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other 
 _MAX_K_SPLITS = 8
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
 _MAX_STAGES = 8
+# While the grid waits, which takes some 5 us, each CTA's ring takes in 160 KiB, and memory does not stand still. Other
+# tiles, deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
+_FUSED_BLOCK_K = 256
+_FUSED_MAX_STAGES = 5
+_FUSED_X_STAGES = 2
+_FUSED_X_COLUMNS = 1024  # of x in a stage, for 8 rows
 _MIN_STAGES = 2
 
 
@@ -113,6 +125,48 @@ def plan_matmul(shape: MatmulShape, device: Device | str) -> MatmulPlan:
     """
     device = device_lib.resolve(device)
     return _tuned_plan(shape, device) or _rule_plan(shape, device)
+
+
+@functools.cache
+def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
+    """Whether a layer's matmuls between one attention and the next run as one launch on `device`.
+
+    Args:
+      shape: The static facts of the layer.
+      device: A Device, or the name of a known one.
+
+    Returns:
+      The implementation, its config, and the reason in one line.
+
+    Raises:
+      ValueError: The device is unknown.
+    """
+    device = device_lib.resolve(device)
+    refusal = _device_refusal(device) or _layer_shape_refusal(shape)
+    if refusal is not None:
+        return LayerPlan("unfused", None, refusal)
+    config = fused_layer_config(shape, device)
+    if config.num_stages < _MIN_STAGES:
+        return LayerPlan("unfused", None, f"{shape.rows} rows leave no room for two stages of weights")
+    max_depth = MAX_COUNTERS * config.num_x_tiles * config.block_k
+    if max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size) > max_depth:
+        return LayerPlan(
+            "unfused", None, f"with {shape.rows} rows the fused layer multiplies at most {max_depth} columns"
+        )
+    reason = f"one stream of weights through {config.num_ctas} CTAs, which wait for each other in memory"
+    return LayerPlan("fused", config, reason)
+
+
+def fused_layer_config(shape: LayerShape, device: Device | str) -> FusedLayerConfig:
+    """Tiles of `pallas.fused_layer`: as deep a ring as shared memory holds, up to what a wait for the grid lasts."""
+    device = device_lib.resolve(device)
+    # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
+    num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
+    num_x_tiles = max(1, _FUSED_X_COLUMNS // (_FUSED_BLOCK_K * (shape.rows // 8)))
+    config = FusedLayerConfig(num_ctas, _FUSED_BLOCK_K, _FUSED_MAX_STAGES, num_x_tiles, _FUSED_X_STAGES)
+    while config.num_stages > 1 and config.smem_bytes(shape) > device.smem_bytes:
+        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 def _tuned_plan(
@@ -281,6 +335,19 @@ def _attention_shape_refusal(shape: AttentionShape) -> str | None:
         return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
     if shape.batch < 1 or shape.capacity < 1:
         return f"the decode kernel needs a sequence and a key, got B = {shape.batch}, S = {shape.capacity}"
+    return None
+
+
+def _layer_shape_refusal(shape: LayerShape) -> str | None:
+    if shape.dtype != "bfloat16":
+        return f"the fused layer takes bfloat16, got {shape.dtype}"
+    if not 1 <= shape.batch <= MAX_FLAT_ROWS:
+        return f"the fused layer takes 1 to {MAX_FLAT_ROWS} rows, got B = {shape.batch}"
+    if shape.head_dim % (2 * UNIT_WIDTH):
+        return f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}"
+    sizes = shape.hidden_size, shape.intermediate_size
+    if any(size % UNIT_WIDTH for size in sizes):
+        return f"the fused layer takes sizes that are multiples of {UNIT_WIDTH}, got D = {sizes[0]}, F = {sizes[1]}"
     return None
 
 

@@ -14,7 +14,7 @@ import pytest
 from fdpp_jax import bench_attention, benchmark, device, heuristics, timing
 from fdpp_jax.bench_attention import TABLE, attention_case
 from fdpp_jax.config import MatmulShape
-from fdpp_jax.models import LlamaConfig
+from fdpp_jax.models import PRESETS, LlamaConfig
 from fdpp_jax.timing import BenchReport, Candidate
 
 pytestmark = pytest.mark.slow  # many small programs to compile
@@ -177,9 +177,9 @@ def test_matmul(tmp_path, w_order):
     assert record["matmul"]["w_order"] == w_order
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_decode(tmp_path, tied):
-    config = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": tied})
+@pytest.mark.parametrize(("tied", "window", "seen"), [(False, None, 14), (True, 8, 8)])
+def test_decode(tmp_path, tied, window, seen):
+    config = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": tied, "sliding_window": window})
     report = benchmark.bench_decode(config, batch=2, context=16, steps=4)
     names = ["ours, unified max", "ours, online softmax", "plain XLA", "read floor"]
     record = _check(report, names, tmp_path / "record.json")
@@ -187,8 +187,22 @@ def test_decode(tmp_path, tied):
     embedding_or_head = 64 * 32  # the one that a step reads whole
     itemsize = 2 if device.current().is_gpu else 4
     assert record["bytes"]["weights"] == (layer + embedding_or_head + 32) * itemsize
-    assert record["bytes"]["keys_and_values"] == 2 * 2 * 14 * 16 * itemsize  # 14 live tokens on average
+    assert record["bytes"]["keys_and_values"] == 2 * 2 * seen * 16 * itemsize  # 14 live tokens on average
     assert record["recomputed_steps"]["ours, online softmax"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "live_tokens", "seen"),
+    [
+        ("llama-3-8b", 8000, 32 * 8000),
+        ("mistral-7b-v0.1", 4000, 32 * 4000),
+        ("mistral-7b-v0.1", 8000, 32 * 4096),
+        ("gemma-2-9b", 8000, 21 * 4096 + 21 * 8000),
+    ],
+)
+def test_a_layer_reads_no_more_than_its_window(name, live_tokens, seen):
+    config = PRESETS[name]
+    assert benchmark._kv_bytes(config, live_tokens, jnp.dtype("bfloat16")) == 2 * 2 * config.kv_size * seen
 
 
 @pytest.mark.parametrize("arguments", [{"batch": 0}, {"steps": 0}, {"context": 4}])

@@ -83,6 +83,11 @@ class DecoderConfig:
         """Outputs of the MLP's first projection: gate and up."""
         return 2 * self.intermediate_size
 
+    @property
+    def unfused_because(self) -> str | None:
+        """Why `pallas.fused_layer` does not compute a layer, if it does not."""
+        return "the fused layer is that of LLaMA"
+
     def attention_options(self, layer: int) -> AttentionOptions:
         """How a layer's attention differs from the plain one."""
         del layer
@@ -114,6 +119,12 @@ class LlamaConfig(DecoderConfig):
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+
+    @property
+    def unfused_because(self) -> str | None:
+        if self.qkv_bias or self.o_bias or self.mlp_bias:
+            return "the fused layer adds no biases"
+        return "the fused layer does not normalise queries and keys" if self.qk_norm else None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":

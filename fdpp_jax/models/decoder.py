@@ -11,9 +11,10 @@ from flax import nnx
 
 from fdpp_jax import ops, unified_max
 from fdpp_jax.config import MatmulImplementation
-from fdpp_jax.models.cache import KVCache, write_prompt, write_token
+from fdpp_jax.models.cache import KVCache, write_prompt
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.layers import Embedding
+from fdpp_jax.models.step_cache import StepCache
 from fdpp_jax.unified_max import UnifiedMax
 
 # attend(layer, query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> [B, T, N, H]
@@ -166,32 +167,21 @@ class CausalLM(nnx.Module):
         _check_batch(cache, tokens=tokens)
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
-        keys, values, norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
-        lengths = cache.lengths + 1
-
-        def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            keys[layer] = write_token(keys[layer], key, cache.lengths)
-            values[layer] = write_token(values[layer], value, cache.lengths)
-            if norms:
-                norms[layer] = jnp.maximum(norms[layer], unified_max.max_norm(key.astype(keys[layer].dtype)))
-            return ops.unchecked_decode_attention(
-                query,
-                keys[layer],
-                values[layer],
-                **self.config.attention_options(layer),
-                query_offset=cache.lengths,
-                key_value_seq_lengths=lengths,
-                key_max_norm=norms[layer] if norms else None,
-                softmax=None if softmax is None else softmax.for_layer(layer, self.config.num_hidden_layers),
-                implementation=implementation,
-            )
-
-        hidden = self.hidden_states(tokens[:, None], cache.lengths[:, None], attend, implementation)  # [B, 1, D]
-        logits = self.head(hidden[:, 0], implementation)  # [B, V]
+        step = StepCache(self.config, cache, softmax, implementation)
+        logits = self.head(self.decode_states(tokens, step), implementation)  # [B, V]
         # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
         # A constant False lets XLA drop the caller's recompute branch altogether.
         overflow = jnp.zeros((), bool) if softmax is None else jnp.isnan(logits[:, 0]).any()
-        return logits, KVCache(tuple(keys), tuple(values), lengths, tuple(norms)), overflow
+        return logits, step.grown(), overflow
+
+    def decode_states(self, tokens: jax.Array, step: StepCache) -> jax.Array:
+        """What the head reads [B, D] of one new token a row, tokens [B]; a family may run its layers fused."""
+
+        def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            step.append(layer, key, value)
+            return step.attend(layer, query)
+
+        return self.hidden_states(tokens[:, None], step.slots[:, None], attend, step.implementation)[:, 0]
 
     def _causal_attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         options = self.config.attention_options(layer)

@@ -85,6 +85,10 @@ class Gemma2Config(LlamaConfig):
             final_logit_softcapping=hf["final_logit_softcapping"],
         )
 
+    @property
+    def unfused_because(self) -> str | None:
+        return "the fused layer knows no norms after a product, and no GELU"
+
     def attention_options(self, layer: int) -> AttentionOptions:
         options = super().attention_options(layer)
         options["scale"] = self.query_pre_attn_scalar**-0.5

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdpp_jax import device
 from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import LlamaConfig
 from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
+from fdpp_jax.models.plans import plan_layer
 from fdpp_jax.models.rotary import rotate, rotation_at
+from fdpp_jax.models.step_cache import StepCache
 
 
 class Attention(nnx.Module):
@@ -35,6 +38,13 @@ class Attention(nnx.Module):
         attend: LayerAttend,
         implementation: MatmulImplementation | None,
     ) -> jax.Array:
+        out = attend(*self.project(x, rotation, implementation))  # [B, T, N, H]
+        return self.o_proj(out.reshape(*x.shape[:2], -1), implementation=implementation)
+
+    def project(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], implementation: MatmulImplementation | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [B, T, N, H], key and value [B, T, K, H] of x [B, T, D], rotated."""
         config = self.config
         qkv = self.qkv_proj(x, implementation=implementation)  # [B, T, (N + 2 K) H]
         qkv = qkv.reshape(*x.shape[:2], -1, config.head_dim)  # [B, T, N + 2 K, H]
@@ -44,8 +54,7 @@ class Attention(nnx.Module):
             query, key = jnp.split(query_key, [heads], axis=2)
             query_key = jnp.concatenate([self.q_norm(query), self.k_norm(key)], axis=2)
         query, key = jnp.split(rotate(query_key, *rotation), [heads], axis=2)
-        out = attend(query, key, value)  # [B, T, N, H]
-        return self.o_proj(out.reshape(*x.shape[:2], -1), implementation=implementation)
+        return query, key, value
 
 
 class MLP(nnx.Module):
@@ -134,6 +143,14 @@ class LlamaForCausalLM(CausalLM):
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         return self.model.embed_tokens(tokens), rotation_at(self.config, positions)
+
+    def decode_states(self, tokens: jax.Array, step: StepCache) -> jax.Array:
+        plan = plan_layer(self.config, batch=tokens.shape[0], device=device.current(), dtype=self.dtype)
+        if step.implementation is not None or plan.config is None or step.arrays(0)[0].dtype != self.dtype:
+            return super().decode_states(tokens, step)
+        from fdpp_jax.models import fused
+
+        return fused.decode_states(self, tokens, step, plan.config)
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         if self.config.tie_word_embeddings:

@@ -4,9 +4,30 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import heuristics
-from fdpp_jax.config import AttentionPlan, AttentionShape, MatmulPlan, MatmulShape
+from fdpp_jax.config import AttentionPlan, AttentionShape, LayerPlan, LayerShape, MatmulPlan, MatmulShape
 from fdpp_jax.device import Device
 from fdpp_jax.models.config import DecoderConfig
+
+
+def plan_layer(
+    config: DecoderConfig, *, batch: int, device: Device | str, dtype: jax.typing.DTypeLike = "bfloat16"
+) -> LayerPlan:
+    """Whether the matmuls of a layer of the model run as one launch in a decode step; arguments as `model_plans`."""
+    if config.unfused_because is not None:
+        return LayerPlan("unfused", None, config.unfused_because)
+    return heuristics.plan_layer(_layer_shape(config, batch, dtype), device)
+
+
+def _layer_shape(config: DecoderConfig, batch: int, dtype: jax.typing.DTypeLike) -> LayerShape:
+    return LayerShape(
+        batch=batch,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_query_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(dtype).name,
+    )
 
 
 def model_plans(
@@ -16,7 +37,7 @@ def model_plans(
     capacity: int,
     device: Device | str,
     dtype: jax.typing.DTypeLike = "bfloat16",
-) -> list[tuple[str, AttentionShape | MatmulShape, AttentionPlan | MatmulPlan]]:
+) -> list[tuple[str, AttentionShape | LayerShape | MatmulShape, AttentionPlan | LayerPlan | MatmulPlan]]:
     """The plan of every kind of kernel in one decode step, in the order they run in a layer.
 
     Args:
@@ -27,8 +48,10 @@ def model_plans(
       dtype: dtype of weights, activations and cache.
 
     Returns:
-      (name, shape, plan) of qkv, attention, o, gate_up (up, where there is no gate) and down, which run once a layer,
-      then of the head. Where layers differ in attention, each kind is there once, under a name that tells its window.
+      (name, shape, plan) of qkv, attention and layer, which run once a layer, then of the head. If the layer is fused,
+      it includes the next one's qkv, and the plan of qkv is the first layer's; else o, gate_up (up, where there is no
+      gate) and down follow upon it. Where layers differ in attention, each kind is there once, under a name that tells
+      its window.
 
     Raises:
       ValueError: batch or capacity is not positive, or the device is unknown.
@@ -59,12 +82,17 @@ def model_plans(
 
     mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
     attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
-    return [
-        matmul("qkv", config.hidden_size, config.qkv_size),
-        *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
+    layer = plan_layer(config, batch=batch, device=device, dtype=dtype)
+    unfused = [
         matmul("o", config.query_size, config.hidden_size),
         matmul(mlp_in, config.hidden_size, config.mlp_in_size),
         matmul("down", config.intermediate_size, config.hidden_size),
+    ]
+    return [
+        matmul("qkv", config.hidden_size, config.qkv_size),
+        *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
+        ("layer", _layer_shape(config, batch, dtype), layer),
+        *(unfused if layer.config is None else []),
         matmul("head", config.hidden_size, config.vocab_size),
     ]
 

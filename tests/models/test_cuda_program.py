@@ -14,7 +14,7 @@ from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
 
 
 def traced_step(
-    num_layers: int, batch: int, softmax: UnifiedMax | None, *, with_key_norms: bool = False, tied: bool = False
+    num_layers: int, batch: int, softmax: UnifiedMax | None, *, with_key_norms: bool = False, **options: Any
 ) -> Any:
     config = LlamaConfig(
         vocab_size=512,
@@ -24,7 +24,7 @@ def traced_step(
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        tie_word_embeddings=tied,
+        **options,
     )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
     graphdef, weights = nnx.split(model)
@@ -36,22 +36,22 @@ def traced_step(
     return jax.jit(step, donate_argnums=1).trace(weights, cache, jax.ShapeDtypeStruct((batch,), jnp.int32), softmax)
 
 
-def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None, *, tied: bool = False) -> str:
-    return traced_step(num_layers, batch, softmax, tied=tied).lower(lowering_platforms=("cuda",)).as_text()
+def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None, **options: Any) -> str:
+    return traced_step(num_layers, batch, softmax, **options).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "matmul", "tied"),
+    ("name", "batch", "matmul", "options"),
     [
-        ("H200", 1, "flat_matmul", True),
-        pytest.param("H100", 1, "gemv", False, marks=pytest.mark.slow),
-        pytest.param("H100", 4, "flat_matmul", False, marks=pytest.mark.slow),
+        ("H200", 1, "flat_matmul", {"tie_word_embeddings": True}),
+        pytest.param("H100", 1, "gemv", {}, marks=pytest.mark.slow),
+        pytest.param("H100", 4, "flat_matmul", {}, marks=pytest.mark.slow),
     ],
 )
-def test_layers_share_their_kernels(monkeypatch, name, batch, matmul, tied):
+def test_layers_share_their_kernels(monkeypatch, name, batch, matmul, options):
     """qkv, o, gate and up, down, head, and attention with each softmax: lowered once, whatever the depth."""
     monkeypatch.setattr(device, "current", lambda: device.by_name(name))
-    text = lowered_step(3, batch, UnifiedMax(), tied=tied)
+    text = lowered_step(3, batch, UnifiedMax(), qk_norm=True, **options)
     assert text.count("custom_call @mosaic_gpu") == 7
     assert len(set(re.findall(rf"func private @({matmul}\w*)", text))) == 5
     assert "dot_general" not in text
@@ -59,11 +59,21 @@ def test_layers_share_their_kernels(monkeypatch, name, batch, matmul, tied):
     assert text.count("stablehlo.case") == 1  # the step is redone, not each layer
 
 
+def test_fused_layers_share_their_kernels(monkeypatch):
+    """qkv, head, attention with each softmax, and what is between: of the last layer, and of all others."""
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+    text = lowered_step(3, 1, UnifiedMax())
+    assert text.count("custom_call @mosaic_gpu") == 6
+    assert len(set(re.findall(r"func private @(fused_layer\w*)", text))) == 2
+    assert "dot_general" not in text
+    assert text.count("stablehlo.case") == 1
+
+
 @pytest.mark.slow
 def test_online_softmax_has_no_recompute(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
     text = lowered_step(2, 1, None)
-    assert text.count("custom_call @mosaic_gpu") == 6
+    assert text.count("custom_call @mosaic_gpu") == 5
     assert "stablehlo.case" not in text
 
 

@@ -1,0 +1,66 @@
+"""The KV cache while a decode step grows it by one token, layer by layer."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fdpp_jax import ops, unified_max
+from fdpp_jax.models.cache import KVCache, write_token
+from fdpp_jax.models.config import DecoderConfig
+from fdpp_jax.unified_max import UnifiedMax
+
+
+class StepCache:
+    """A cache in one decode step: a layer's new keys and values are put there, then its queries attend.
+
+    Attributes:
+      slots: [B] int32 where the new tokens go, which are their positions, too.
+      implementation: Of everything in the step, None for the planned ones.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, cache: KVCache, softmax: UnifiedMax | None, implementation: Literal["xla"] | None
+    ):
+        self._config, self._softmax = config, softmax
+        self._keys, self._values, self._norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
+        self.slots = cache.lengths
+        self.implementation = implementation
+
+    def append(self, layer: int, key: jax.Array, value: jax.Array) -> None:
+        """Puts key and value [B, 1, K, H] there."""
+        keys, values = self.arrays(layer)
+        keys, values = write_token(keys, key, self.slots), write_token(values, value, self.slots)
+        self._take(layer, keys, values, key.astype(keys.dtype))
+
+    def arrays(self, layer: int) -> tuple[jax.Array, jax.Array]:
+        """A layer's keys and values [B, S, K, H], for who puts the new ones there itself."""
+        return self._keys[layer], self._values[layer]
+
+    def replace(self, layer: int, keys: jax.Array, values: jax.Array) -> None:
+        """Takes arrays() with the new keys and values in them."""
+        self._take(layer, keys, values, keys[jnp.arange(keys.shape[0]), self.slots][:, None])
+
+    def _take(self, layer: int, keys: jax.Array, values: jax.Array, key: jax.Array) -> None:
+        self._keys[layer], self._values[layer] = keys, values
+        if self._norms:
+            self._norms[layer] = jnp.maximum(self._norms[layer], unified_max.max_norm(key))
+
+    def attend(self, layer: int, query: jax.Array) -> jax.Array:
+        """Attention of query [B, 1, N, H] over all keys, the new ones included."""
+        softmax, num_layers = self._softmax, self._config.num_hidden_layers
+        return ops.unchecked_decode_attention(
+            query,
+            self._keys[layer],
+            self._values[layer],
+            **self._config.attention_options(layer),
+            query_offset=self.slots,
+            key_value_seq_lengths=self.slots + 1,
+            key_max_norm=self._norms[layer] if self._norms else None,
+            softmax=None if softmax is None else softmax.for_layer(layer, num_layers),
+            implementation=self.implementation,
+        )
+
+    def grown(self) -> KVCache:
+        """The cache one token longer."""
+        return KVCache(tuple(self._keys), tuple(self._values), self.slots + 1, tuple(self._norms))

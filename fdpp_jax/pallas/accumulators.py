@@ -1,0 +1,259 @@
+"""What becomes of a transposed product [64, rows] float32 in registers: to and from rows of global memory, by column.
+
+As wgmma leaves it (Layout.WGMMA), a thread (warp w, lane 4 g + t) holds y[h, row] for h = 16 w + 8 r + g and
+row = 8 n + 2 t + e, with r and e in 0..1. Row-major arrays [rows, columns] are its transpose, so that eight lanes hold
+neighbours in memory. Of the 64 columns only the first WIDTH belong to what is stored here; the others are those
+columns' partners, which `swapped` brings to the same threads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+from fdpp_jax.config import UNIT_WIDTH
+
+LAYOUT = plgpu.Layout.WGMMA
+BY_ROW = LAYOUT.reduce(0)
+WIDTH = UNIT_WIDTH  # what warps 0 and 1 hold
+HEIGHT = 2 * WIDTH
+
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+# h, t2 = 2 t, and whether this thread's columns are among the first WIDTH.
+_LOCATE = f"""
+  .reg .pred live, inside;
+  .reg .b16 half;
+  .reg .b32 thread, h, t2, row;
+  .reg .b64 base, address;
+  mov.u32 thread, %tid.x;
+  and.b32 thread, thread, 127;
+  and.b32 t2, thread, 3;
+  shl.b32 t2, t2, 1;
+  shr.u32 h, thread, 2;
+  and.b32 h, h, 7;
+  shr.u32 row, thread, 5;
+  mad.lo.u32 h, row, 16, h;
+  setp.lt.u32 inside, h, {WIDTH};
+"""
+
+
+def swapped(y: jax.Array, swap_smem: Any, *, is_interpreted: bool) -> jax.Array:
+    """y with its halves changed for each other: warps 0 and 1 trade registers with 2 and 3.
+
+    Args:
+      y: [64, rows] float32.
+      swap_smem: [64 * rows] float32.
+      is_interpreted: Whether the interpreter runs it.
+    """
+    if is_interpreted:
+        return jnp.roll(y, WIDTH, axis=0)
+    returned = plgpu.ShapeDtypeStruct(y.shape, jnp.dtype(y.dtype), layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=returned)
+    def emit(_: Any, swap: Any, y: Any) -> Any:
+        f32 = ir.F32Type.get()
+        place = "mov.u32 place, %tid.x; and.b32 place, place, 127;"
+        base = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(swap))
+        elements = _extracted(y)
+        count = len(elements)
+        pairs = range(count // 2)
+        stores = [f"st.shared.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}};" for i in pairs]
+        text = _block(".reg .b32 place;", place, "mad.lo.u32 place, place, 8, $0;", *stores)
+        mgpu.utils.inline_ptx(text, base, *elements, has_side_effects=True)
+        mgpu.utils.warpgroup_barrier()
+        loads = [f"ld.shared.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in pairs]
+        other = f"xor.b32 place, place, 64; mad.lo.u32 place, place, 8, ${count};"
+        text = _block(".reg .b32 place;", place, other, *loads)
+        swapped = mgpu.utils.inline_ptx(text, base, result_types=[f32] * count, has_side_effects=True)
+        mgpu.utils.warpgroup_barrier()  # before anyone stores there again
+        return _from_elements(swapped, y.shape)
+
+    return emit(swap_smem, y)
+
+
+def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: bool) -> jax.Array:
+    """[64, num_rows] float32: columns [column, column + WIDTH) of source_gmem, zeros elsewhere.
+
+    Args:
+      source_gmem: [rows, columns] bfloat16 or float32; [columns] is one row, which all rows get.
+      column: [] int32.
+      num_rows: Of the result, a multiple of 8.
+      is_interpreted: Whether the interpreter runs it.
+    """
+    if is_interpreted:
+        part = source_gmem[..., pl.ds(column, WIDTH)].astype(jnp.float32)
+        part = jnp.broadcast_to(part, (num_rows, WIDTH)) if part.ndim == 1 else _padded(part, num_rows)
+        return jnp.pad(part.T, ((0, HEIGHT - WIDTH), (0, 0)))
+    is_wide = jnp.dtype(source_gmem.dtype).itemsize == 4
+    itemsize = 4 if is_wide else 2
+    shape = HEIGHT, num_rows
+    returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=returned)
+    def emit(_: Any, source: Any, column: Any) -> Any:
+        num_elements = num_rows // 2
+        lines = [
+            f"add.u32 h, h, ${num_elements + 1};",
+            f"mad.wide.u32 base, h, {itemsize}, ${num_elements};",
+        ]
+        for i, (n, r, e) in enumerate(_places(num_rows)):
+            lines.append(f"mov.f32 ${i}, 0f00000000;")
+            if len(source_gmem.shape) == 1:
+                lines += ["mov.pred live, inside;", "mov.b64 address, base;"]
+            else:
+                stride = source_gmem.shape[1] * itemsize
+                lines += [
+                    f"add.u32 row, t2, {8 * n + e};",
+                    f"setp.lt.and.u32 live, row, {source_gmem.shape[0]}, inside;",
+                    f"mad.wide.u32 address, row, {stride}, base;",
+                ]
+            where = f"[address + {8 * r * itemsize}]"
+            if is_wide:
+                lines.append(f"@live ld.relaxed.gpu.global.f32 ${i}, {where};")
+            else:
+                lines += [f"@live ld.relaxed.gpu.global.b16 half, {where};", f"@live cvt.f32.bf16 ${i}, half;"]
+        elements = mgpu.utils.inline_ptx(
+            _block(_LOCATE, *lines),
+            mgpu.utils.memref_ptr(source),
+            column.registers.item(),
+            result_types=[ir.F32Type.get()] * num_elements,
+            has_side_effects=True,
+        )
+        return _from_elements(elements, shape)
+
+    return emit(source_gmem, column)
+
+
+def store(y: jax.Array, target_gmem: Any, column: jax.Array, *, is_interpreted: bool, rows_gmem: Any = None) -> None:
+    """target_gmem[row, column + h] = y[h, row] for the first WIDTH h.
+
+    Args:
+      y: [64, num_rows] float32.
+      target_gmem: [rows, columns] bfloat16.
+      column: [] int32.
+      is_interpreted: Whether the interpreter runs it.
+      rows_gmem: [rows of y] int32, where each row goes to; one beyond the last goes nowhere.
+    """
+    if is_interpreted:
+        part = y[:WIDTH].T.astype(target_gmem.dtype)
+        if rows_gmem is None:
+            target_gmem[:, pl.ds(column, WIDTH)] = part[: target_gmem.shape[0]]
+            return
+        for i in range(rows_gmem.shape[0]):
+
+            def write(i: int = i) -> None:
+                target_gmem[pl.ds(rows_gmem[i], 1), pl.ds(column, WIDTH)] = part[i : i + 1]
+
+            pl.when(rows_gmem[i] < target_gmem.shape[0])(write)
+        return
+    num_rows, stride = target_gmem.shape[0], target_gmem.shape[1] * 2
+    num_live = num_rows if rows_gmem is None else rows_gmem.shape[0]
+    refs = (target_gmem,) if rows_gmem is None else (target_gmem, rows_gmem)
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), _SCALAR, LAYOUT))
+    def emit(_: Any, target: Any, *rest: Any) -> None:
+        *rows, column, y = rest
+        first = 2 + len(rows)
+        lines = ["add.u32 h, h, $1;", "mad.wide.u32 base, h, 2, $0;"]
+        for i, (n, r, e) in enumerate(_places(y.shape[1])):
+            lines += [f"add.u32 row, t2, {8 * n + e};", f"setp.lt.and.u32 live, row, {num_live}, inside;"]
+            if rows:
+                lines += [
+                    "mad.wide.u32 address, row, 4, $2;",
+                    "@live ld.global.b32 row, [address];",
+                    f"setp.lt.and.u32 live, row, {num_rows}, live;",
+                ]
+            lines += [
+                f"mad.wide.u32 address, row, {stride}, base;",
+                f"cvt.rn.bf16.f32 half, ${first + i};",
+                f"@live st.global.b16 [address + {16 * r}], half;",
+            ]
+        mgpu.utils.inline_ptx(
+            _block(_LOCATE, *lines),
+            mgpu.utils.memref_ptr(target),
+            column.registers.item(),
+            *(mgpu.utils.memref_ptr(ref) for ref in rows),
+            *_extracted(y),
+            has_side_effects=True,
+        )
+
+    emit(*refs, column.astype(jnp.int32), y)
+
+
+def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None:
+    """sums_gmem[w, row] = the sum of y[h, row]^2 over the h of warp w, for the two warps that hold the first WIDTH.
+
+    Args:
+      y: [64, rows] float32.
+      sums_gmem: [2, rows] float32.
+      is_interpreted: Whether the interpreter runs it.
+    """
+    if is_interpreted:
+        squares = y[:WIDTH] * y[:WIDTH]
+        sums_gmem[...] = squares.reshape(2, WIDTH // 2, -1).sum(axis=1)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
+    def emit(_: Any, sums: Any, y: Any) -> None:
+        num_rows = y.shape[1]
+        by_place = dict(zip(_places(num_rows), _extracted(y), strict=True))
+        lines = [
+            ".reg .f32 sum, other;",
+            "and.b32 row, thread, 28;",
+            "setp.eq.and.u32 live, row, 0, inside;",  # one lane of the eight that share rows
+            "shr.u32 row, thread, 5;",
+            f"mad.lo.u32 row, row, {num_rows}, t2;",
+            "mad.wide.u32 address, row, 4, $0;",
+        ]
+        elements: list[Any] = []
+        for n in range(num_rows // 8):
+            for e in range(2):
+                low, high = (f"${1 + len(elements) + r}" for r in range(2))
+                elements += [by_place[n, r, e] for r in range(2)]
+                lines += [f"mul.f32 sum, {low}, {low};", f"fma.rn.f32 sum, {high}, {high}, sum;"]
+                for lanes in (4, 8, 16):
+                    lines += [
+                        f"shfl.sync.bfly.b32 other, sum, {lanes}, 31, 0xffffffff;",
+                        "add.f32 sum, sum, other;",
+                    ]
+                lines.append(f"@live st.global.f32 [address + {4 * (8 * n + e)}], sum;")
+        text = _block(_LOCATE, *lines)
+        mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(sums), *elements, has_side_effects=True, convergent=True)
+
+    emit(sums_gmem, y)
+
+
+def _places(num_rows: int) -> list[tuple[int, int, int]]:
+    """(n, r, e) of a thread's elements in the order of its registers."""
+    return list(np.ndindex(num_rows // 8, 2, 2))
+
+
+def _extracted(y: Any) -> list[Any]:
+    return [vector.extract(register, [], [e]) for register in y.registers.flat for e in range(2)]
+
+
+def _from_elements(elements: Any, shape: tuple[int, ...]) -> Any:
+    layout = LAYOUT.to_mgpu()
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    registers = np.empty(len(elements) // 2, object)
+    for i in range(len(registers)):
+        registers[i] = vector.from_elements(pair, elements[2 * i : 2 * i + 2])
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+    )
+
+
+def _padded(rows: jax.Array, num_rows: int) -> jax.Array:
+    return jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0)))
+
+
+def _block(*lines: str) -> str:
+    """PTX with registers of its own."""
+    return "\n".join(["{", *lines, "}"])

@@ -1,0 +1,431 @@
+"""All matmuls of a decoder layer in one launch, from attention's output to the next layer's queries, keys and values.
+
+Four products follow upon each other, each of the whole result of the one before, with what lies between them fused in:
+
+    hidden += attended @ o^T
+    inner = silu(g) * u,        g, u = norm(hidden) @ gate_up^T
+    hidden += inner @ down^T
+    query, key, value = norm(hidden) @ qkv^T, rotated; key and value go to their slots of the cache
+
+A decode step is bound by reading the weights, so they must not stop coming. One CTA an SM runs through all products,
+and its three warpgroups run on their own:
+
+- weights: streams tiles through a ring of TMA stages that knows no end of a product: while the grid waits for the last
+  results of one product, the ring fills with weights of the next.
+- inputs: loads x, chunk by chunk, as soon as the grid has counted all results that make up the chunk (grid_sync).
+- products: y^T [64, rows] += w [64, block_k] @ x^T [block_k, rows], rows padded to 8, with the weights as the large
+  operand (as in flat_matmul). Each unit of WIDTH columns is finished by one CTA, over all of K: there are no partial
+  sums. Gate and up, and the halves of a head that rotate together, are one unit with its partner columns.
+
+RMSNorm needs no pass of its own: whoever finishes columns of hidden stores them times the norm's weight, too, and their
+sum of squares; 1 / rms is a factor of a whole row, which the next product applies to its result.
+
+Source: FlashDecoding++ (arXiv 2311.01282), section 4 (flat GEMM with double buffering), across products.
+"""
+
+import functools
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax.config import FusedLayerConfig, round_up
+from fdpp_jax.pallas import accumulators, grid_sync, ring
+from fdpp_jax.pallas.accumulators import BY_ROW, HEIGHT, LAYOUT, WIDTH
+from fdpp_jax.pallas.layer_phases import Facts, Phase
+
+
+class LayerWeights(NamedTuple):
+    """bfloat16; matrices are [out, in].
+
+    Attributes:
+      o: [D, N * H].
+      post_norm: [D], of the norm before the MLP.
+      gate_up: [2 * F, D].
+      down: [D, F].
+      next_norm: [D], of the next layer's first norm; None after the last layer.
+      next_qkv: [(N + 2 K) * H, D], of the next layer; None after the last layer.
+    """
+
+    o: jax.Array
+    post_norm: jax.Array
+    gate_up: jax.Array
+    down: jax.Array
+    next_norm: jax.Array | None = None
+    next_qkv: jax.Array | None = None
+
+
+class NextLayer(NamedTuple):
+    """What the next layer's attention reads: query [B, N, H], and the cache [B, S, K, H] with the new token in it."""
+
+    query: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+def num_counters(max_depth: int, config: FusedLayerConfig) -> int:
+    """Counters a row, for products with up to max_depth columns of x."""
+    return pl.cdiv(max_depth, config.num_x_tiles * config.block_k)
+
+
+# Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
+@functools.partial(jax.jit, static_argnames=("eps", "config", "interpret"))
+def fused_layer(
+    attended: jax.Array,
+    hidden: jax.Array,
+    weights: LayerWeights,
+    cos: jax.Array,
+    sin: jax.Array,
+    keys: jax.Array | None,
+    values: jax.Array | None,
+    lengths: jax.Array,
+    counters: jax.Array,
+    *,
+    eps: float,
+    config: FusedLayerConfig,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, NextLayer | None, jax.Array]:
+    """A layer after its attention, and the next layer up to its own.
+
+    Args:
+      attended: [B, N, H] bfloat16, attention's output.
+      hidden: [B, D] bfloat16, the residual stream before the layer.
+      weights: Of this layer and the next.
+      cos: [B, H / 2] float32, of the rotary angles of the tokens' positions.
+      sin: As cos.
+      keys: [B, S, K, H] bfloat16, of the next layer; donated. None after the last layer.
+      values: As keys.
+      lengths: [B] int32, the slot that each row's new key and value go to; one beyond S goes nowhere.
+      counters: grid_sync.counters(3, num_counters(max(N * H, D, F), config)), those that the last layer returned.
+      eps: Of both norms.
+      config: Tiles and stages.
+      interpret: Runs the kernel interpreted on the CPU, a launch a product: it runs one CTA after the other.
+
+    Returns:
+      hidden [B, D] after the layer, what the next layer's attention reads (None after the last layer), and counters.
+    """
+    batch, num_heads, head_dim = attended.shape
+    hidden_size, inner_size = hidden.shape[1], weights.down.shape[1]
+    capacity, num_kv_heads = (0, 0) if keys is None else keys.shape[1:3]
+    facts = Facts(
+        num_rows=round_up(batch, 8),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=hidden_size,
+        inner_size=inner_size,
+        eps=eps,
+        config=config,
+        is_interpreted=interpret is not None,
+    )
+    inputs = dict(
+        attended=attended.reshape(batch, -1), hidden=hidden, cos=cos, sin=sin,
+        slots=jnp.where(lengths < capacity, jnp.arange(batch) * capacity + lengths, batch * capacity).astype(jnp.int32),
+        **{name: x for name, x in weights._asdict().items() if x is not None},
+    )  # fmt: skip
+    rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    squares = jax.ShapeDtypeStruct((round_up(2 * hidden_size // WIDTH, HEIGHT), facts.num_rows), jnp.float32)
+    outputs: dict[str, Any] = dict(
+        middle=rows(hidden.shape), scaled_middle=rows(hidden.shape), middle_squares=squares,
+        inner=rows((batch, inner_size)), last=rows(hidden.shape),
+    )  # fmt: skip
+    state: dict[str, Any] = dict(counters=counters)
+    if keys is not None:
+        assert values is not None
+        outputs |= dict(scaled_last=rows(hidden.shape), last_squares=squares, query=rows((batch, num_heads * head_dim)))
+        flat = batch * capacity, num_kv_heads * head_dim
+        state |= dict(keys=keys.reshape(flat), values=values.reshape(flat))
+    results = _run(outputs, state, inputs=inputs, facts=facts, interpret=interpret)
+    if keys is None:
+        return results["last"], None, results["counters"]
+    query = results["query"].reshape(attended.shape)
+    next_layer = NextLayer(query, results["keys"].reshape(keys.shape), results["values"].reshape(keys.shape))
+    return results["last"], next_layer, results["counters"]
+
+
+def _run(
+    outputs: dict[str, Any],
+    state: dict[str, Any],
+    *,
+    inputs: dict[str, Any],
+    facts: Facts,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> dict[str, jax.Array]:
+    """outputs and state, which the kernel updates in place, by name."""
+    refs = {name: jax.new_ref(x) for name, x in state.items()}
+    if interpret is None:
+        results = _launch(facts, range(len(facts.phases)), inputs, refs, outputs, interpret)
+    else:  # memory that nobody has written is NaN
+        made = {name: jax.new_ref(jnp.full(x.shape, jnp.nan, x.dtype)) for name, x in outputs.items()}
+        for index in range(len(facts.phases)):
+            _launch(facts, range(index, index + 1), inputs, refs | made, {}, interpret)
+        results = {name: jax.freeze(ref) for name, ref in made.items()}
+    return results | {name: jax.freeze(ref) for name, ref in refs.items()}
+
+
+def _launch(
+    facts: Facts,
+    indices: range,
+    inputs: dict[str, Any],
+    refs: dict[str, Any],
+    outputs: dict[str, Any],
+    interpret: plgpu.InterpretGPUParams | None,
+) -> dict[str, jax.Array]:
+    config, num_rows, bf16, f32 = facts.config, facts.num_rows, jnp.bfloat16, jnp.float32
+    transforms = ring.tile_transforms(config.block_k)
+    operands = inputs | refs
+    barriers = dict(
+        w_ready=plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
+        w_free=plgpu.Barrier(num_barriers=config.num_stages),
+        x_ready=plgpu.Barrier(num_arrivals=config.num_x_tiles, num_barriers=config.num_x_stages),
+        x_free=plgpu.Barrier(num_barriers=config.num_x_stages),
+        factor_ready=plgpu.Barrier(),
+    )
+    x_shape = config.num_x_stages, config.num_x_tiles, num_rows, config.block_k
+
+    def body(*args: Any, **smem: Any) -> None:
+        gmem = types.SimpleNamespace(**dict(zip((*operands, *outputs), args, strict=True)))
+        cta = _Cta(gmem, types.SimpleNamespace(**smem), facts, indices)
+        group = lax.axis_index("warpgroup")
+        for i, work in enumerate((cta.multiply, cta.stream_weights, cta.stream_inputs)):
+            pl.when(group == i)(work)
+
+    results = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        scratch_types=dict(
+            w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
+            x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
+            swap=plgpu.SMEM((HEIGHT * num_rows,), f32),
+            factor=plgpu.SMEM((num_rows,), f32),
+            **barriers,
+        ),
+        grid=(config.num_ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name="fused_layer",
+    )(*operands.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+class _Cta:
+    """One CTA's work; units go round all CTAs, on and on from phase to phase."""
+
+    def __init__(self, gmem: Any, smem: Any, facts: Facts, indices: range):
+        self.gmem, self.smem, self.facts = gmem, smem, facts
+        self.cta = lax.axis_index("cta")
+        self.phases = [facts.phases[i] for i in indices]
+        self.is_whole = len(indices) > 1
+
+    # Warpgroup 1
+
+    def stream_weights(self) -> None:
+        num_stages, block_k, smem = self.facts.config.num_stages, self.facts.config.block_k, self.smem
+        done = jnp.int32(0)
+        for phase in self.phases:
+            first, count = self.facts.share(phase, self.cta)
+            num_tiles = jnp.int32(self.facts.sizes(phase)[0])
+            source = getattr(self.gmem, phase.w)
+            height = WIDTH // 2 if phase.kind == "residual" else WIDTH
+
+            def tile(t, done, phase=phase, first=first, num_tiles=num_tiles, source=source, height=height):
+                unit = first + lax.div(t, num_tiles) * self.facts.config.num_ctas
+                columns = pl.ds(lax.rem(t, num_tiles) * block_k, block_k)
+                slot = lax.rem(done, jnp.int32(num_stages))
+                pl.when(done >= num_stages)(lambda: plgpu.barrier_wait(smem.w_free.at[slot]))
+                for half, row in enumerate(self.facts.columns(phase, unit)):
+                    target = smem.w.at[slot, pl.ds(half * height, height)]
+                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, height), columns], target, smem.w_ready.at[slot])
+                return done + 1
+
+            done = lax.fori_loop(0, count * num_tiles, tile, done)
+        _drain(smem.w_free, done, num_stages)
+
+    # Warpgroup 2
+
+    def stream_inputs(self) -> None:
+        chunks_done = jnp.int32(0)
+        for index, phase in enumerate(self.phases):
+            _, count = self.facts.share(phase, self.cta)
+            _, num_chunks = self.facts.sizes(phase)
+            load = functools.partial(self._load_chunk, index, phase)
+            chunks_done = lax.fori_loop(0, count * num_chunks, load, chunks_done)
+        _drain(self.smem.x_free, chunks_done, self.facts.config.num_x_stages)
+
+    def _load_chunk(self, index: int, phase: Phase, turn: jax.Array, chunks_done: jax.Array) -> jax.Array:
+        """Loads a chunk of x once it is complete; of all units the first waits for the others, too."""
+        facts, config, gmem, smem = self.facts, self.facts.config, self.gmem, self.smem
+        _, num_chunks = self.facts.sizes(phase)
+        chunk = lax.rem(turn, jnp.int32(num_chunks))
+        slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
+        pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
+        if index > 0:
+            num_parts = lax.div(jnp.minimum(phase.depth - chunk * facts.chunk, facts.chunk), jnp.int32(WIDTH))
+            counter = gmem.counters.at[index - 1, chunk]
+            pl.when(turn < num_chunks)(lambda: grid_sync.await_count(counter, num_parts))
+        for i in range(config.num_x_tiles):
+            # Rows and columns beyond the array's come as zeros, which takes a traced start.
+            columns = pl.ds(chunk * facts.chunk + i * config.block_k, config.block_k)
+            source = getattr(gmem, phase.x).at[pl.ds(self.cta * 0, facts.num_rows), columns]
+            plgpu.copy_gmem_to_smem(source, smem.x.at[slot, i], smem.x_ready.at[slot])
+        is_last = turn == num_chunks - 1
+        if phase.kind != "residual":
+            pl.when(is_last)(functools.partial(self._publish_factor, phase))
+        if index == 2:  # all units of the phase before are done, so that nobody waits for row 0 any more
+            first, _ = self.facts.share(phase, self.cta)
+            pl.when(is_last & (first == 0))(lambda: grid_sync.clear(gmem.counters.at[0]))
+        return chunks_done + 1
+
+    def _publish_factor(self, phase: Phase) -> None:
+        """1 / rms of every row."""
+        facts = self.facts
+        sums = self.gmem.middle_squares if phase.kind == "gate" else self.gmem.last_squares
+        squares = plgpu.load(sums, layout=LAYOUT, optimized=False)
+        is_sum = plgpu.broadcasted_iota(jnp.int32, squares.shape, 0, layout=LAYOUT) < 2 * facts.hidden_size // WIDTH
+        mean = jnp.where(is_sum, squares, 0.0).sum(axis=0) / facts.hidden_size
+        self.smem.factor[...] = lax.rsqrt(mean + facts.eps)
+        plgpu.barrier_arrive(self.smem.factor_ready)
+
+    # Warpgroup 0
+
+    def multiply(self) -> None:
+        if self.is_whole:  # what earlier launches left: none counts there before CTA 0 has counted its first unit
+            for i in range(1, self.gmem.counters.shape[0]):
+                pl.when(self.cta == 0)(functools.partial(grid_sync.clear, self.gmem.counters.at[i]))
+        done = jnp.int32(0), jnp.int32(0)
+        for index, phase in enumerate(self.phases):
+            first, count = self.facts.share(phase, self.cta)
+            unit = functools.partial(self._unit, index, phase, first)
+            done = lax.fori_loop(0, count, unit, done)
+
+    def _unit(
+        self, index: int, phase: Phase, first: jax.Array, turn: jax.Array, done: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        smem, tiles_done, chunks_done = self.smem, *done
+        unit = first + turn * self.facts.config.num_ctas
+        low, high = self.facts.columns(phase, unit)
+        finish = getattr(self, f"_{phase.kind}")(index, unit, low, high)
+        y = pl.run_scoped(
+            functools.partial(self._product, phase, done), plgpu.ACC((HEIGHT, self.facts.num_rows), jnp.float32)
+        )
+        if phase.kind != "residual":
+            pl.when(turn == 0)(lambda: plgpu.barrier_wait(smem.factor_ready))
+            factor = plgpu.load(smem.factor, layout=BY_ROW, optimized=False)
+            y *= lax.broadcast_in_dim(factor, y.shape, [1])
+        finish(y)
+        num_tiles, num_chunks = self.facts.sizes(phase)
+        return tiles_done + num_tiles, chunks_done + num_chunks
+
+    def _product(self, phase: Phase, done: tuple[jax.Array, jax.Array], acc: Any) -> jax.Array:
+        config, smem = self.facts.config, self.smem
+        num_tiles, _ = self.facts.sizes(phase)
+        tiles_done, chunks_done = done
+
+        def release(tile: jax.Array, chunk: jax.Array, is_end: jax.Array) -> None:
+            """What the product with a tile has read; of a chunk, too, if it was its last one."""
+            plgpu.barrier_arrive(smem.w_free.at[lax.rem(tile, jnp.int32(config.num_stages))])
+            x_free = smem.x_free.at[lax.rem(chunk, jnp.int32(config.num_x_stages))]
+            pl.when(is_end)(lambda: plgpu.barrier_arrive(x_free))
+
+        def step(k: jax.Array, _: None) -> None:
+            tile, i = tiles_done + k, lax.rem(k, jnp.int32(config.num_x_tiles))
+            chunk = chunks_done + lax.div(k, jnp.int32(config.num_x_tiles))
+            slot, x_slot = lax.rem(tile, jnp.int32(config.num_stages)), lax.rem(chunk, jnp.int32(config.num_x_stages))
+            pl.when(i == 0)(lambda: plgpu.barrier_wait(smem.x_ready.at[x_slot]))
+            plgpu.barrier_wait(smem.w_ready.at[slot])
+            plgpu.wgmma(acc, smem.w.at[slot], smem.x.at[x_slot, i].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: release(tile - 1, chunk - 1, i == 0))
+
+        lax.fori_loop(0, num_tiles, step, None)
+        y = acc[...]
+        last = jnp.int32(num_tiles - 1)
+        release(tiles_done + last, chunks_done + lax.div(last, jnp.int32(config.num_x_tiles)), last >= 0)
+        return y
+
+    # What becomes of a unit's product y [64, rows]: what can be loaded before is.
+
+    def _count(self, index: int, column: jax.Array) -> None:
+        """For those who wait for the chunk of this product's result that the column is in."""
+        if index + 1 < len(self.phases):
+            grid_sync.count(self.gmem.counters.at[index, lax.div(column, jnp.int32(self.facts.chunk))])
+
+    def _residual(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
+        del high
+        gmem, facts = self.gmem, self.facts
+        name, before, norm = (
+            ("middle", "hidden", "post_norm") if self.phases[index].w == "o" else ("last", "middle", "next_norm")
+        )
+        load = functools.partial(
+            accumulators.load, column=low, num_rows=facts.num_rows, is_interpreted=facts.is_interpreted
+        )
+        hidden = load(getattr(gmem, before))
+        gain = load(getattr(gmem, norm)) if hasattr(gmem, norm) else None
+
+        def finish(y: jax.Array) -> None:
+            total = (hidden + y).astype(jnp.bfloat16).astype(jnp.float32)
+            if gain is not None:
+                self._store(total * gain, f"scaled_{name}", low)
+                sums = getattr(gmem, f"{name}_squares").at[pl.ds(2 * unit, 2)]
+                accumulators.store_squares(total, sums, is_interpreted=facts.is_interpreted)
+            self._count(index, low)
+            self._store(total, name, low)  # nobody reads it before the next count
+
+        return finish
+
+    def _gate(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
+        del unit, high
+
+        def finish(y: jax.Array) -> None:
+            gate, up = self._with_partners(y)
+            self._store(gate / (1.0 + jnp.exp(-gate)) * up, "inner", low)
+            self._count(index, low)
+
+        return finish
+
+    def _qkv(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
+        del index, unit
+        gmem, facts = self.gmem, self.facts
+        angle = lax.rem(low, jnp.int32(facts.head_dim))
+        cos, sin = (
+            accumulators.load(ref, angle, facts.num_rows, is_interpreted=facts.is_interpreted)
+            for ref in (gmem.cos, gmem.sin)
+        )
+        key, value = facts.num_heads * facts.head_dim, (facts.num_heads + facts.num_kv_heads) * facts.head_dim
+
+        def finish(y: jax.Array) -> None:
+            y, partner = self._with_partners(y)
+            is_turned = (low < value).astype(jnp.float32)
+            c, s = cos * is_turned + (1.0 - is_turned), sin * is_turned
+            turned = y * c - partner * s, partner * c + y * s
+            for name, start, end in (("query", 0, key), ("keys", key, value), ("values", value, None)):
+                is_here = low >= start if end is None else (low >= start) & (low < end)
+
+                slots = None if name == "query" else gmem.slots
+                for part, column in zip(turned, (low, high), strict=True):
+                    pl.when(is_here)(functools.partial(self._store, part, name, column - start, slots))
+
+        return finish
+
+    def _with_partners(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = y.astype(jnp.bfloat16).astype(jnp.float32)  # as a matmul of its own would leave it
+        return y, accumulators.swapped(y, self.smem.swap, is_interpreted=self.facts.is_interpreted)
+
+    def _store(self, y: jax.Array, name: str, column: jax.Array, rows_gmem: Any = None) -> None:
+        target, is_interpreted = getattr(self.gmem, name), self.facts.is_interpreted
+        accumulators.store(y, target, column, is_interpreted=is_interpreted, rows_gmem=rows_gmem)
+
+
+def _drain(free: Any, done: jax.Array, num_stages: int) -> None:
+    """Waits until all that was loaded has been read: a barrier may not go while an arrival is on its way."""
+    for i in range(num_stages):
+        item = done - num_stages + i
+        slot = lax.rem(item, jnp.int32(num_stages))
+        pl.when(item >= 0)(functools.partial(plgpu.barrier_wait, free.at[slot]))

@@ -1,0 +1,98 @@
+"""CTAs of one launch wait for each other's results: counters in global memory, one for each piece of a result.
+
+A CTA stores a part of the result and counts it; whoever needs the piece polls until all parts of it are counted. That
+is sound only if all CTAs of the launch run at once, so there may be no more of them than the GPU holds.
+
+Counters start at zero. Whoever knows that a row of them is no longer waited for clears it; the last row of a launch is
+cleared by the next one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax.config import MAX_COUNTERS
+
+_WORDS = 8  # from one counter to the next: a 32-byte sector each
+
+_THREAD = """
+  .reg .pred is_mine;
+  .reg .b32 thread;
+  mov.u32 thread, %tid.x;
+  and.b32 thread, thread, 127;
+"""
+# What this warpgroup stored is visible to whoever sees the count: also to TMA, which reads by a way of its own.
+_COUNT = f"""{{{_THREAD}
+  setp.eq.u32 is_mine, thread, 0;
+  @is_mine red.release.gpu.global.add.u32 [$0], 1;
+}}"""
+_AWAIT = f"""{{{_THREAD}
+  .reg .b32 count;
+  setp.ne.u32 is_mine, thread, 0;
+  @is_mine bra DONE;
+POLL:
+  ld.acquire.gpu.global.u32 count, [$0];
+  setp.lt.u32 is_mine, count, $1;
+  @is_mine bra POLL;
+DONE:
+}}"""
+_CLEAR = f"""{{{_THREAD}
+  .reg .b64 address;
+  mad.wide.u32 address, thread, {4 * _WORDS}, $0;
+  setp.lt.u32 is_mine, thread, $1;
+  @is_mine st.relaxed.gpu.global.u32 [address], 0;
+}}"""
+_PROXY_FENCE = "fence.proxy.async.global;"
+
+
+def counters(num_rows: int, num_counters: int) -> jax.Array:
+    """Counters at zero: [num_rows, num_counters, words]."""
+    if num_counters > MAX_COUNTERS:
+        raise ValueError(f"expected at most {MAX_COUNTERS} counters in a row, got {num_counters}")
+    return jnp.zeros((num_rows, num_counters, _WORDS), jnp.int32)
+
+
+def count(counter_gmem: Any) -> None:
+    """Counts what this warpgroup has stored to global memory, for all who await the counter."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def emit(_: Any, counter: Any) -> None:
+        mgpu.utils.inline_ptx(_PROXY_FENCE, has_side_effects=True)
+        mgpu.utils.warpgroup_barrier()
+        mgpu.utils.inline_ptx(_COUNT, mgpu.utils.memref_ptr(counter), has_side_effects=True)
+
+    emit(counter_gmem)
+
+
+def await_count(counter_gmem: Any, num_parts: jax.Array) -> None:
+    """Waits until num_parts [] int32 parts are counted; this warpgroup and its TMA loads see them then."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def emit(_: Any, counter: Any, num_parts: Any) -> None:
+        mgpu.utils.inline_ptx(
+            _AWAIT,
+            mgpu.utils.memref_ptr(counter),
+            num_parts.registers.item(),
+            has_side_effects=True,
+            convergent=True,
+        )
+        mgpu.utils.warpgroup_barrier()
+        mgpu.utils.inline_ptx(_PROXY_FENCE, has_side_effects=True)
+
+    emit(counter_gmem, num_parts)
+
+
+def clear(row_gmem: Any) -> None:
+    """Sets a row of counters [num_counters, words] to zero; nobody may be waiting for one."""
+    num_counters = row_gmem.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def emit(_: Any, row: Any) -> None:
+        text = _CLEAR.replace("$1", str(num_counters))
+        mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(row), has_side_effects=True)
+        mgpu.utils.warpgroup_barrier()
+
+    emit(row_gmem)

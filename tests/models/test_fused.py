@@ -1,0 +1,106 @@
+"""A decode step with fused layers against the same step unfused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax import UnifiedMax, device
+from fdpp_jax.config import FusedLayerConfig
+from fdpp_jax.models import PRESETS, KVCache, LlamaConfig, LlamaForCausalLM, fused, model_plans
+from fdpp_jax.models.step_cache import StepCache
+
+SMALL = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def prefilled(config, lengths, capacity, *, with_key_norms=False):
+    model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    batch = len(lengths)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, max(lengths)))
+    cache = KVCache.create(config, batch, capacity, jnp.bfloat16, with_key_norms=with_key_norms)
+    logits, cache = model.prefill(jnp.asarray(tokens), jnp.asarray(lengths), cache)
+    return model, jnp.argmax(logits, axis=-1), cache
+
+
+def assert_close(out, exact, tolerance):
+    """Root mean square error relative to the spread."""
+    out, exact = np.asarray(out, np.float64), np.asarray(exact, np.float64)
+    assert np.sqrt(((out - exact) ** 2).mean()) < tolerance * exact.std()
+
+
+def test_is_the_unfused_step():
+    model, tokens, cache = prefilled(SMALL, (5, 9), 16, with_key_norms=True)
+    step, other = (StepCache(SMALL, cache, None, "xla") for _ in range(2))
+    exact = model.decode_states(tokens, other)
+    config = FusedLayerConfig(num_ctas=3, block_k=64, num_stages=3, num_x_tiles=1, num_x_stages=2)
+    out = fused.decode_states(model, tokens, step, config, plgpu.InterpretGPUParams())
+    assert_close(out, exact, 0.02)
+    grown, expected = step.grown(), other.grown()
+    np.testing.assert_array_equal(grown.lengths, expected.lengths)
+    for name in ("keys", "values", "key_max_norms"):
+        for x, y in zip(getattr(grown, name), getattr(expected, name), strict=True):
+            assert_close(x, y, 0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softmax", [None, UnifiedMax(0.0), UnifiedMax.bound()])
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.2-1b", "mistral-7b-v0.1"])
+def test_decodes_like_xla(name, softmax):
+    config = dataclasses.replace(PRESETS[name], num_hidden_layers=3, vocab_size=512)
+    plans = model_plans(config, batch=3, capacity=128, device=device.current())
+    assert [plan.implementation for kernel, _, plan in plans if kernel == "layer"] == ["fused"]
+    model, tokens, cache = prefilled(config, (5, 70, 33), 128, with_key_norms=True)
+
+    def steps(implementation):
+        found, state, token = [], cache, tokens
+        for _ in range(4):
+            logits, state, overflow = model.decode(
+                token, state, softmax=None if implementation else softmax, implementation=implementation
+            )
+            assert not overflow
+            found.append(logits)
+            token = (token + 17) % config.vocab_size
+        return jnp.stack(found), state
+
+    logits, grown = jax.jit(steps, static_argnums=0)(None)
+    exact, expected = jax.jit(steps, static_argnums=0)("xla")
+    assert_close(logits, exact, 0.02)
+    for x, y in zip((*grown.keys, *grown.values), (*expected.keys, *expected.values), strict=True):
+        assert_close(x, y, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "why"),
+    [
+        ("llama-2-70b", "fused", "one stream of weights"),
+        ("mistral-7b-v0.1", "fused", "one stream of weights"),
+        ("qwen2.5-7b", "unfused", "biases"),
+        ("qwen3-8b", "unfused", "normalise"),
+        ("gemma-2-9b", "unfused", "no GELU"),
+        ("opt-6.7b", "unfused", "that of LLaMA"),
+    ],
+)
+def test_plans_say_why(name, implementation, why):
+    plans = {kernel: plan for kernel, _, plan in model_plans(PRESETS[name], batch=1, capacity=1024, device="H200")}
+    assert plans["layer"].implementation == implementation
+    assert why in plans["layer"].reason
+    assert ("down" in plans) == (implementation == "unfused")

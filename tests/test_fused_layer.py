@@ -1,0 +1,204 @@
+"""The fused layer against float64, interpreted on the CPU (a launch a product) and as it is on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax import device, heuristics
+from fdpp_jax.config import FusedLayerConfig, LayerShape
+from fdpp_jax.pallas import grid_sync
+from fdpp_jax.pallas.fused_layer import LayerWeights, NextLayer, fused_layer, num_counters
+
+ON_GPU = jax.default_backend() == "gpu"
+EPS = 1e-5
+CAPACITY = 24
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shape: LayerShape
+    config: FusedLayerConfig
+    seed: int = 0
+
+    def inputs(self):
+        """attended, hidden, weights, cos, sin, keys, values, lengths."""
+        shape, keys = self.shape, iter(jax.random.split(jax.random.key(self.seed), 16))
+        query_size, kv_size = shape.num_query_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+        def normal(*sizes, scale=1.0):
+            return (scale * jax.random.normal(next(keys), sizes)).astype(jnp.bfloat16)
+
+        def matrix(rows, columns):
+            return normal(rows, columns, scale=columns**-0.5)
+
+        weights = LayerWeights(
+            o=matrix(shape.hidden_size, query_size),
+            post_norm=1 + normal(shape.hidden_size, scale=0.1),
+            gate_up=matrix(2 * shape.intermediate_size, shape.hidden_size),
+            down=matrix(shape.hidden_size, shape.intermediate_size),
+            next_norm=1 + normal(shape.hidden_size, scale=0.1),
+            next_qkv=matrix(query_size + 2 * kv_size, shape.hidden_size),
+        )
+        angles = jax.random.uniform(next(keys), (shape.batch, shape.head_dim // 2), maxval=6.0)
+        cache = shape.batch, CAPACITY, shape.num_kv_heads, shape.head_dim
+        return (
+            normal(shape.batch, shape.num_query_heads, shape.head_dim), normal(shape.batch, shape.hidden_size),
+            weights, jnp.cos(angles), jnp.sin(angles), normal(*cache), normal(*cache),
+            jax.random.randint(next(keys), (shape.batch,), 0, CAPACITY, jnp.int32),
+        )  # fmt: skip
+
+    def counters(self):
+        shape = self.shape
+        depth = max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size)
+        return grid_sync.counters(3, num_counters(depth, self.config))
+
+    def run(self, inputs, counters=None, *, detect_races=False):
+        interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=detect_races)
+        run = functools.partial(fused_layer, eps=EPS, config=self.config, interpret=interpret)
+        return jax.jit(run)(*inputs, self.counters() if counters is None else counters)
+
+
+def case(batch, hidden, inner, heads, kv_heads, head_dim, tiles, seed=0):
+    return Case(LayerShape(batch, hidden, inner, heads, kv_heads, head_dim), FusedLayerConfig(*tiles), seed)
+
+
+def expected(attended, hidden, weights, cos, sin, keys, values, lengths):
+    """hidden, query, keys, values in float64."""
+
+    def exact(x):
+        return np.asarray(x, np.float64)
+
+    def normed(x, weight):
+        return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPS) * exact(weight)
+
+    batch, num_heads, head_dim = attended.shape
+    num_kv_heads = keys.shape[2]
+    hidden = exact(hidden) + exact(attended).reshape(batch, -1) @ exact(weights.o).T
+    gate, up = np.split(normed(hidden, weights.post_norm) @ exact(weights.gate_up).T, 2, axis=1)
+    hidden = hidden + (gate / (1 + np.exp(-gate)) * up) @ exact(weights.down).T
+    qkv = (normed(hidden, weights.next_norm) @ exact(weights.next_qkv).T).reshape(batch, -1, head_dim)
+    turned, value = np.split(qkv, [num_heads + num_kv_heads], axis=1)
+    low, high = np.split(turned, 2, axis=2)
+    cos, sin = exact(cos)[:, None], exact(sin)[:, None]
+    turned = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
+    query, key = np.split(turned, [num_heads], axis=1)
+    keys, values = exact(keys).copy(), exact(values).copy()
+    for row, slot in enumerate(np.asarray(lengths)):
+        if slot < keys.shape[1]:
+            keys[row, slot], values[row, slot] = key[row], value[row]
+    return hidden, query, keys, values
+
+
+def check(case, inputs, results):
+    hidden, following, _ = results
+    for out, exact in zip((hidden, *following), expected(*inputs), strict=True):
+        # Four products with inputs rounded to bfloat16 stand one on the other.
+        assert oracle.relative_error(out, exact) < 2 * oracle.TOLERANCE["bfloat16"]
+    keys, values, lengths = inputs[-3:]
+    rows, slots = np.arange(case.shape.batch), np.asarray(lengths)
+    for before, after in ((keys, following.keys), (values, following.values)):
+        changed = np.array((before != after).any(axis=(2, 3)))
+        live = slots < CAPACITY
+        changed[rows[live], slots[live]] = False
+        assert not changed.any()  # no slot but the rows' own
+
+
+SMALL = [
+    case(1, 128, 128, 2, 1, 64, (3, 64, 3, 1, 2)),
+    pytest.param(case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)), marks=pytest.mark.slow),
+    pytest.param(case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)), marks=pytest.mark.slow),  # one tile is all of K
+]
+# Two groups of rows; no size is a multiple of a tile; more CTAs than some products have units.
+RAGGED = case(9, 96, 160, 1, 1, 64, (5, 64, 2, 2, 2))
+H200 = device.by_name("H200")
+
+
+def planned(batch, *sizes, seed=0):
+    shape = LayerShape(batch, *sizes)
+    return Case(shape, heuristics.fused_layer_config(shape, H200), seed)
+
+
+LLAMA_2_7B = 4096, 11008, 32, 32, 128
+LLAMA_3_8B = 4096, 14336, 32, 8, 128
+LARGE = [
+    *(planned(batch, *LLAMA_2_7B) for batch in (1, 2, 7, 8, 9, 32, 64)),
+    *(planned(batch, *LLAMA_3_8B) for batch in (1, 16)),
+    planned(3, 8192, 28672, 64, 8, 128),  # Llama 70B
+    planned(4, 2048, 8192, 32, 8, 64),  # Llama-3.2-1B
+]
+
+
+@pytest.mark.parametrize("case", [*SMALL, *(pytest.param(case, marks=pytest.mark.gpu) for case in LARGE)])
+def test_agrees_with_float64(case):
+    inputs = case.inputs()
+    check(case, inputs, case.run(inputs, detect_races=case == SMALL[0]))
+
+
+@pytest.mark.parametrize("case", [RAGGED, pytest.param(planned(9, *LLAMA_2_7B), marks=pytest.mark.gpu)])
+def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
+    """NaN marks a row whose attention left the safe window."""
+    attended, *rest, lengths = case.inputs()
+    inputs = (attended, *rest, lengths.at[1].set(CAPACITY).at[7].set(CAPACITY + 5))
+    hidden, following, counters = case.run((attended.at[3, 0, 5].set(jnp.nan), *inputs[1:]))
+    for out in (hidden, following.query):
+        assert np.isnan(out[3]).all()
+    slot = int(lengths[3])
+    exact = expected(*inputs)
+    repaired = [out.at[3].set(x[3].astype(out.dtype)) for out, x in zip((hidden, following.query), exact, strict=False)]
+    keys, values = (
+        x.at[3, slot].set(y[3, slot].astype(x.dtype)) for x, y in zip(following[1:], exact[2:], strict=True)
+    )
+    check(case, inputs, (repaired[0], NextLayer(repaired[1], keys, values), counters))
+
+
+def test_the_last_layer_ends_with_its_hidden_states():
+    attended, hidden, weights, cos, sin, _, _, lengths = inputs = SMALL[0].inputs()
+    last = weights._replace(next_norm=None, next_qkv=None)
+    out, following, _ = SMALL[0].run((attended, hidden, last, cos, sin, None, None, lengths))
+    assert following is None
+    assert oracle.relative_error(out, expected(*inputs)[0]) < 2 * oracle.TOLERANCE["bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [planned(1, *LLAMA_2_7B), planned(8, *LLAMA_3_8B), RAGGED])
+def test_gives_the_same_each_time(case):
+    """Layer upon layer, the last among them, on the same counters: whoever reads too early sees another's numbers."""
+    attended, hidden, weights, cos, sin, keys, values, lengths = case.inputs()
+    last = weights._replace(next_norm=None, next_qkv=None)
+
+    @jax.jit
+    def step(hidden, counters):
+        query = attended
+        for _ in range(4):
+            hidden, following, counters = case.run((query, hidden, weights, cos, sin, keys, values, lengths), counters)
+            query = following.query
+        return *case.run((query, hidden, last, cos, sin, None, None, lengths), counters)[::2], following
+
+    first, counters, following = step(hidden, case.counters())
+    for _ in range(100):
+        again, counters, following_again = step(hidden, counters)
+        for x, y in zip((first, *following), (again, *following_again), strict=True):
+            assert (x == y).all()
+
+
+def test_lowers_for_cuda():
+    """One launch, which updates the cache and the counters in place."""
+    case = planned(8, *LLAMA_2_7B)
+    inputs = jax.eval_shape(case.inputs)
+    run = functools.partial(fused_layer, eps=EPS, config=case.config)
+    text = jax.jit(run).trace(*inputs, jax.eval_shape(case.counters)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert text.count("output_operand_alias<") == 3
