@@ -68,6 +68,7 @@ _MAX_STAGES = 8
 # While the grid waits, which takes some 5 us, each CTA's ring takes in 160 KiB, and memory does not stand still. Other
 # tiles, deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
 _FUSED_BLOCK_K = 256
+_SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that has less
 _FUSED_MAX_STAGES = 5
 _FUSED_X_STAGES = 2
 _FUSED_X_COLUMNS = 1024  # of x in a stage, for 8 rows
@@ -346,8 +347,10 @@ def _layer_shape_refusal(shape: LayerShape) -> str | None:
     if shape.head_dim % (2 * UNIT_WIDTH):
         return f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}"
     sizes = shape.hidden_size, shape.intermediate_size
-    if any(size % UNIT_WIDTH for size in sizes):
-        return f"the fused layer takes sizes that are multiples of {UNIT_WIDTH}, got D = {sizes[0]}, F = {sizes[1]}"
+    if any(size % _SWIZZLE_COLUMNS for size in sizes):
+        return (
+            f"the fused layer takes sizes that are multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
+        )
     return None
 
 

@@ -438,7 +438,7 @@ def test_every_layer_has_a_legal_plan_everywhere(model, name):
         (dict(dtype="float16"), "bfloat16"),
         (dict(batch=65), "rows"),
         (dict(head_dim=96), "head dims"),
-        (dict(intermediate_size=11000), "multiples of 32"),
+        (dict(intermediate_size=11040), "multiples of 64"),
     ],
 )
 def test_a_refused_layer_says_why(changes, why):

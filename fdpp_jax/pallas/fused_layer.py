@@ -122,21 +122,23 @@ def fused_layer(
         config=config,
         is_interpreted=interpret is not None,
     )
+    x_rows = batch if batch <= 8 else facts.num_rows  # TMA reads fewer rows than a tile has, or whole tiles
     inputs = dict(
-        attended=attended.reshape(batch, -1), hidden=hidden, cos=cos, sin=sin,
+        attended=jnp.pad(attended.reshape(batch, -1), ((0, x_rows - batch), (0, 0))), hidden=hidden, cos=cos, sin=sin,
         slots=jnp.where(lengths < capacity, jnp.arange(batch) * capacity + lengths, batch * capacity).astype(jnp.int32),
-        **{name: x for name, x in weights._asdict().items() if x is not None},
+        **{name: weight for name, weight in weights._asdict().items() if weight is not None},
     )  # fmt: skip
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x = rows((x_rows, hidden_size))
     squares = jax.ShapeDtypeStruct((round_up(2 * hidden_size // WIDTH, HEIGHT), facts.num_rows), jnp.float32)
     outputs: dict[str, Any] = dict(
-        middle=rows(hidden.shape), scaled_middle=rows(hidden.shape), middle_squares=squares,
-        inner=rows((batch, inner_size)), last=rows(hidden.shape),
+        middle=rows(hidden.shape), scaled_middle=x, middle_squares=squares,
+        inner=rows((x_rows, inner_size)), last=rows(hidden.shape),
     )  # fmt: skip
     state: dict[str, Any] = dict(counters=counters)
     if keys is not None:
         assert values is not None
-        outputs |= dict(scaled_last=rows(hidden.shape), last_squares=squares, query=rows((batch, num_heads * head_dim)))
+        outputs |= dict(scaled_last=x, last_squares=squares, query=rows((batch, num_heads * head_dim)))
         flat = batch * capacity, num_kv_heads * head_dim
         state |= dict(keys=keys.reshape(flat), values=values.reshape(flat))
     results = _run(outputs, state, inputs=inputs, facts=facts, interpret=interpret)
