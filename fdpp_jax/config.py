@@ -198,7 +198,7 @@ class FusedLayerConfig:
       num_ctas: CTAs, one an SM.
       block_k: Columns of a tile of weights, which has 64 rows.
       num_stages: Tiles in the ring of weights.
-      num_x_tiles: Tiles of x, each of block_k columns, that are loaded together: a chunk. An even number.
+      num_x_tiles: Tiles of x, each of block_k columns, that are loaded together: a chunk.
       num_x_stages: Chunks in the ring of x.
     """
 

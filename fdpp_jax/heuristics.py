@@ -69,7 +69,7 @@ _MAX_STAGES = 8
 # tiles, deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
 _FUSED_BLOCK_K = 256
 _SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that has less
-_FUSED_RING_COLUMNS = 5 * 256  # of weights
+_FUSED_MAX_STAGES = 5
 _FUSED_X_STAGES = 2
 _FUSED_X_COLUMNS = 1024  # of x in a stage, for 8 rows
 _MIN_STAGES = 2
@@ -163,9 +163,8 @@ def fused_layer_config(shape: LayerShape, device: Device | str) -> FusedLayerCon
     device = device_lib.resolve(device)
     # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
     num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
-    block_k = _FUSED_BLOCK_K if shape.rows <= 16 else _FUSED_BLOCK_K // 2
-    num_x_tiles = max(2, _FUSED_X_COLUMNS // (block_k * (shape.rows // 8)))
-    config = FusedLayerConfig(num_ctas, block_k, _FUSED_RING_COLUMNS // block_k, num_x_tiles, _FUSED_X_STAGES)
+    num_x_tiles = max(1, _FUSED_X_COLUMNS // (_FUSED_BLOCK_K * (shape.rows // 8)))
+    config = FusedLayerConfig(num_ctas, _FUSED_BLOCK_K, _FUSED_MAX_STAGES, num_x_tiles, _FUSED_X_STAGES)
     while config.num_stages > 1 and config.smem_bytes(shape) > device.smem_bytes:
         config = dataclasses.replace(config, num_stages=config.num_stages - 1)
     return config

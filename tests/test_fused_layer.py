@@ -120,7 +120,7 @@ def check(case, inputs, results):
 
 
 SMALL = [
-    case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2)),
+    case(1, 128, 128, 2, 1, 64, (3, 64, 3, 1, 2)),
     pytest.param(case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)), marks=pytest.mark.slow),
     pytest.param(case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)), marks=pytest.mark.slow),  # one tile is all of K
 ]

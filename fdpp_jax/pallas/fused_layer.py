@@ -15,8 +15,7 @@ and its three warpgroups run on their own:
 - inputs: loads x, chunk by chunk, as soon as the grid has counted all results that make up the chunk (grid_sync).
 - products: y^T [64, rows] += w [64, block_k] @ x^T [block_k, rows], rows padded to 8, with the weights as the large
   operand (as in flat_matmul). Each unit of WIDTH columns is finished by one CTA, over all of K: there are no partial
-  sums. Gate and up, and the halves of a head that rotate together, are one unit with its partner columns; where there
-  are no partners, the second half of a tile's rows are the same columns at the next block of K.
+  sums. Gate and up, and the halves of a head that rotate together, are one unit with its partner columns.
 
 RMSNorm needs no pass of its own: whoever finishes columns of hidden stores them times the norm's weight, too, and their
 sum of squares; 1 / rms is a factor of a whole row, which the next product applies to its result.
@@ -236,16 +235,16 @@ class _Cta:
             first, count = self.facts.share(phase, self.cta)
             num_tiles = jnp.int32(self.facts.sizes(phase)[0])
             source = getattr(self.gmem, phase.w)
+            height = WIDTH // 2 if phase.kind == "residual" else WIDTH
 
-            def tile(t, done, phase=phase, first=first, num_tiles=num_tiles, source=source):
+            def tile(t, done, phase=phase, first=first, num_tiles=num_tiles, source=source, height=height):
                 unit = first + lax.div(t, num_tiles) * self.facts.config.num_ctas
-                block = lax.rem(t, num_tiles) * phase.num_blocks
+                columns = pl.ds(lax.rem(t, num_tiles) * block_k, block_k)
                 slot = lax.rem(done, jnp.int32(num_stages))
                 pl.when(done >= num_stages)(lambda: plgpu.barrier_wait(smem.w_free.at[slot]))
                 for half, row in enumerate(self.facts.columns(phase, unit)):
-                    depth = pl.ds((block + half % phase.num_blocks) * block_k, block_k)
-                    target = smem.w.at[slot, pl.ds(half * WIDTH, WIDTH)]
-                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, WIDTH), depth], target, smem.w_ready.at[slot])
+                    target = smem.w.at[slot, pl.ds(half * height, height)]
+                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, height), columns], target, smem.w_ready.at[slot])
                 return done + 1
 
             done = lax.fori_loop(0, count * num_tiles, tile, done)
@@ -315,8 +314,9 @@ class _Cta:
         unit = first + turn * self.facts.config.num_ctas
         low, high = self.facts.columns(phase, unit)
         finish = getattr(self, f"_{phase.kind}")(index, unit, low, high)
-        acc = plgpu.ACC((HEIGHT, self.facts.num_rows), jnp.float32)
-        y = pl.run_scoped(functools.partial(self._product, phase, done), *[acc] * phase.num_blocks)
+        y = pl.run_scoped(
+            functools.partial(self._product, phase, done), plgpu.ACC((HEIGHT, self.facts.num_rows), jnp.float32)
+        )
         if phase.kind != "residual":
             pl.when(turn == 0)(lambda: plgpu.barrier_wait(smem.factor_ready))
             factor = plgpu.load(smem.factor, layout=BY_ROW, optimized=False)
@@ -325,12 +325,10 @@ class _Cta:
         num_tiles, num_chunks = self.facts.sizes(phase)
         return tiles_done + num_tiles, chunks_done + num_chunks
 
-    def _product(self, phase: Phase, done: tuple[jax.Array, jax.Array], *accs: Any) -> jax.Array:
-        """y of a unit [64, rows]. The rows of a tile that belong to another block of x come to nothing."""
+    def _product(self, phase: Phase, done: tuple[jax.Array, jax.Array], acc: Any) -> jax.Array:
         config, smem = self.facts.config, self.smem
         num_tiles, _ = self.facts.sizes(phase)
         tiles_done, chunks_done = done
-        tiles_per_chunk = jnp.int32(config.num_x_tiles // phase.num_blocks)
 
         def release(tile: jax.Array, chunk: jax.Array, is_end: jax.Array) -> None:
             """What the product with a tile has read; of a chunk, too, if it was its last one."""
@@ -339,22 +337,19 @@ class _Cta:
             pl.when(is_end)(lambda: plgpu.barrier_arrive(x_free))
 
         def step(k: jax.Array, _: None) -> None:
-            tile, chunk, i = tiles_done + k, chunks_done + lax.div(k, tiles_per_chunk), lax.rem(k, tiles_per_chunk)
+            tile, i = tiles_done + k, lax.rem(k, jnp.int32(config.num_x_tiles))
+            chunk = chunks_done + lax.div(k, jnp.int32(config.num_x_tiles))
             slot, x_slot = lax.rem(tile, jnp.int32(config.num_stages)), lax.rem(chunk, jnp.int32(config.num_x_stages))
             pl.when(i == 0)(lambda: plgpu.barrier_wait(smem.x_ready.at[x_slot]))
             plgpu.barrier_wait(smem.w_ready.at[slot])
-            for block, acc in enumerate(accs):
-                x = smem.x.at[x_slot, i * phase.num_blocks + block]
-                plgpu.wgmma(acc, smem.w.at[slot], x.transpose((1, 0)))
-            plgpu.wgmma_wait(len(accs))  # those of the tile before are done
+            plgpu.wgmma(acc, smem.w.at[slot], smem.x.at[x_slot, i].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
             pl.when(k > 0)(lambda: release(tile - 1, chunk - 1, i == 0))
 
         lax.fori_loop(0, num_tiles, step, None)
-        y, *others = (acc[...] for acc in accs)
+        y = acc[...]
         last = jnp.int32(num_tiles - 1)
-        release(tiles_done + last, chunks_done + lax.div(last, tiles_per_chunk), last >= 0)
-        if others:  # of the second block the second half
-            y += accumulators.swapped(others[0], smem.swap, is_interpreted=self.facts.is_interpreted)
+        release(tiles_done + last, chunks_done + lax.div(last, jnp.int32(config.num_x_tiles)), last >= 0)
         return y
 
     # What becomes of a unit's product y [64, rows]: what can be loaded before is.

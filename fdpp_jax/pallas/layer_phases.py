@@ -27,11 +27,6 @@ class Phase:
     num_units: int
     first_unit: int  # units of all phases before
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of depth in a tile: a unit without partners fills a tile's rows with two of them."""
-        return 2 if self.kind == "residual" else 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -71,7 +66,8 @@ class Facts:
 
     def sizes(self, phase: Phase) -> tuple[int, int]:
         """Tiles of weights a unit, and chunks of x."""
-        return pl.cdiv(phase.depth, phase.num_blocks * self.config.block_k), pl.cdiv(phase.depth, self.chunk)
+        num_tiles = pl.cdiv(phase.depth, self.config.block_k)
+        return num_tiles, pl.cdiv(num_tiles, self.config.num_x_tiles)
 
     def share(self, phase: Phase, cta: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A CTA's first unit, and how many it has: they go round all CTAs, on and on from phase to phase."""
@@ -80,9 +76,9 @@ class Facts:
         return first, jnp.maximum(lax.div(phase.num_units - first + (num_ctas - 1), jnp.int32(num_ctas)), 0)
 
     def columns(self, phase: Phase, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First column of a unit, and of its partners (if it has none: its own again)."""
+        """Where the two halves of a unit's tile begin: its columns and their partners, or its columns in two parts."""
         if phase.kind == "residual":
-            return unit * UNIT_WIDTH, unit * UNIT_WIDTH
+            return unit * UNIT_WIDTH, unit * UNIT_WIDTH + UNIT_WIDTH // 2
         if phase.kind == "gate":
             return unit * UNIT_WIDTH, unit * UNIT_WIDTH + self.inner_size
         half = self.head_dim // 2
