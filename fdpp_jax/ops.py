@@ -178,8 +178,7 @@ def flat_matmul(
     Args:
       x: [..., K]; the product of the leading sizes is the number of rows M.
       w: [K, N], same dtype as x; or [N, K] with w_order="nk".
-      w_order: "kn", or "nk" for a weight as PyTorch and Hugging Face store it. Neither is transposed, and both are
-        as fast.
+      w_order: "kn", or "nk" for a weight as PyTorch and Hugging Face store it. Neither is transposed.
       out_dtype: dtype of the result; x's by default.
       implementation: "gemv" (CUDA cores, M == 1), "flat" (tensor cores, M padded to a multiple of 8) or
         "xla": the paper's ImplA, ImplB and ImplC. None lets the heuristics choose.

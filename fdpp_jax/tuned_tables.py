@@ -25,7 +25,7 @@ NEAR = 2.0
 _CONFIG_TYPES: dict[str, type[FlatMatmulConfig] | type[GemvConfig]] = {"flat": FlatMatmulConfig, "gemv": GemvConfig}
 _IMPLEMENTATIONS = get_args(MatmulImplementation)
 
-# The order that models store, and that tables are measured in. They answer for the other too, which is as fast.
+# The order that models store, and that tables are measured in. They answer for the other, too.
 W_ORDER: WeightOrder = "nk"
 
 type WeightKey = tuple[int, int, str]  # k, n, dtype; whatever the order
