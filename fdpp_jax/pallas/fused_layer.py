@@ -368,17 +368,18 @@ class _Cta:
         load = functools.partial(
             accumulators.load, column=low, num_rows=facts.num_rows, is_interpreted=facts.is_interpreted
         )
+        # Every CTA has had a unit of gate and up, for which it has seen the counts of all of `middle`.
         hidden = load(getattr(gmem, before))
         gain = load(getattr(gmem, norm)) if hasattr(gmem, norm) else None
 
         def finish(y: jax.Array) -> None:
             total = (hidden + y).astype(jnp.bfloat16).astype(jnp.float32)
+            self._store(total, name, low)
             if gain is not None:
                 self._store(total * gain, f"scaled_{name}", low)
                 sums = getattr(gmem, f"{name}_squares").at[pl.ds(2 * unit, 2)]
                 accumulators.store_squares(total, sums, is_interpreted=facts.is_interpreted)
             self._count(index, low)
-            self._store(total, name, low)  # nobody reads it before the next count
 
         return finish
 
