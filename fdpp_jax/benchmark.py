@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax import device, heuristics, models, ops, timing
-from fdpp_jax.config import MatmulImplementation, MatmulShape, round_up
+from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
+from fdpp_jax.device import Device
 from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
@@ -22,14 +23,31 @@ _CAPACITY_MULTIPLE = 64
 
 
 def bench_matmul(shape: MatmulShape) -> BenchReport:
-    """Times x [m, k] @ w in its order: each of our kernels that takes the shape, XLA's, and the read floor of w."""
+    """Times x [m, k] @ w in its order: each of our kernels that takes the shape, XLA's, and the read floor of w.
+
+    Where the flat kernel runs it is also timed without what the paper adds to it: see `matmul_candidates`.
+    """
     running, dtype = device.current(), jnp.dtype(shape.dtype)
     weight_bytes = dtype.itemsize * shape.k * shape.n
     x_key, w_key = jax.random.split(jax.random.key(0))
     weights = timing.random_normal(w_key, shape.w_shape, dtype, 0.02)
     sets = timing.copies(weights, timing.num_sets(weight_bytes, running))
     x = timing.random_normal(x_key, (shape.m, shape.k), dtype)
+    candidates = matmul_candidates(shape, running)
+    title = (
+        f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
+        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights"
+    )
+    timings = timing.time_kernels(candidates, x, sets, weight_bytes)
+    return timing.kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})
 
+
+def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidate]:
+    """What `bench_matmul` times, by label: our kernels, ablations of the flat one, `jnp.dot`.
+
+    The ablations are the planned tiles with rows padded to 64 instead of 8, with two stages (one tile on its way while
+    one is multiplied), and with K unsplit (or, where it is, split in two).
+    """
     planned = heuristics.plan_matmul(shape, running).implementation
     candidates: dict[str, Candidate] = {}
     kernels: tuple[MatmulImplementation, ...] = ("gemv", "flat")
@@ -39,14 +57,29 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
             candidates[label] = Candidate(
                 functools.partial(ops.flat_matmul, w_order=shape.w_order, implementation=name)
             )
+    if heuristics.refuse_kernel_matmul(shape, running, "flat") is None:
+        config = heuristics.flat_matmul_config(shape, running)
+        split = 2 if config.split_k == 1 else 1
+        variants = {
+            "flat, rows padded to 64": (config, max(shape.m, 64)),
+            "flat, two stages": (dataclasses.replace(config, num_stages=2), shape.m),
+            f"flat, K in {split} split{'s' * (split > 1)}": (dataclasses.replace(config, split_k=split), shape.m),
+        }
+        for label, (variant, rows) in variants.items():
+            if variant.smem_bytes(dataclasses.replace(shape, m=rows)) <= running.smem_bytes:
+                candidates[label] = Candidate(
+                    functools.partial(_flat, config=variant, rows=rows, w_order=shape.w_order)
+                )
     dot = functools.partial(jnp.einsum, f"mk,{shape.w_order}->mn")
     candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = Candidate(dot, is_peer=True)
-    title = (
-        f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
-        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights"
-    )
-    timings = timing.time_kernels(candidates, x, sets, weight_bytes)
-    return timing.kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})
+    return candidates
+
+
+def _flat(x: jax.Array, w: jax.Array, *, config: FlatMatmulConfig, rows: int, w_order: WeightOrder) -> jax.Array:
+    from fdpp_jax.pallas import flat_matmul as kernel
+
+    padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+    return kernel.flat_matmul(padded, w, config=config, out_dtype=x.dtype, w_order=w_order)[: x.shape[0]]
 
 
 def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
