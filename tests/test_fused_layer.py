@@ -119,11 +119,7 @@ def check(case, inputs, results):
         assert not changed.any()  # no slot but the rows' own
 
 
-SMALL = [
-    case(1, 128, 128, 2, 1, 64, (3, 64, 3, 1, 2)),
-    pytest.param(case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)), marks=pytest.mark.slow),
-    pytest.param(case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)), marks=pytest.mark.slow),  # one tile is all of K
-]
+SMALL = case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2))
 # Two groups of rows; no size is a multiple of a tile; more CTAs than some products have units.
 RAGGED = case(9, 192, 320, 1, 1, 64, (5, 128, 2, 2, 2))
 H200 = device.by_name("H200")
@@ -136,7 +132,9 @@ def planned(batch, *sizes, seed=0):
 
 LLAMA_2_7B = 4096, 11008, 32, 32, 128
 LLAMA_3_8B = 4096, 14336, 32, 8, 128
-LARGE = [
+OTHERS = [
+    case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)),
+    case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)),  # one tile is all of K
     *(planned(batch, *LLAMA_2_7B) for batch in (1, 2, 7, 8, 9, 32, 64)),
     *(planned(batch, *LLAMA_3_8B) for batch in (1, 16)),
     planned(3, 8192, 28672, 64, 8, 128),  # Llama 70B
@@ -144,10 +142,10 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("case", [*SMALL, *(pytest.param(case, marks=pytest.mark.gpu) for case in LARGE)])
+@pytest.mark.parametrize("case", [SMALL, *(pytest.param(case, marks=pytest.mark.gpu) for case in OTHERS)])
 def test_agrees_with_float64(case):
     inputs = case.inputs()
-    check(case, inputs, case.run(inputs, detect_races=case == SMALL[0]))
+    check(case, inputs, case.run(inputs, detect_races=case == SMALL))
 
 
 @pytest.mark.parametrize("case", [RAGGED, pytest.param(planned(9, *LLAMA_2_7B), marks=pytest.mark.gpu)])
@@ -167,10 +165,11 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     check(case, inputs, (repaired[0], NextLayer(repaired[1], keys, values), counters))
 
 
+@pytest.mark.gpu  # on the CPU: tests/models/test_fused.py
 def test_the_last_layer_ends_with_its_hidden_states():
-    attended, hidden, weights, cos, sin, _, _, lengths = inputs = SMALL[0].inputs()
+    attended, hidden, weights, cos, sin, _, _, lengths = inputs = SMALL.inputs()
     last = weights._replace(next_norm=None, next_qkv=None)
-    out, following, _ = SMALL[0].run((attended, hidden, last, cos, sin, None, None, lengths))
+    out, following, _ = SMALL.run((attended, hidden, last, cos, sin, None, None, lengths))
     assert following is None
     assert oracle.relative_error(out, expected(*inputs)[0]) < 2 * oracle.TOLERANCE["bfloat16"]
 

@@ -51,7 +51,7 @@ def test_is_the_unfused_step():
     model, tokens, cache = prefilled(SMALL, (5, 9), 16, with_key_norms=True)
     step, other = (StepCache(SMALL, cache, None, "xla") for _ in range(2))
     exact = model.decode_states(tokens, other)
-    config = FusedLayerConfig(num_ctas=3, block_k=64, num_stages=3, num_x_tiles=1, num_x_stages=2)
+    config = FusedLayerConfig(num_ctas=2, block_k=64, num_stages=3, num_x_tiles=1, num_x_stages=2)
     out = fused.decode_states(model, tokens, step, config, plgpu.InterpretGPUParams())
     assert_close(out, exact, 0.02)
     grown, expected = step.grown(), other.grown()
