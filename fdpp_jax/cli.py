@@ -226,6 +226,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     from fdpp_jax import device, generation, models
 
+    _keep_compiled()
     directory = _checkpoint_directory(args.model)
     # The tokenizer first: a wrong one shows in a moment, weights take a while.
     tokenizer = models.load_tokenizer(directory, vocab_size=models.loading.read_config(directory).vocab_size)
@@ -267,6 +268,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     from fdpp_jax import device
 
+    _keep_compiled()
     directory = _checkpoint_directory(args.model)
     dtype = args.dtype or ("bfloat16" if device.current().is_gpu else "float32")
     tables, output = cli_calibrate.run_calibrate(args, directory, dtype)
@@ -283,6 +285,17 @@ def _tune(args: argparse.Namespace) -> None:
     for title, columns, rows in tables:
         _print_table(title, columns, rows)
     print(end)
+
+
+def _keep_compiled() -> None:
+    """What is compiled is kept for the next run, where the user has not said otherwise to JAX."""
+    import pathlib
+
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "fdpp_jax" / "xla"))
 
 
 def _checkpoint_directory(model: str) -> "pathlib.Path":
@@ -373,6 +386,7 @@ def _bench_decode(args: argparse.Namespace) -> None:
     config = _model_config(args.model)
     from fdpp_jax import benchmark
 
+    _keep_compiled()
     _warn_off_gpu(running)
     report = benchmark.bench_decode(config, batch=args.batch, context=args.context, steps=args.steps)
     _print_bench(report, args.json)

@@ -5,6 +5,8 @@ import pathlib
 
 # Several test processes may share one GPU. JAX reads this when its backend starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# What the commands compile is not kept for the user, nor taken from there.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Tests plan by the rules and the shipped tables, whatever the user has measured.
 os.environ["FDPP_TUNED_DIR"] = str(pathlib.Path(__file__).parent / "no_tables_of_the_user")
 

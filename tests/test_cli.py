@@ -1,6 +1,7 @@
 """The command line: what each command prints, and how errors and Ctrl-C end."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -355,6 +356,24 @@ def test_bad_values_are_refused(capsys, checkpoint, argv, message):
     code, out, err = _run(capsys, "generate", "--model", checkpoint, "--prompt", "x", *argv)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_the_second_run_finds_what_the_first_has_compiled(tmp_path):
+    options = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment = os.environ | options | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "fdpp_jax", "generate", "--prompt", "def ", "--max-new-tokens", "4"]
+
+    def compiled():
+        """The programs that are kept after a run, and when they were written."""
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        found = [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith("-atime")]
+        return {path.relative_to(tmp_path): path.stat().st_mtime_ns for path in found}
+
+    first = compiled()
+    assert first
+    assert {path.parts[:2] for path in first} == {("fdpp_jax", "xla")}
+    assert compiled() == first
 
 
 def test_generate_with_the_bundled_model(capsys):
