@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax import device, heuristics, models, ops, timing
+from fdpp_jax import device, heuristics, matmul, models, ops, timing
 from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
 from fdpp_jax.device import Device
 from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
@@ -27,12 +27,8 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
 
     Where the flat kernel runs it is also timed without what the paper adds to it: see `matmul_candidates`.
     """
-    running, dtype = device.current(), jnp.dtype(shape.dtype)
-    weight_bytes = dtype.itemsize * shape.k * shape.n
-    x_key, w_key = jax.random.split(jax.random.key(0))
-    weights = timing.random_normal(w_key, shape.w_shape, dtype, 0.02)
-    sets = timing.copies(weights, timing.num_sets(weight_bytes, running))
-    x = timing.random_normal(x_key, (shape.m, shape.k), dtype)
+    running = device.current()
+    x, sets, weight_bytes = timing.matmul_buffers(shape)
     candidates = matmul_candidates(shape, running)
     title = (
         f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
@@ -76,10 +72,8 @@ def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidat
 
 
 def _flat(x: jax.Array, w: jax.Array, *, config: FlatMatmulConfig, rows: int, w_order: WeightOrder) -> jax.Array:
-    from fdpp_jax.pallas import flat_matmul as kernel
-
     padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-    return kernel.flat_matmul(padded, w, config=config, out_dtype=x.dtype, w_order=w_order)[: x.shape[0]]
+    return matmul.run_kernel(padded, w, config=config, out_dtype=x.dtype, w_order=w_order)[: x.shape[0]]
 
 
 def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:

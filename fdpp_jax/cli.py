@@ -289,13 +289,12 @@ def _tune(args: argparse.Namespace) -> None:
 
 def _keep_compiled() -> None:
     """What is compiled is kept for the next run, where the user has not said otherwise to JAX."""
-    import pathlib
-
     import jax
 
+    from fdpp_jax import tuned_tables
+
     if jax.config.jax_compilation_cache_dir is None:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "fdpp_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(tuned_tables.cache_directory() / "xla"))
 
 
 def _checkpoint_directory(model: str) -> "pathlib.Path":

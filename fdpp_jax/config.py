@@ -208,10 +208,15 @@ class FusedLayerConfig:
     num_x_tiles: int
     num_x_stages: int
 
+    @property
+    def chunk(self) -> int:
+        """Columns of x that are loaded together."""
+        return self.num_x_tiles * self.block_k
+
     def smem_bytes(self, shape: LayerShape) -> int:
         """Shared memory one CTA asks for: both rings, and what partners are swapped through."""
         ring = self.num_stages * 2 * UNIT_WIDTH * self.block_k * 2
-        x_ring = self.num_x_stages * self.num_x_tiles * shape.rows * self.block_k * 2
+        x_ring = self.num_x_stages * shape.rows * self.chunk * 2
         return ring + x_ring + 2 * UNIT_WIDTH * shape.rows * 4 + _SMEM_RESERVE
 
 

@@ -13,6 +13,7 @@ Source: FlashDecoding++ (arXiv 2311.01282), sections 4 and 5.
 
 import dataclasses
 import functools
+from typing import Any
 
 from fdpp_jax import device as device_lib
 from fdpp_jax import tuned_tables
@@ -147,9 +148,9 @@ def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
     if refusal is not None:
         return LayerPlan("unfused", None, refusal)
     config = fused_layer_config(shape, device)
-    if config.num_stages < _MIN_STAGES:
+    if config.smem_bytes(shape) > device.smem_bytes:
         return LayerPlan("unfused", None, f"{shape.rows} rows leave no room for two stages of weights")
-    max_depth = MAX_COUNTERS * config.num_x_tiles * config.block_k
+    max_depth = MAX_COUNTERS * config.chunk
     if max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size) > max_depth:
         return LayerPlan(
             "unfused", None, f"with {shape.rows} rows the fused layer multiplies at most {max_depth} columns"
@@ -165,9 +166,7 @@ def fused_layer_config(shape: LayerShape, device: Device | str) -> FusedLayerCon
     num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
     num_x_tiles = max(1, _FUSED_X_COLUMNS // (_FUSED_BLOCK_K * (shape.rows // 8)))
     config = FusedLayerConfig(num_ctas, _FUSED_BLOCK_K, _FUSED_MAX_STAGES, num_x_tiles, _FUSED_X_STAGES)
-    while config.num_stages > 1 and config.smem_bytes(shape) > device.smem_bytes:
-        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
-    return config
+    return with_stages_that_fit(config, shape, device.smem_bytes)
 
 
 def _tuned_plan(
@@ -277,11 +276,17 @@ def _with_stages(
     """As many stages as keep enough loads in flight and fit, at least two."""
     stage_bytes = 2 * block_kv * shape.padded_head_dim * shape.kv_itemsize
     num_stages = min(_MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * stage_bytes)))
-    while True:
-        config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, _MIN_STAGES))
-        if num_stages <= _MIN_STAGES or config.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
-            return config
-        num_stages -= 1
+    config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, _MIN_STAGES))
+    return with_stages_that_fit(config, shape, device.smem_bytes_shared(ctas_per_sm))
+
+
+def with_stages_that_fit[C: DecodeAttentionConfig | FlatMatmulConfig | GemvConfig | FusedLayerConfig](
+    config: C, shape: Any, smem_bytes: int
+) -> C:
+    """The config with no more stages than fit `smem_bytes` with a shape of its kernel, but at least two."""
+    while config.num_stages > _MIN_STAGES and config.smem_bytes(shape) > smem_bytes:
+        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 def flat_matmul_config(shape: MatmulShape, device: Device | str) -> FlatMatmulConfig:
@@ -424,11 +429,7 @@ def rule_matmul_config(
     ctas_per_sm = 2 if two_fit else 1
     split_k = _num_splits(num_tiles, max_splits, device, wanted_per_sm=ctas_per_sm, ctas_per_sm=ctas_per_sm)
     smem_bytes = _smem_budget(num_tiles * split_k, two_fit, device)
-    for num_stages in range(_MAX_STAGES, _MIN_STAGES, -1):
-        config = config_type(block_n, block_k, num_stages, split_k)
-        if config.smem_bytes(shape) <= smem_bytes:
-            return config
-    return config_type(block_n, block_k, _MIN_STAGES, split_k)
+    return with_stages_that_fit(config_type(block_n, block_k, _MAX_STAGES, split_k), shape, smem_bytes)
 
 
 def _split_reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig) -> str:

@@ -54,17 +54,26 @@ def _run_matmul(
     plan = _plan_matmul(shape, implementation)
     if plan.config is None:
         return reference.matmul(x, w, out_dtype, w_order)
-    rows = x.reshape(-1, x.shape[-1])
-    if isinstance(plan.config, GemvConfig):
-        from fdpp_jax.pallas import gemv
-
-        out = gemv.gemv(rows, w, config=plan.config, out_dtype=out_dtype, w_order=w_order)
-    else:
-        assert isinstance(plan.config, FlatMatmulConfig)
-        from fdpp_jax.pallas import flat_matmul as kernel
-
-        out = kernel.flat_matmul(rows, w, config=plan.config, out_dtype=out_dtype, w_order=w_order)
+    out = run_kernel(x.reshape(-1, x.shape[-1]), w, config=plan.config, out_dtype=out_dtype, w_order=w_order)
     return out.reshape(*x.shape[:-1], shape.n)
+
+
+def run_kernel(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    config: FlatMatmulConfig | GemvConfig,
+    out_dtype: jax.typing.DTypeLike,
+    w_order: WeightOrder,
+) -> jax.Array:
+    """x [M, K] @ w by the kernel that the config is of."""
+    if isinstance(config, GemvConfig):
+        from fdpp_jax.pallas.gemv import gemv
+
+        return gemv(x, w, config=config, out_dtype=out_dtype, w_order=w_order)
+    from fdpp_jax.pallas.flat_matmul import flat_matmul
+
+    return flat_matmul(x, w, config=config, out_dtype=out_dtype, w_order=w_order)
 
 
 def _plan_matmul(shape: MatmulShape, implementation: MatmulImplementation | None) -> MatmulPlan:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import device
+from fdpp_jax.config import MatmulShape
 
 # Bytes that one timed program reads: on a GPU half a millisecond of reads, which hides the dispatch of the next.
 _GPU_PROGRAM_BYTES = 2 << 30
@@ -149,6 +150,16 @@ def _lower(
         return outs
 
     return jax.jit(program).lower(x, sets)
+
+
+def matmul_buffers(shape: MatmulShape) -> tuple[jax.Array, list[Any], int]:
+    """Random x [m, k], as many random weights as get past the L2, and the bytes of one."""
+    dtype = jnp.dtype(shape.dtype)
+    weight_bytes = dtype.itemsize * shape.k * shape.n
+    x_key, w_key = jax.random.split(jax.random.key(0))
+    weights = random_normal(w_key, shape.w_shape, dtype, 0.02)
+    sets = copies(weights, num_sets(weight_bytes, device.current()))
+    return random_normal(x_key, (shape.m, shape.k), dtype), sets, weight_bytes
 
 
 def time_kernels(

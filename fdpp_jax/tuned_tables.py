@@ -125,13 +125,17 @@ def config_text(config: FlatMatmulConfig | GemvConfig) -> str:
     return f"{config.block_n} x {config.block_k}, {config.num_stages} stages, split {config.split_k}"
 
 
+def cache_directory() -> pathlib.Path:
+    """Where what can be made again is kept: fdpp_jax in the user's cache directory (XDG)."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fdpp_jax"
+
+
 def user_directory() -> pathlib.Path:
-    """Where the user's own tables lie: FDPP_TUNED_DIR, else fdpp_jax/tuned in the user's cache directory (XDG)."""
+    """Where the user's own tables lie: FDPP_TUNED_DIR, else tuned in the cache directory."""
     named = os.environ.get("FDPP_TUNED_DIR")
     if named:
         return pathlib.Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "fdpp_jax" / "tuned"
+    return cache_directory() / "tuned"
 
 
 def file_name(device_kind: str) -> str:

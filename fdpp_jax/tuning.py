@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax import device as device_lib
-from fdpp_jax import heuristics, models, timing
+from fdpp_jax import heuristics, matmul, models, timing
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape
 from fdpp_jax.device import Device
 from fdpp_jax.models import DecoderConfig
@@ -166,19 +165,12 @@ def _fitting(
     """The config with no more stages than one or two CTAs of an SM have room for, as many as the grid gives it."""
     num_ctas = -(-shape.n // config.block_n) * config.split_k
     smem_bytes = device.smem_bytes_shared(min(2, -(-num_ctas // device.num_sms)))
-    while config.num_stages > 2 and config.smem_bytes(shape) > smem_bytes:
-        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
-    return config
+    return heuristics.with_stages_that_fit(config, shape, smem_bytes)
 
 
 def weight_timer(weight: Weight, dtype: str) -> Timer:
     """Random values for the weight, in as many buffers as get past the L2, and what times jobs on them."""
-    running = device_lib.current()
-    weight_bytes = jnp.dtype(dtype).itemsize * weight.k * weight.n
-    x_key, w_key = jax.random.split(jax.random.key(0))
-    buffers = timing.random_normal(w_key, weight.shape(1, dtype).w_shape, dtype, 0.02)
-    sets = timing.copies(buffers, timing.num_sets(weight_bytes, running))
-    x = timing.random_normal(x_key, (max(ROWS), weight.k), dtype)
+    x, sets, weight_bytes = timing.matmul_buffers(weight.shape(max(ROWS), dtype))
 
     def measure(jobs: Sequence[Job], rounds: int) -> Measured:
         by_name = {job.name: job for job in jobs}
@@ -198,15 +190,9 @@ def weight_timer(weight: Weight, dtype: str) -> Timer:
 def _step(job: Job, rows: Mapping[int, jax.Array], w: jax.Array) -> jax.Array:
     """x [m, k] @ w by the job's kernel; w is [n, k]."""
     x = rows[job.m]
-    if isinstance(job.config, GemvConfig):
-        from fdpp_jax.pallas.gemv import gemv
-
-        return gemv(x, w, config=job.config, out_dtype=x.dtype, w_order=W_ORDER)
-    if isinstance(job.config, FlatMatmulConfig):
-        from fdpp_jax.pallas.flat_matmul import flat_matmul
-
-        return flat_matmul(x, w, config=job.config, out_dtype=x.dtype, w_order=W_ORDER)
-    return jnp.einsum(f"mk,{W_ORDER}->mn", x, w)
+    if job.config is None:
+        return jnp.einsum(f"mk,{W_ORDER}->mn", x, w)
+    return matmul.run_kernel(x, w, config=job.config, out_dtype=x.dtype, w_order=W_ORDER)
 
 
 def tune(

@@ -33,3 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def fresh_interpreter():
+    """Nothing of a kernel that was interpreted stays for the next test."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()

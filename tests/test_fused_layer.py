@@ -8,23 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import device, heuristics
 from fdpp_jax.config import FusedLayerConfig, LayerShape
-from fdpp_jax.pallas import grid_sync
-from fdpp_jax.pallas.fused_layer import LayerWeights, NextLayer, fused_layer, num_counters
+from fdpp_jax.pallas.fused_layer import LayerWeights, NextLayer, counters_for, fused_layer
 
 ON_GPU = jax.default_backend() == "gpu"
 EPS = 1e-5
 CAPACITY = 24
 
 
-@pytest.fixture(autouse=True)
-def _fresh_interpreter():
-    yield
-    gpu_callbacks.reset_gpu_interpret_mode_state()
+pytestmark = pytest.mark.usefixtures("fresh_interpreter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Case:
     def counters(self):
         shape = self.shape
         depth = max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size)
-        return grid_sync.counters(3, num_counters(depth, self.config))
+        return counters_for(depth, self.config)
 
     def run(self, inputs, counters=None, *, detect_races=False):
         interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=detect_races)

@@ -18,10 +18,7 @@ ON_GPU = jax.default_backend() == "gpu"
 in_both_orders = pytest.mark.parametrize("w_order", ["kn", "nk"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_interpreter():
-    yield
-    gpu_callbacks.reset_gpu_interpret_mode_state()
+pytestmark = pytest.mark.usefixtures("fresh_interpreter")
 
 
 def operands(m, k, n, dtype):

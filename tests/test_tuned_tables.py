@@ -7,7 +7,7 @@ import json
 import pathlib
 
 import pytest
-from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, entry, tune, write
+from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, tune, write
 
 from fdpp_jax import device, heuristics, models, tuned_tables, tuning
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
@@ -19,11 +19,7 @@ ALL_WEIGHTS = tuning.distinct([w for name, config in models.PRESETS.items() for 
 
 @pytest.fixture(autouse=True)
 def directories(tmp_path, monkeypatch):
-    """Where the shipped tables and the user's lie: nothing is in them."""
-    found = {"shipped": tmp_path / "shipped", "user": tmp_path / "user"}
-    monkeypatch.setattr(tuned_tables, "SHIPPED_DIRECTORY", found["shipped"])
-    monkeypatch.setenv("FDPP_TUNED_DIR", str(found["user"]))
-    return found
+    return empty_directories(tmp_path, monkeypatch)
 
 
 # Lookup.

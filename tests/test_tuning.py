@@ -7,7 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, entry, make_timer, tune, write
+from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, make_timer, tune, write
 
 from fdpp_jax import cli, cli_tune, device, heuristics, models, tuned_tables, tuning
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
@@ -18,11 +18,7 @@ from fdpp_jax.tuning import Job, Weight
 
 @pytest.fixture(autouse=True)
 def directories(tmp_path, monkeypatch):
-    """Where the shipped tables and the user's lie: nothing is in them."""
-    found = {"shipped": tmp_path / "shipped", "user": tmp_path / "user"}
-    monkeypatch.setattr(tuned_tables, "SHIPPED_DIRECTORY", found["shipped"])
-    monkeypatch.setenv("FDPP_TUNED_DIR", str(found["user"]))
-    return found
+    return empty_directories(tmp_path, monkeypatch)
 
 
 def paper(weight, job):

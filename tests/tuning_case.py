@@ -15,6 +15,14 @@ FLAT = FlatMatmulConfig(128, 64, 3, 4)  # by no rule
 SHAPE = MatmulShape(8, 4096, 12288, w_order="nk")
 
 
+def empty_directories(tmp_path, monkeypatch):
+    """Where the shipped tables and the user's lie: nothing is in them."""
+    found = {"shipped": tmp_path / "shipped", "user": tmp_path / "user"}
+    monkeypatch.setattr(tuned_tables, "SHIPPED_DIRECTORY", found["shipped"])
+    monkeypatch.setenv("FDPP_TUNED_DIR", str(found["user"]))
+    return found
+
+
 def entry(m=8, k=4096, n=12288, config=FLAT, dtype="bfloat16", run=RUN):
     """An entry that flat wins, or XLA without a config."""
     times = {"xla": 30.0 if config else 10.0, "flat": 20.0}

@@ -7,7 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.config import FusedLayerConfig
 from fdpp_jax.models.step_cache import StepCache
-from fdpp_jax.pallas import fused_layer, grid_sync
+from fdpp_jax.pallas import fused_layer
 
 if TYPE_CHECKING:
     from fdpp_jax.models.llama import LlamaForCausalLM
@@ -39,7 +39,7 @@ def decode_states(
     step.append(0, key, value)
     hidden = x[:, 0]
     depth = max(model.config.query_size, model.config.hidden_size, model.config.intermediate_size)
-    counters = grid_sync.counters(3, fused_layer.num_counters(depth, config))
+    counters = fused_layer.counters_for(depth, config)
     for i, layer in enumerate(layers):
         attended = step.attend(i, query)[:, 0]  # [B, N, H]
         next_layer = layers[i + 1] if i + 1 < len(layers) else None

@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import llvm
 
 from fdpp_jax.config import UNIT_WIDTH
+from fdpp_jax.pallas import registers
 
 LAYOUT = plgpu.Layout.WGMMA
 BY_ROW = LAYOUT.reduce(0)
@@ -61,19 +62,19 @@ def swapped(y: jax.Array, swap_smem: Any, *, is_interpreted: bool) -> jax.Array:
         f32 = ir.F32Type.get()
         place = "mov.u32 place, %tid.x; and.b32 place, place, 127;"
         base = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(swap))
-        elements = _extracted(y)
+        elements = registers.extracted(y.registers)
         count = len(elements)
         pairs = range(count // 2)
         stores = [f"st.shared.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}};" for i in pairs]
-        text = _block(".reg .b32 place;", place, "mad.lo.u32 place, place, 8, $0;", *stores)
+        text = registers.ptx_block(".reg .b32 place;", place, "mad.lo.u32 place, place, 8, $0;", *stores)
         mgpu.utils.inline_ptx(text, base, *elements, has_side_effects=True)
         mgpu.utils.warpgroup_barrier()
         loads = [f"ld.shared.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in pairs]
         other = f"xor.b32 place, place, 64; mad.lo.u32 place, place, 8, ${count};"
-        text = _block(".reg .b32 place;", place, other, *loads)
+        text = registers.ptx_block(".reg .b32 place;", place, other, *loads)
         swapped = mgpu.utils.inline_ptx(text, base, result_types=[f32] * count, has_side_effects=True)
         mgpu.utils.warpgroup_barrier()  # before anyone stores there again
-        return _from_elements(swapped, y.shape)
+        return registers.from_elements(swapped, y.shape)
 
     return emit(swap_smem, y)
 
@@ -120,13 +121,13 @@ def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: 
             else:
                 lines += [f"@live ld.relaxed.gpu.global.b16 half, {where};", f"@live cvt.f32.bf16 ${i}, half;"]
         elements = mgpu.utils.inline_ptx(
-            _block(_LOCATE, *lines),
+            registers.ptx_block(_LOCATE, *lines),
             mgpu.utils.memref_ptr(source),
             column.registers.item(),
             result_types=[ir.F32Type.get()] * num_elements,
             has_side_effects=True,
         )
-        return _from_elements(elements, shape)
+        return registers.from_elements(elements, shape)
 
     return emit(source_gmem, column)
 
@@ -176,11 +177,11 @@ def store(y: jax.Array, target_gmem: Any, column: jax.Array, *, is_interpreted: 
                 f"@live st.global.b16 [address + {16 * r}], half;",
             ]
         mgpu.utils.inline_ptx(
-            _block(_LOCATE, *lines),
+            registers.ptx_block(_LOCATE, *lines),
             mgpu.utils.memref_ptr(target),
             column.registers.item(),
             *(mgpu.utils.memref_ptr(ref) for ref in rows),
-            *_extracted(y),
+            *registers.extracted(y.registers),
             has_side_effects=True,
         )
 
@@ -203,7 +204,7 @@ def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
     def emit(_: Any, sums: Any, y: Any) -> None:
         num_rows = y.shape[1]
-        by_place = dict(zip(_places(num_rows), _extracted(y), strict=True))
+        by_place = dict(zip(_places(num_rows), registers.extracted(y.registers), strict=True))
         lines = [
             ".reg .f32 sum, other;",
             "and.b32 row, thread, 28;",
@@ -224,7 +225,7 @@ def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None
                         "add.f32 sum, sum, other;",
                     ]
                 lines.append(f"@live st.global.f32 [address + {4 * (8 * n + e)}], sum;")
-        text = _block(_LOCATE, *lines)
+        text = registers.ptx_block(_LOCATE, *lines)
         mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(sums), *elements, has_side_effects=True, convergent=True)
 
     emit(sums_gmem, y)
@@ -235,25 +236,5 @@ def _places(num_rows: int) -> list[tuple[int, int, int]]:
     return list(np.ndindex(num_rows // 8, 2, 2))
 
 
-def _extracted(y: Any) -> list[Any]:
-    return [vector.extract(register, [], [e]) for register in y.registers.flat for e in range(2)]
-
-
-def _from_elements(elements: Any, shape: tuple[int, ...]) -> Any:
-    layout = LAYOUT.to_mgpu()
-    pair = ir.VectorType.get((2,), ir.F32Type.get())
-    registers = np.empty(len(elements) // 2, object)
-    for i in range(len(registers)):
-        registers[i] = vector.from_elements(pair, elements[2 * i : 2 * i + 2])
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
-    )
-
-
 def _padded(rows: jax.Array, num_rows: int) -> jax.Array:
     return jnp.pad(rows, ((0, num_rows - rows.shape[0]), (0, 0)))
-
-
-def _block(*lines: str) -> str:
-    """PTX with registers of its own."""
-    return "\n".join(["{", *lines, "}"])

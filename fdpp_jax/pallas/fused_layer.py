@@ -67,9 +67,9 @@ class NextLayer(NamedTuple):
     values: jax.Array
 
 
-def num_counters(max_depth: int, config: FusedLayerConfig) -> int:
-    """Counters a row, for products with up to max_depth columns of x."""
-    return pl.cdiv(max_depth, config.num_x_tiles * config.block_k)
+def counters_for(max_depth: int, config: FusedLayerConfig) -> jax.Array:
+    """Counters at zero, for products with up to max_depth columns of x: a row for each result that another reads."""
+    return grid_sync.counters(3, pl.cdiv(max_depth, config.chunk))
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
@@ -100,7 +100,7 @@ def fused_layer(
       keys: [B, S, K, H] bfloat16, of the next layer; donated. None after the last layer.
       values: As keys.
       lengths: [B] int32, the slot that each row's new key and value go to; one beyond S goes nowhere.
-      counters: grid_sync.counters(3, num_counters(max(N * H, D, F), config)), those that the last layer returned.
+      counters: counters_for(max(N * H, D, F), config), then those that the last layer returned.
       eps: Of both norms.
       config: Tiles and stages.
       interpret: Runs the kernel interpreted on the CPU, a launch a product: it runs one CTA after the other.
@@ -269,12 +269,12 @@ class _Cta:
         slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
         pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
         if index > 0:
-            num_parts = lax.div(jnp.minimum(phase.depth - chunk * facts.chunk, facts.chunk), jnp.int32(WIDTH))
+            num_parts = lax.div(jnp.minimum(phase.depth - chunk * config.chunk, config.chunk), jnp.int32(WIDTH))
             counter = gmem.counters.at[index - 1, chunk]
             pl.when(turn < num_chunks)(lambda: grid_sync.await_count(counter, num_parts))
         for i in range(config.num_x_tiles):
             # Rows and columns beyond the array's come as zeros, which takes a traced start.
-            columns = pl.ds(chunk * facts.chunk + i * config.block_k, config.block_k)
+            columns = pl.ds(chunk * config.chunk + i * config.block_k, config.block_k)
             source = getattr(gmem, phase.x).at[pl.ds(self.cta * 0, facts.num_rows), columns]
             plgpu.copy_gmem_to_smem(source, smem.x.at[slot, i], smem.x_ready.at[slot])
         is_last = turn == num_chunks - 1
@@ -357,7 +357,7 @@ class _Cta:
     def _count(self, index: int, column: jax.Array) -> None:
         """For those who wait for the chunk of this product's result that the column is in."""
         if index + 1 < len(self.phases):
-            grid_sync.count(self.gmem.counters.at[index, lax.div(column, jnp.int32(self.facts.chunk))])
+            grid_sync.count(self.gmem.counters.at[index, lax.div(column, jnp.int32(self.facts.config.chunk))])
 
     def _residual(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
         del high
@@ -410,7 +410,6 @@ class _Cta:
             turned = y * c - partner * s, partner * c + y * s
             for name, start, end in (("query", 0, key), ("keys", key, value), ("values", value, None)):
                 is_here = low >= start if end is None else (low >= start) & (low < end)
-
                 slots = None if name == "query" else gmem.slots
                 for part, column in zip(turned, (low, high), strict=True):
                     pl.when(is_here)(functools.partial(self._store, part, name, column - start, slots))

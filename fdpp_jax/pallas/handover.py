@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
+
+from fdpp_jax.pallas.registers import extracted, from_elements, ptx_block
 
 WORDS = 4
 MAX_GIVERS = 128  # threads of a CTA
@@ -119,13 +120,15 @@ def store(value: jax.Array, ref_gmem: Any) -> None:
         pairs = ref_gmem.shape[0]
         for n in range(value.shape[1] // 8):
             registers = value.registers.reshape(-1, value.shape[1] // 8, 2)[:, n]  # m, r
-            elements = [vector.extract(register, [], [e]) for register in registers.flat for e in range(2)]
+            elements = extracted(registers)
             stores = [
                 f"@condition st.global.v4.f32 [address + {512 * m}], {_operands(1 + 4 * m)};"
                 for m in range(len(registers))
             ]
             where = _locate(f"setp.lt.u32 condition, pair, {pairs};", n, value.shape[0], "$0")
-            mgpu.utils.inline_ptx(_block(where, *stores), mgpu.utils.memref_ptr(ref), *elements, has_side_effects=True)
+            mgpu.utils.inline_ptx(
+                ptx_block(where, *stores), mgpu.utils.memref_ptr(ref), *elements, has_side_effects=True
+            )
 
     emit(ref_gmem, value)
 
@@ -141,30 +144,27 @@ def load(ref_gmem: Any, num_rows: int, is_there: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=returned)
     def emit(_: Any, ref: Any, is_there: Any) -> Any:
-        f32, layout = ir.F32Type.get(), plgpu.Layout.WGMMA.to_mgpu()
-        registers = np.empty((head_dim // 64, num_rows // 8, 2), object)  # m, n, r
-        num_elements = 4 * len(registers)
+        found = np.empty((head_dim // 64, num_rows // 8, 2, 2), object)  # m, n, r, e
+        num_elements = 4 * len(found)
         for n in range(num_rows // 8):
             # A pair that is not there is read as the last one: such a load takes no more sectors.
             where = _locate(f"min.u32 pair, pair, {pairs - 1};", n, head_dim, f"${num_elements}")
             loads = [f"setp.ne.u32 condition, ${num_elements + 1}, 0;"]
             loads += [f"mov.f32 ${i}, 0f00000000;" for i in range(num_elements)]
             loads += [
-                f"@condition ld.global.v4.f32 {_operands(4 * m)}, [address + {512 * m}];" for m in range(len(registers))
+                f"@condition ld.global.v4.f32 {_operands(4 * m)}, [address + {512 * m}];" for m in range(len(found))
             ]
             # The side effects that it does not have keep it behind await_flags().
             elements = mgpu.utils.inline_ptx(
-                _block(where, *loads),
+                ptx_block(where, *loads),
                 mgpu.utils.memref_ptr(ref),
                 is_there.registers.item(),
-                result_types=[f32] * num_elements,
+                result_types=[ir.F32Type.get()] * num_elements,
                 has_side_effects=True,
             )
-            for i, (m, r) in enumerate(np.ndindex(len(registers), 2)):
-                both = elements[2 * i : 2 * i + 2]
-                registers[m, n, r] = vector.from_elements(ir.VectorType.get((2,), f32), both)
-        registers = registers.reshape(layout.registers_shape(shape))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+            for (m, r, e), element in zip(np.ndindex(len(found), 2, 2), elements, strict=True):
+                found[m, n, r, e] = element
+        return from_elements(list(found.flat), shape)
 
     return emit(ref_gmem, is_there.astype(jnp.int32))
 
@@ -175,11 +175,6 @@ def _locate(choose: str, n: int, head_dim: int, base: str) -> str:
 
 def _operands(first: int) -> str:
     return "{" + ", ".join(f"${first + i}" for i in range(4)) + "}"
-
-
-def _block(*lines: str) -> str:
-    """PTX with registers of its own."""
-    return "\n".join(["{", *lines, "}"])
 
 
 def sync() -> None:

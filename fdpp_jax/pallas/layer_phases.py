@@ -42,11 +42,6 @@ class Facts:
     config: FusedLayerConfig
     is_interpreted: bool
 
-    @property
-    def chunk(self) -> int:
-        """Columns of x that are loaded together."""
-        return self.config.num_x_tiles * self.config.block_k
-
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
         """In their order."""

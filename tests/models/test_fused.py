@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import UnifiedMax, device
@@ -26,10 +25,7 @@ SMALL = LlamaConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _fresh_interpreter():
-    yield
-    gpu_callbacks.reset_gpu_interpret_mode_state()
+pytestmark = pytest.mark.usefixtures("fresh_interpreter")
 
 
 def prefilled(config, lengths, capacity, *, with_key_norms=False):
