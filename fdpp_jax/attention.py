@@ -6,7 +6,7 @@ recompute and the transformations need no list of the optional arguments.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,13 @@ def plan(shape: AttentionShape, implementation: AttentionImplementation | None) 
     raise NotImplementedError(f"{implementation=} cannot run this call: {refusal}")
 
 
+def place_of_recompute(planned: AttentionPlan, softmax: UnifiedMax | None) -> Recompute:
+    """The policy's, or else the plan's. Without a kernel there is one."""
+    if softmax is None or softmax.recompute is None or not isinstance(planned.config, DecodeAttentionConfig):
+        return planned.recompute
+    return softmax.recompute
+
+
 def with_phi(
     arrays: Arrays, options: Options, softmax: UnifiedMax | None, key_max_norm: jax.Array | None, *, in_kernel: bool
 ) -> Arrays:
@@ -128,9 +135,7 @@ def run(
     shape = shape_of(arrays, options)
     planned = plan(shape, implementation)
     if isinstance(planned.config, DecodeAttentionConfig):
-        config, recompute = planned.config, planned.recompute
-        if softmax is not None and softmax.recompute is not None:
-            recompute = softmax.recompute
+        config, recompute = planned.config, place_of_recompute(planned, softmax)
         if arrays.lengths is None:
             arrays = arrays._replace(lengths=jnp.full((shape.batch,), shape.capacity, jnp.int32))
         arrays = with_phi(arrays, options, softmax, key_max_norm, in_kernel=True)
@@ -150,13 +155,27 @@ def run_kernel(
     *,
     recompute: bool = False,
     prior: jax.Array | None = None,
-) -> jax.Array:
+    redone: jax.Array | None = None,
+) -> Any:
     """The Mosaic kernel; see `pallas.decode_attention`."""
     from fdpp_jax.pallas import decode_attention
 
-    return decode_attention.decode_attention(
-        **arrays._asdict(), **dataclasses.asdict(options), config=config, recompute=recompute, prior=prior
-    )
+    static = dict(**dataclasses.asdict(options), config=config, recompute=recompute)
+    return decode_attention.decode_attention(**arrays._asdict(), **static, prior=prior, redone=redone)
+
+
+def run_recomputing_kernel(
+    arrays: Arrays,
+    options: Options,
+    config: DecodeAttentionConfig,
+    recompute: Literal["kernel", "launch"],
+    redone: jax.Array | None = None,
+) -> Any:
+    """The Mosaic kernel, by which rows outside the window are redone; with `redone` the pair that it gives then."""
+    if recompute == "kernel":
+        return run_kernel(arrays, options, config, recompute=True, redone=redone)
+    out = run_kernel(arrays, options, config)
+    return run_kernel(arrays._replace(phi=None), options, config, prior=out, redone=redone)
 
 
 def run_reference(arrays: Arrays, options: Options) -> jax.Array:
@@ -187,12 +206,10 @@ def _checked_kernel(options: Options, config: DecodeAttentionConfig, recompute: 
     def call(arrays: Arrays) -> jax.Array:
         if arrays.phi is None:
             return run_kernel(arrays, options, config)
-        if recompute == "kernel":
-            return run_kernel(arrays, options, config, recompute=True)
+        if recompute != "cond":
+            return run_recomputing_kernel(arrays, options, config, recompute)
         out = run_kernel(arrays, options, config)
         online = arrays._replace(phi=None)
-        if recompute == "launch":
-            return run_kernel(online, options, config, prior=out)
         return lax.cond(jnp.isnan(out).any(), lambda: run_kernel(online, options, config), lambda: out)
 
     @call.def_vmap

@@ -178,7 +178,7 @@ def _time_decode(
                 logits, cache, is_redone = decode_step(model, tokens, cache, softmax)
                 redone += is_redone
             else:
-                logits, cache, _ = model.decode(tokens, cache, implementation=implementation)
+                logits, cache = model.decode(tokens, cache, implementation=implementation)[:2]
             return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), redone
 
         return jax.lax.fori_loop(0, steps, body, (cache, tokens, jnp.int32(0)))

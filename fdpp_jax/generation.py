@@ -2,8 +2,8 @@
 
 The prompt is padded to a power of two and prefilled at once. Then chunks of decode steps run as one jitted
 loop each, which the host hears of only at its end. The KV cache is donated from call to call and updated in
-place. A step with unified-max softmax that leaves the safe window is redone by one `lax.cond` with online
-softmax: it writes the same cache slots again.
+place. Rows that leave the safe window of unified-max softmax are redone inside the attention kernel. Where there is
+none, the whole step is redone by one `lax.cond` with online softmax: it writes the same cache slots again.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class GenerationResult:
     Attributes:
       tokens: [B, max_new_tokens] int32 new tokens. After a row's end: the first of eos_ids, or 0.
       lengths: [B] int32 new tokens that count, the end-of-sequence token included.
-      recomputed_steps: Decode steps that were redone with online softmax.
+      recomputed_steps: Decode steps of which a row, or all, was redone, having left the safe window.
       online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
       decode_steps: Decode steps that ran; the first token comes from the prefill.
       prefill_seconds: From the start to the first token on the host, without compilation.
@@ -94,8 +94,8 @@ def generate(
       top_k: Sample among the k best tokens only.
       top_p: Sample among the fewest best tokens whose probabilities reach top_p only.
       key: PRNG key; None: jax.random.key(0).
-      softmax: None: online softmax. UnifiedMax: asynchronous, with steps that leave the window redone.
-      max_recompute_rate: If more than this share of the steps was redone, the first 64 or later, the rest runs with
+      softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone.
+      max_recompute_rate: If more than this share of the steps redid a row, the first 64 or later, the rest runs with
         online softmax, after a warning and one compilation: a phi that does not fit costs more than it saves. 1: never.
 
     Returns:
@@ -273,7 +273,7 @@ def _run(
 
 
 def _has_drifted(loop: _Loop, num_steps: int, max_recompute_rate: float) -> bool:
-    """Whether too many steps were redone, which is warned of."""
+    """Whether too many steps redid a row, which is warned of."""
     redone = int(loop.recomputed_steps)
     if num_steps < _MIN_STEPS_OF_DRIFT or redone <= max_recompute_rate * num_steps:
         return False
@@ -368,25 +368,25 @@ def decode_step(
       softmax: None, or the policy whose failures are redone.
 
     Returns:
-      (logits [B, V] float32, the cache with one more token, whether the step was redone [] bool).
+      (logits [B, V] float32, the cache with one more token, whether a row or all of the step was redone [] bool).
     """
     lengths, norms = cache.lengths, cache.key_max_norms
-    logits, cache, overflow = model.decode(tokens, cache, softmax=softmax)
-    if softmax is None:
-        return logits, cache, jnp.zeros((), bool)
+    logits, cache, overflow, redone = model.decode(tokens, cache, softmax=softmax)
+    if overflow is False:  # lax.cond would stay in the program
+        return logits, cache, jnp.asarray(redone)
 
     def redo(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         del logits
         # Keys behind an overflow are NaN, and so are the norms that took them in.
         cache = dataclasses.replace(cache, lengths=lengths, key_max_norms=norms)
-        logits, cache, _ = model.decode(tokens, cache, softmax=None)
+        logits, cache, *_ = model.decode(tokens, cache, softmax=None)
         return logits, cache
 
     def keep(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return logits, cache
 
     logits, cache = jax.lax.cond(overflow, redo, keep, logits, cache)
-    return logits, cache, overflow
+    return logits, cache, jnp.logical_or(overflow, redone)
 
 
 def _executable(

@@ -120,12 +120,14 @@ def unchecked_decode_attention(
     query_offset: jax.Array | None = None,
     key_max_norm: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
+    redone: jax.Array | None = None,
     implementation: AttentionImplementation | None = None,
-) -> jax.Array:
-    """Decode attention without its recompute: for a model that redoes the whole step once instead.
+) -> tuple[jax.Array, jax.Array | None]:
+    """Decode attention that never takes a branch: for a model that redoes the whole step once where one is needed.
 
-    A row that left the safe window is NaN. NaN runs through the rest of the model into every logit of its
-    sequence, so that one look at the logits tells whether any layer overflowed.
+    Where the kernel redoes rows that left the safe window, it counts them in `redone`. Elsewhere they are NaN, which
+    runs through the rest of the model into every logit of the sequence, so that one look at the logits tells whether
+    any layer overflowed.
 
     Args:
       query: [B, 1, N, H].
@@ -137,11 +139,13 @@ def unchecked_decode_attention(
       logits_soft_cap: As in `dot_product_attention`.
       query_offset: As in `dot_product_attention`; counts with a window only.
       key_max_norm: As in `dot_product_attention`.
-      softmax: As in `dot_product_attention`; its recompute does not matter.
+      softmax: As in `dot_product_attention`.
+      redone: [B, K] int32, of earlier layers. None: leave all failed rows NaN.
       implementation: As in `dot_product_attention`.
 
     Returns:
-      [B, 1, N, H], NaN in rows that must be recomputed with softmax=None.
+      [B, 1, N, H], and redone with 1 for every sequence and head of which a row was redone. None in its place: rows
+      that must be recomputed with softmax=None are NaN.
     """
     if local_window_size is None:
         query_offset = None  # the lengths alone say what the last token sees
@@ -155,14 +159,17 @@ def unchecked_decode_attention(
     _check_floats(arrays, key_max_norm)
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
     shape = attention.shape_of(arrays._replace(lengths=None), options)
-    config = attention.plan(shape, implementation).config
+    planned = attention.plan(shape, implementation)
+    config, recompute = planned.config, attention.place_of_recompute(planned, softmax)
     if softmax is None and config == XlaAttentionConfig("cudnn"):
-        return attention.run_cudnn(arrays, options)
+        return attention.run_cudnn(arrays, options), None
     in_kernel = isinstance(config, DecodeAttentionConfig)
     arrays = attention.with_phi(arrays, options, softmax, key_max_norm, in_kernel=in_kernel)
-    if isinstance(config, DecodeAttentionConfig):
-        return attention.run_kernel(arrays, options, config)
-    return attention.run_reference(arrays, options)
+    if not isinstance(config, DecodeAttentionConfig):
+        return attention.run_reference(arrays, options), None
+    if softmax is None or redone is None or recompute == "cond":
+        return attention.run_kernel(arrays, options, config), None
+    return attention.run_recomputing_kernel(arrays, options, config, recompute, redone)
 
 
 def flat_matmul(

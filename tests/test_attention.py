@@ -103,6 +103,7 @@ def kernel_calls(monkeypatch):
         value_scale=None,
         recompute=False,
         prior=None,
+        redone=None,
         interpret=None,
     ):
         assert interpret is None
@@ -122,20 +123,27 @@ def kernel_calls(monkeypatch):
             value_scale=value_scale,
         )
 
-        def compute(phi, prior, arrays):
+        def compute(phi, prior, redone, arrays):
             arrays = jax.tree.map(np.asarray, arrays)
             out, log_sum = oracle.attention_and_log_sum(**arrays, **options)
-            if phi is not None and not recompute:
+            failed = np.zeros(log_sum.shape, bool) if prior is None else np.isnan(prior).any(axis=-1)  # [B, T, N]
+            if phi is not None:
                 page_size = arrays["key"].shape[1]
                 capacity = page_size * (1 if page_table is None else page_table.shape[1])
                 low, high = np.log(unified_max.window(query.dtype, capacity))
                 log_den = log_sum - np.broadcast_to(phi, (len(out), out.shape[2]))[:, None]
-                out[np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high))] = np.nan
+                failed |= np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high))
+                if not recompute:
+                    out[failed] = np.nan
             out = out.astype(query.dtype)
-            return out if prior is None else np.where(np.isnan(prior), out, prior)
+            out = out if prior is None else np.where(np.isnan(prior), out, prior)
+            by_head = failed.any(axis=1).reshape(len(out), key.shape[2], -1)  # [B, K, G]
+            return out if redone is None else (out, np.where(by_head.any(axis=2), 1, redone))
 
         arrays = dict(query=query, key=key, value=value, lengths=lengths) | optional
-        return jax.pure_callback(compute, jax.ShapeDtypeStruct(query.shape, query.dtype), phi, prior, arrays)
+        result = jax.ShapeDtypeStruct(query.shape, query.dtype)
+        result = result if redone is None else (result, jax.ShapeDtypeStruct(redone.shape, redone.dtype))
+        return jax.pure_callback(compute, result, phi, prior, redone, arrays)
 
     ours, theirs = (inspect.signature(f).parameters for f in (decode_attention, kernel_module.decode_attention))
     assert list(ours) == list(theirs)
@@ -295,10 +303,26 @@ def test_the_unchecked_op_leaves_rows_outside_the_window_nan(request, with_kerne
     arrays, arguments = call_arguments(0, dtype="bfloat16")
     arrays = tuple(jnp.nan_to_num(x) for x in arrays)
     softmax = UnifiedMax(jnp.array([-150.0] + 7 * [1.0]))
-    out = jax.jit(fdpp_jax.ops.unchecked_decode_attention)(*arrays, **arguments, softmax=softmax)
+    implementation = None if with_kernel else "xla"
+    call = jax.jit(functools.partial(fdpp_jax.ops.unchecked_decode_attention, implementation=implementation))
+    out, redone = call(*arrays, **arguments, softmax=softmax)
+    assert redone is None
     is_nan = np.isnan(np.asarray(out, np.float32)).all(axis=-1)[:, 0]  # [B, N]
     np.testing.assert_array_equal(is_nan[:, 0], [True, True, False, True])  # the third has no key
     assert not is_nan[:, 1:].any()
+    # Asked to count what is redone, the kernel redoes it, unless the policy says where else.
+    expected = np.asarray(call(*arrays, **arguments)[0], np.float32)
+    for recompute in (None, *RECOMPUTES):
+        softmax = UnifiedMax(softmax.phi, recompute)
+        earlier = jnp.full((4, NUM_KV_HEADS), 7, jnp.int32)
+        out, redone = call(*arrays, **arguments, softmax=softmax, redone=earlier)
+        if not with_kernel or recompute == "cond":
+            np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)).all(axis=-1)[:, 0], is_nan)
+            assert redone is None
+        else:
+            np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=0.02, atol=0.02)
+            np.testing.assert_array_equal(redone[:, 0], [1, 1, 7, 1])
+            assert (redone[:, 1:] == 7).all()
 
 
 def test_a_given_key_norm_saves_reading_the_keys(kernel_calls):

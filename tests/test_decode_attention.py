@@ -157,6 +157,12 @@ def _failing(case):
     return inputs, expected, phi + aside, leaves_window
 
 
+def _failed_groups(case, leaves_window):
+    """[B, K] bool: whether a row [B, T, N] of the sequence and head leaves the window."""
+    by_group = leaves_window.reshape(case.batch, case.query_length, case.num_kv_heads, case.group)
+    return by_group.any(axis=(1, 3))
+
+
 @recomputed("int8")
 def test_flags_the_rows_outside_the_window_and_no_other(case):
     case = RECOMPUTED[case]
@@ -170,8 +176,15 @@ def test_flags_the_rows_outside_the_window_and_no_other(case):
 @recomputed("bfloat16")
 def test_recomputes_in_the_kernel(case):
     case = RECOMPUTED[case]
-    inputs, expected, phi, _ = _failing(case)
+    inputs, expected, phi, leaves_window = _failing(case)
     check(case, case.run(inputs, phi, recompute=True), expected)
+    earlier = jnp.full((case.batch, case.num_kv_heads), 7, jnp.int32).at[1].set(0)
+    out, redone = case.run(inputs, phi, recompute=True, redone=earlier)
+    check(case, out, expected)
+    np.testing.assert_array_equal(redone, np.where(_failed_groups(case, leaves_window), 1, earlier))
+    safe = case.expected(inputs)[1].mean(axis=1)
+    _, redone = case.run(inputs, np.where(np.isfinite(safe), safe, 0.0), recompute=True, redone=earlier)
+    np.testing.assert_array_equal(redone, earlier)
 
 
 @recomputed("draft")
@@ -180,9 +193,11 @@ def test_recomputes_in_a_second_launch_only_the_groups_that_failed(case):
     inputs, expected, _, leaves_window = _failing(case)
     # As a first launch leaves them, but recognisable: 3 is not the answer anywhere.
     prior = jnp.where(leaves_window[..., None], jnp.nan, jnp.full(expected.shape, 3.0)).astype(case.dtype)
-    out = np.asarray(case.run(inputs, None, prior=prior), np.float64)
-    by_group = leaves_window.reshape(case.batch, case.query_length, case.num_kv_heads, case.group)
-    failed = np.repeat(by_group.any(axis=(1, 3)), case.group, axis=1)[:, None].repeat(case.query_length, axis=1)
+    groups = _failed_groups(case, leaves_window)
+    out, redone = case.run(inputs, None, prior=prior, redone=jnp.zeros(groups.shape, jnp.int32))
+    np.testing.assert_array_equal(redone, groups)
+    out = np.asarray(out, np.float64)
+    failed = np.repeat(groups, case.group, axis=1)[:, None].repeat(case.query_length, axis=1)
     assert failed.any()
     assert not failed.all()
     np.testing.assert_array_equal(out[~failed], 3.0)

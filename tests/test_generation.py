@@ -1,6 +1,7 @@
 """Generation against a plain loop over the whole sequence, and what the jitted loop promises."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdpp_jax import generation
+from fdpp_jax import generation, ops
 from fdpp_jax.generation import generate, stream
-from fdpp_jax.models import LlamaConfig, LlamaForCausalLM, random_model
+from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM, random_model
 from fdpp_jax.sampling import Sampling
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -207,6 +208,35 @@ def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
 def test_one_cond_a_step_and_none_without_unified_max(model, softmax, num_conds):
     arguments = _decode_chunk_arguments(model, 2, 64, softmax)
     assert str(generation._decode_chunk.trace(*arguments).jaxpr).count("= cond[") == num_conds
+
+
+@pytest.mark.parametrize(("has_kernel", "num_conds"), [((True, True), 0), ((False, True), 1)])
+def test_what_a_kernel_redoes_is_counted_without_a_cond(model, monkeypatch, has_kernel, num_conds):
+    unchecked, layers = ops.unchecked_decode_attention, itertools.cycle(has_kernel)
+
+    def attend(*arrays, softmax, redone, **options):
+        if not next(layers) or softmax is None:
+            return unchecked(*arrays, softmax=softmax, redone=redone, **options)
+        fails = softmax.phi[..., 0] > 100  # [1]: of head 0, in a stand-in for the kernel
+        return unchecked(*arrays, **options)[0], redone.at[:, 0].max(fails.astype(jnp.int32))
+
+    monkeypatch.setattr(ops, "unchecked_decode_attention", attend)
+    graphdef, weights = nnx.split(model)
+    cache = KVCache.create(CONFIG, 2, 16, jnp.float32)
+
+    @jax.jit
+    def step(softmax):
+        return generation.decode_step(nnx.merge(graphdef, weights), jnp.array([3, 5]), cache, softmax)
+
+    exact, exact_cache, redone = step(None)
+    assert not redone
+    for layer in (None, 0, 1):
+        softmax = UnifiedMax(jnp.zeros((2, 1, 4)) if layer is None else jnp.zeros((2, 1, 4)).at[layer].set(200.0))
+        assert str(step.trace(softmax).jaxpr).count("= cond[") == num_conds
+        logits, grown, redone = step(softmax)
+        assert bool(redone) == (layer is not None)
+        np.testing.assert_allclose(logits, exact, atol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grown, exact_cache)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -144,7 +144,7 @@ class CausalLM(nnx.Module):
         *,
         softmax: UnifiedMax | None = None,
         implementation: Literal["xla"] | None = None,
-    ) -> tuple[jax.Array, KVCache, jax.Array]:
+    ) -> tuple[jax.Array, KVCache, jax.Array | bool, jax.Array | bool]:
         """One decode step: appends a token to each row and predicts the next.
 
         Where `overflow` is true the logits, the new slots and the norms are not usable: call again with softmax=None
@@ -157,8 +157,9 @@ class CausalLM(nnx.Module):
           implementation: None for the planned kernels, "xla" for plain XLA throughout.
 
         Returns:
-          Logits [B, V] float32, the cache one token longer, and overflow [] bool: some row of some layer left
-          the policy's safe window.
+          Logits [B, V] float32, the cache one token longer, and two [] bool. overflow: some row of some layer left the
+          policy's safe window, and was not redone. redone: some was, and all is exact. A Python False cannot be true:
+          by the plans no layer overflows, or none redoes.
 
         Raises:
           ValueError: The batch sizes differ, or an unknown implementation.
@@ -170,9 +171,8 @@ class CausalLM(nnx.Module):
         step = StepCache(self.config, cache, softmax, implementation)
         logits = self.head(self.decode_states(tokens, step), implementation)  # [B, V]
         # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
-        # A constant False lets XLA drop the caller's recompute branch altogether.
-        overflow = jnp.zeros((), bool) if softmax is None else jnp.isnan(logits[:, 0]).any()
-        return logits, step.grown(), overflow
+        overflow = jnp.isnan(logits[:, 0]).any() if step.can_overflow else False
+        return logits, step.grown(), overflow, step.redone()
 
     def decode_states(self, tokens: jax.Array, step: StepCache) -> jax.Array:
         """What the head reads [B, D] of one new token a row, tokens [B]; a family may run its layers fused."""

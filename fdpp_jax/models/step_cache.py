@@ -17,6 +17,7 @@ class StepCache:
     Attributes:
       slots: [B] int32 where the new tokens go, which are their positions, too.
       implementation: Of everything in the step, None for the planned ones.
+      can_overflow: Whether a row that left the safe window in a layer that attended is NaN there, and not redone.
     """
 
     def __init__(
@@ -26,6 +27,8 @@ class StepCache:
         self._keys, self._values, self._norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
         self.slots = cache.lengths
         self.implementation = implementation
+        self.can_overflow = False
+        self._redone: jax.Array | None = None  # [B, K] int32, once a layer has counted
 
     def append(self, layer: int, key: jax.Array, value: jax.Array) -> None:
         """Puts key and value [B, 1, K, H] there."""
@@ -49,7 +52,10 @@ class StepCache:
     def attend(self, layer: int, query: jax.Array) -> jax.Array:
         """Attention of query [B, 1, N, H] over all keys, the new ones included."""
         softmax, num_layers = self._softmax, self._config.num_hidden_layers
-        return ops.unchecked_decode_attention(
+        before = self._redone
+        if softmax is not None and before is None:
+            before = jnp.zeros((query.shape[0], self._keys[layer].shape[2]), jnp.int32)
+        out, redone = ops.unchecked_decode_attention(
             query,
             self._keys[layer],
             self._values[layer],
@@ -58,8 +64,19 @@ class StepCache:
             key_value_seq_lengths=self.slots + 1,
             key_max_norm=self._norms[layer] if self._norms else None,
             softmax=None if softmax is None else softmax.for_layer(layer, num_layers),
+            redone=before,
             implementation=self.implementation,
         )
+        if redone is not None:
+            self._redone = redone
+        elif softmax is not None:
+            self.can_overflow = True
+        return out
+
+    def redone(self) -> jax.Array | bool:
+        """[] bool: whether the kernel redid a row in any layer. False: it cannot have."""
+        # Not any(): it compares with zeros, which XLA takes to be those that the layers write into, and copies.
+        return False if self._redone is None else self._redone.max() > 0
 
     def grown(self) -> KVCache:
         """The cache one token longer."""

@@ -57,8 +57,9 @@ def decode_attention(
     value_scale: jax.Array | None = None,
     recompute: bool = False,
     prior: jax.Array | None = None,
+    redone: jax.Array | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> jax.Array:
+) -> Any:
     """softmax(scale * q k^T) v for a few query tokens a sequence.
 
     Args:
@@ -81,11 +82,13 @@ def decode_attention(
       recompute: Redo rows outside the safe window inside the kernel; not with combine="launch".
       prior: [B, T, N, H], an earlier result. Only the heads of a sequence that hold NaN in it are computed, the
         others are copied.
+      redone: [B, K] int32, with recompute or prior. Where a row is redone it becomes 1; the others stay as they are,
+        so that one array serves all calls of a step, and costs where something fails only.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      [B, T, N, H] in the query's dtype. Without recompute, rows whose denominator left the safe window are NaN and
-      must be recomputed with phi=None.
+      [B, T, N, H] in the query's dtype, and with redone the pair of this and redone. Without recompute, rows whose
+      denominator left the safe window are NaN and must be recomputed with phi=None.
     """
     batch, query_length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -97,6 +100,7 @@ def decode_attention(
     chunk = min(batch, MAX_CHUNK) if in_kernel else 1
     num_chunks = -(-batch // chunk)
     assert in_kernel or not recompute
+    assert redone is None or recompute or prior is not None
     assert config.num_splits <= handover.MAX_GIVERS + 1 or not in_kernel
 
     def by_group(x: jax.Array) -> jax.Array:  # [B, T, N, ...] -> [B, K, T * G, ...]
@@ -115,7 +119,7 @@ def decode_attention(
     # A TMA box of 8 rows may reach beyond fewer than 8, not beyond 12.
     out_rows = live_rows if live_rows < 8 else rows
     grouped_query = padded(by_group(query), out_rows - live_rows)
-    operands = dict(q=grouped_query, k=key, v=value, lengths=lengths.astype(jnp.int32))
+    operands: dict[str, Any] = dict(q=grouped_query, k=key, v=value, lengths=lengths.astype(jnp.int32))
     if phi is not None:
         operands["phi"] = phi.astype(jnp.float32).reshape(1) if phi.ndim == 0 else by_row(phi)
     if query_offset is not None:
@@ -128,6 +132,8 @@ def decode_attention(
         operands |= dict(k_scale=key_scale, v_scale=value_scale)
     if prior is not None:
         operands["prior"] = padded(by_group(prior), out_rows - live_rows)
+    if redone is not None:
+        operands["redone"] = jax.new_ref(redone)  # updated in place
 
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     grid = num_chunks, num_kv_heads, config.num_splits
@@ -192,7 +198,8 @@ def decode_attention(
         out = _combine(num, den, row_max, lengths, query_offset, phi, sinks, facts, query.dtype)
         out = out.astype(query.dtype)
     out = out[:, :, :live_rows, :head_dim].reshape(batch, num_kv_heads, query_length, group, head_dim)
-    return out.swapaxes(1, 2).reshape(query.shape)
+    out = out.swapaxes(1, 2).reshape(query.shape)
+    return out if redone is None else (out, jax.freeze(operands["redone"]))
 
 
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:

@@ -36,7 +36,7 @@ def step(
 ) -> tuple[jax.Array, KVCache]:
     """One decode step with its recompute, which writes the same slots again (redo_old: into the cache from before)."""
     model = nnx.merge(graphdef, state)
-    logits, new, overflow = model.decode(tokens, cache, softmax=UnifiedMax(phi))
+    logits, new, overflow, _ = model.decode(tokens, cache, softmax=UnifiedMax(phi))
 
     def redo(logits: jax.Array, new: KVCache) -> tuple[jax.Array, KVCache]:
         del logits
@@ -106,7 +106,7 @@ def test_recomputed_steps_give_the_same_tokens(split: Any, batch: int, phi: floa
     exact = nnx.jit(lambda model, *args: model.decode(*args))
     for _ in range(4):
         tokens, cache = run(state, tokens, cache, jnp.float32(phi))
-        logits, exact_cache, _ = exact(model, exact_tokens, exact_cache)
+        logits, exact_cache, *_ = exact(model, exact_tokens, exact_cache)
         exact_tokens = logits.argmax(-1).astype(jnp.int32)
         np.testing.assert_array_equal(tokens, exact_tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cache, exact_cache)

@@ -67,19 +67,20 @@ def test_decodes_like_xla(name, softmax):
     model, tokens, cache = prefilled(config, (5, 70, 33), 128, with_key_norms=True)
 
     def steps(implementation):
-        found, overflows, state, token = [], [], cache, tokens
+        found, redone, state, token = [], [], cache, tokens
         for _ in range(4):
-            logits, state, overflow = model.decode(
+            logits, state, overflow, is_redone = model.decode(
                 token, state, softmax=None if implementation else softmax, implementation=implementation
             )
             found.append(logits)
-            overflows.append(overflow)
+            assert overflow is False
+            redone.append(jnp.asarray(is_redone))
             token = (token + 17) % config.vocab_size
-        return jnp.stack(found), state, jnp.stack(overflows)
+        return jnp.stack(found), state, jnp.stack(redone)
 
-    logits, grown, overflows = jax.jit(steps, static_argnums=0)(None)
+    logits, grown, redone = jax.jit(steps, static_argnums=0)(None)
     exact, expected, _ = jax.jit(steps, static_argnums=0)("xla")
-    assert not overflows.any()
+    assert not redone.any()
     assert_close(logits, exact, 0.02)
     for x, y in zip((*grown.keys, *grown.values), (*expected.keys, *expected.values), strict=True):
         assert_close(x, y, 0.02)
