@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from matplotlib.figure import Figure
 
 from fdpp_jax import bench_attention, benchmark, device, heuristics, timing
 from fdpp_jax.bench_attention import TABLE, attention_case
@@ -19,7 +20,8 @@ from fdpp_jax.timing import BenchReport, Candidate
 
 pytestmark = pytest.mark.slow  # many small programs to compile
 
-PEERS_SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "attention_peers.py"
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+PEERS_SCRIPT = BENCHMARKS / "attention_peers.py"
 TINY = functools.partial(attention_case, 2, 4, 2, 64, head_dim=16, dtype="float32")
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -260,8 +262,8 @@ def test_steps_run_one_after_the_other(chain):
 # The script of the peers in torch, which knows no JAX.
 
 
-def _peers():
-    spec = importlib.util.spec_from_file_location("attention_peers", PEERS_SCRIPT)
+def _script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -269,7 +271,7 @@ def _peers():
 
 
 def test_the_peers_time_the_same_table():
-    cases = _peers().TABLE
+    cases = _script(PEERS_SCRIPT).TABLE
     assert [case.label for case in cases] == [case.label for case in TABLE]
     assert [case.live_lengths() for case in cases] == [case.live_lengths() for case in TABLE]
     # Scales per token are ours alone: the peers have one scale, or none.
@@ -287,3 +289,17 @@ def test_the_peers_say_what_is_missing():
         done = subprocess.run([sys.executable, PEERS_SCRIPT], capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "attention_peers: error: torch is not installed\n"
+
+
+def test_the_plot_shows_the_recorded_speeds():
+    axes = Figure().subplots()
+    _script(BENCHMARKS / "plot_attention.py").draw(axes, BENCHMARKS / "results")
+    record = json.loads((BENCHMARKS / "results" / "h200-attention.json").read_text())
+    first = record["attention_table"][0]
+    assert axes.get_yticklabels()[0].get_text() == first["label"]
+    ours, *others = axes.containers
+    assert len(others) == 3
+    assert all(len(bars) == len(ours) > 8 for bars in others)
+    assert ours[0].get_width() == pytest.approx(first["bytes"] / first["time_us"]["unified max"] / 1e6)
+    floor = axes.lines[0].get_xdata()[0]
+    assert floor == pytest.approx(first["bytes"] / first["read_floor_us"] / 1e6)
