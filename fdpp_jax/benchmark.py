@@ -88,12 +88,14 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
       steps: Decode steps of one timed loop.
 
     Raises:
-      ValueError: batch or steps is not positive, or context is too short for the steps.
+      ValueError: batch or steps is not positive, or context is too short for the steps or too long for the model.
     """
     if batch < 1 or steps < 1 or context <= steps:
         raise ValueError(
             f"expected a batch and steps of at least 1 and context above steps, got {batch=} {steps=} {context=}"
         )
+    if config.has_learned_positions and context > config.max_position_embeddings:
+        raise ValueError(f"expected a context of at most the model's {config.max_position_embeddings}, got {context}")
     running = device.current()
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
     timing.progress("random weights")

@@ -380,9 +380,9 @@ def _bench_decode(args: argparse.Namespace) -> None:
     from fdpp_jax import device
 
     running = device.current()
+    config = _model_config(args.model)
     if not running.is_gpu and args.model != _BUNDLED:
         raise ValueError(f"bench decode --model {args.model} needs a GPU, this is {running.kind}; try --model tiny")
-    config = _model_config(args.model)
     from fdpp_jax import benchmark
 
     _keep_compiled()
@@ -404,6 +404,8 @@ def _bench_matmul(args: argparse.Namespace) -> None:
     from fdpp_jax import benchmark, device
     from fdpp_jax.config import MatmulShape
 
+    if min(args.m, args.k, args.n) < 1:
+        raise ValueError(f"expected sizes of at least 1, got m={args.m}, k={args.k} and n={args.n}")
     _warn_off_gpu(device.current())
     _print_bench(benchmark.bench_matmul(MatmulShape(args.m, args.k, args.n, args.dtype, args.order)), args.json)
 

@@ -46,7 +46,7 @@ class UnifiedMax:
         None lets the heuristics choose. Without a kernel it is always "cond".
 
     Raises:
-      ValueError: recompute is none of these.
+      ValueError: recompute is none of these, or phi a number that is not finite.
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
@@ -57,6 +57,8 @@ class UnifiedMax:
     def __post_init__(self) -> None:
         if self.recompute not in (None, *get_args(Recompute)):
             raise ValueError(f"recompute must be None, {', '.join(get_args(Recompute))}; got {self.recompute!r}")
+        if isinstance(self.phi, float) and not math.isfinite(self.phi):
+            raise ValueError(f"phi must be finite, got {self.phi}")
 
     @classmethod
     def bound(cls, recompute: Recompute | None = None) -> "UnifiedMax":

@@ -226,6 +226,8 @@ def test_a_layer_reads_no_more_than_its_window(name, live_tokens, seen):
 def test_bad_input(arguments):
     with pytest.raises(ValueError, match="expected a batch and steps of at least 1 and context above steps"):
         benchmark.bench_decode(CONFIG, **({"batch": 1, "context": 16, "steps": 4} | arguments))
+    with pytest.raises(ValueError, match="expected a context of at most the model's 2048, got 2049"):
+        benchmark.bench_decode(PRESETS["opt-6.7b"], context=2049)
 
 
 @pytest.mark.parametrize("set_bytes", [1 << 10, 1 << 20])

@@ -163,6 +163,19 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("decode --model nosuch", "unknown model 'nosuch'"),
+        ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
+    ],
+)
+def test_a_bench_of_nothing_is_refused(capsys, flags, message):
+    code, out, err = _run(capsys, "bench", *flags.split())
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "the table of bench attention needs a GPU, this is cpu; try one small shape"),

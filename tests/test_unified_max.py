@@ -49,6 +49,12 @@ def test_recompute_is_static_and_checked():
         UnifiedMax(recompute="host")
 
 
+@pytest.mark.parametrize("phi", [float("nan"), float("inf")])
+def test_phi_is_finite(phi):
+    with pytest.raises(ValueError, match=f"phi must be finite, got {phi}"):
+        UnifiedMax(phi)
+
+
 def row_phi(query, key, scale, lengths=None, softmax=None, dtype="float32", logits_soft_cap=None, **arrays):
     softmax = UnifiedMax.bound() if softmax is None else softmax
     # Under jit, as it is used: one program instead of one for each operation.

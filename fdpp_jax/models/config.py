@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -39,6 +39,8 @@ class DecoderConfig:
     Raises:
       ValueError: A size is not positive, or the head counts do not divide.
     """
+
+    has_learned_positions: ClassVar[bool] = False  # so that there are none beyond max_position_embeddings
 
     vocab_size: int
     hidden_size: int

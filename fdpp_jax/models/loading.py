@@ -31,6 +31,7 @@ _HUB_IGNORED = ("*/*", "consolidated*.safetensors")
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _TENSOR_DTYPES = ("BF16", "F16", "F32", "F64")
 _MAX_PROBLEMS_SHOWN = 20
+_MAX_LISTED = 10
 
 
 def bundled_path() -> pathlib.Path:
@@ -141,8 +142,10 @@ def read_config(directory: pathlib.Path) -> DecoderConfig:
 
 
 def list_files(directory: pathlib.Path) -> str:
-    """What a directory holds, for an error message."""
-    return ", ".join(sorted(entry.name for entry in directory.iterdir())) or "an empty directory"
+    """What a directory holds, or the beginning of it, for an error message."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    shown = names[:_MAX_LISTED] + ([f"{len(names) - _MAX_LISTED} more"] if len(names) > _MAX_LISTED else [])
+    return ", ".join(shown) or "an empty directory"
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class OPTConfig(DecoderConfig):
     Raises:
       ValueError: A size is not positive, or the head counts do not divide.
     """
+
+    has_learned_positions: ClassVar[bool] = True
 
     tie_word_embeddings: bool = True
 

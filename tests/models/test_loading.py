@@ -203,6 +203,10 @@ def test_no_weights(single: pathlib.Path) -> None:
 def test_no_config(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"expected config\.json in .* found an empty directory"):
         models.load(tmp_path)
+    for i in range(12):
+        (tmp_path / f"{i:02}.txt").touch()
+    with pytest.raises(ValueError, match=r"found 00\.txt, 01\.txt, .*, 09\.txt, 2 more$"):
+        models.load(tmp_path)
 
 
 def test_malformed_config(single: pathlib.Path) -> None:
