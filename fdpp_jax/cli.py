@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import fdpp_jax
 from fdpp_jax import cli_bench, cli_calibrate, cli_generate, cli_tune
+from fdpp_jax.cli_types import output_file
 
 if TYPE_CHECKING:
     import pathlib
@@ -197,7 +198,12 @@ def _add_bench(commands: Any) -> None:
     )
 
     for kind in (decode, attention, matmul):
-        kind.add_argument("--json", metavar="FILE", help="also write the numbers, with device, versions and commit")
+        kind.add_argument(
+            "--json",
+            type=output_file,
+            metavar="FILE",
+            help="also write the numbers, with device, versions and commit",
+        )
 
 
 def _add_model_shape(parser: argparse.ArgumentParser, default: str) -> None:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fdpp_jax.cli_types import output_file
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -45,9 +47,14 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of a piece (default: {_DEFAULT_LENGTH}, or the model's context)",
     )
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="pieces computed together (default: 4)")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the ranges by layer; needs matplotlib")
     parser.add_argument(
-        "--output", metavar="FILE", help="where to write (default: fdpp_calibration.json beside the checkpoint)"
+        "--plot", type=output_file, metavar="FILE.png", help="also draw the ranges by layer; needs matplotlib"
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="where to write (default: fdpp_calibration.json beside the checkpoint)",
     )
 
 

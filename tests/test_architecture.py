@@ -18,6 +18,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("cli_bench", "cli_calibrate", "cli_generate", "cli_tune"),
+    ("cli_types",),
     ("tuning",),
     ("benchmark", "bench_attention"),
     ("timing",),

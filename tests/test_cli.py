@@ -169,10 +169,25 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
         ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
     ],
 )
-def test_a_bench_of_nothing_is_refused(capsys, flags, message):
+def test_a_bench_that_can_only_fail_is_refused_at_once(capsys, flags, message):
     code, out, err = _run(capsys, "bench", *flags.split())
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/none/such/m.json", "no directory /none/such to write m.json to"),
+        ("/", "expected a file, got the directory /"),
+    ],
+)
+@pytest.mark.parametrize("flags", ["bench matmul --json", "calibrate --data x --plot", "calibrate --data x --output"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(capsys, flags, path, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*flags.split(), path])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,14 @@
+"""Types of command-line arguments that several commands share."""
+
+import argparse
+import pathlib
+
+
+def output_file(text: str) -> str:
+    """A file that can be written, which is better known before the work than after it."""
+    path = pathlib.Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the directory {path}")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no directory {path.parent} to write {path.name} to")
+    return text
