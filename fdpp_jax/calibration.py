@@ -46,7 +46,7 @@ class Judgement:
       margin_nats: Room between the recorded rows and either end of the window, where it is least; negative where they
         do not fit.
       recompute_rate: Share of the recorded rows that this phi leaves outside. A decode step has L * N rows a
-        sequence, and is redone if one of them is.
+        sequence, and counts as redone if one of them is.
       reason: The figures behind it, in one line.
     """
 
