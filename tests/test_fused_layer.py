@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import device, heuristics
@@ -63,7 +64,9 @@ class Case:
     def run(self, inputs, counters=None, *, detect_races=False):
         interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=detect_races)
         run = functools.partial(fused_layer, eps=EPS, config=self.config, interpret=interpret)
-        return jax.jit(run)(*inputs, self.counters() if counters is None else counters)
+        results = jax.block_until_ready(jax.jit(run)(*inputs, self.counters() if counters is None else counters))
+        assert ON_GPU or not detect_races or not gpu_callbacks.get_races().races_found  # JAX 0.12 raises by itself
+        return results
 
 
 def case(batch, hidden, inner, heads, kv_heads, head_dim, tiles, seed=0):
