@@ -26,7 +26,12 @@ def bench_matmul(shape: MatmulShape) -> BenchReport:
     """Times x [m, k] @ w in its order: each of our kernels that takes the shape, XLA's, and the read floor of w.
 
     Where the flat kernel runs it is also timed without what the paper adds to it: see `matmul_candidates`.
+
+    Raises:
+      ValueError: A size is not positive.
     """
+    if min(shape.m, shape.k, shape.n) < 1:
+        raise ValueError(f"expected sizes of at least 1, got m={shape.m}, k={shape.k} and n={shape.n}")
     running = device.current()
     x, sets, weight_bytes = timing.matmul_buffers(shape)
     candidates = matmul_candidates(shape, running)

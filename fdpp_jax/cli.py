@@ -410,8 +410,6 @@ def _bench_matmul(args: argparse.Namespace) -> None:
     from fdpp_jax import benchmark, device
     from fdpp_jax.config import MatmulShape
 
-    if min(args.m, args.k, args.n) < 1:
-        raise ValueError(f"expected sizes of at least 1, got m={args.m}, k={args.k} and n={args.n}")
     _warn_off_gpu(device.current())
     _print_bench(benchmark.bench_matmul(MatmulShape(args.m, args.k, args.n, args.dtype, args.order)), args.json)
 

@@ -144,8 +144,7 @@ def read_config(directory: pathlib.Path) -> DecoderConfig:
 def list_files(directory: pathlib.Path) -> str:
     """What a directory holds, or the beginning of it, for an error message."""
     names = sorted(entry.name for entry in directory.iterdir())
-    shown = names[:_MAX_LISTED] + ([f"{len(names) - _MAX_LISTED} more"] if len(names) > _MAX_LISTED else [])
-    return ", ".join(shown) or "an empty directory"
+    return ", ".join(_first(names, _MAX_LISTED, "{} more")) or "an empty directory"
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -229,11 +228,14 @@ def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]
     return {}, names
 
 
+def _first(items: list[str], limit: int, rest: str) -> list[str]:
+    """The items, or the first of them and `rest` with how many more there are."""
+    num_more = len(items) - limit
+    return items if num_more <= 0 else [*items[:limit], rest.format(num_more)]
+
+
 def _bullets(problems: list[str]) -> str:
-    shown = problems[:_MAX_PROBLEMS_SHOWN]
-    if len(problems) > len(shown):
-        shown.append(f"... and {len(problems) - len(shown)} more")
-    return "\n".join(f"  - {problem}" for problem in shown)
+    return "\n".join(f"  - {problem}" for problem in _first(problems, _MAX_PROBLEMS_SHOWN, "... and {} more"))
 
 
 def _with_progress[T](items: Iterable[T], title: str, progress: bool | None) -> Iterator[T]:
