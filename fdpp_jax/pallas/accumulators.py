@@ -3,7 +3,7 @@
 As wgmma leaves it (Layout.WGMMA), a thread (warp w, lane 4 g + t) holds y[h, row] for h = 16 w + 8 r + g and
 row = 8 n + 2 t + e, with r and e in 0..1. Row-major arrays [rows, columns] are its transpose, so that eight lanes hold
 neighbours in memory. Of the 64 columns only the first WIDTH belong to what is stored here; the others are those
-columns' partners, which `swapped` brings to the same threads.
+columns' partners, which the same threads get from `handed_over`.
 """
 
 from typing import Any
@@ -45,38 +45,55 @@ _LOCATE = f"""
 """
 
 
-def swapped(y: jax.Array, swap_smem: Any, *, is_interpreted: bool) -> jax.Array:
-    """y with its halves changed for each other: warps 0 and 1 trade registers with 2 and 3.
+def hand_over(y: jax.Array, y_smem: Any, *, is_interpreted: bool) -> None:
+    """Leaves a product [64, rows] float32 in y_smem [64 * rows], for the same threads of another warpgroup.
 
-    Args:
-      y: [64, rows] float32.
-      swap_smem: [64 * rows] float32.
-      is_interpreted: Whether the interpreter runs it.
+    Each thread's registers lie there together, and each takes part in the barrier that makes them known.
     """
     if is_interpreted:
-        return jnp.roll(y, WIDTH, axis=0)
-    returned = plgpu.ShapeDtypeStruct(y.shape, jnp.dtype(y.dtype), layout=LAYOUT)
+        y_smem[...] = y.reshape(-1)
+        return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=returned)
-    def emit(_: Any, swap: Any, y: Any) -> Any:
-        f32 = ir.F32Type.get()
-        place = "mov.u32 place, %tid.x; and.b32 place, place, 127;"
-        base = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(swap))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
+    def emit(_: Any, target: Any, y: Any) -> None:
         elements = registers.extracted(y.registers)
-        count = len(elements)
-        pairs = range(count // 2)
+        pairs = range(len(elements) // 2)
         stores = [f"st.shared.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}};" for i in pairs]
-        text = registers.ptx_block(".reg .b32 place;", place, "mad.lo.u32 place, place, 8, $0;", *stores)
-        mgpu.utils.inline_ptx(text, base, *elements, has_side_effects=True)
-        mgpu.utils.warpgroup_barrier()
-        loads = [f"ld.shared.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in pairs]
-        other = f"xor.b32 place, place, 64; mad.lo.u32 place, place, 8, ${count};"
-        text = registers.ptx_block(".reg .b32 place;", place, other, *loads)
-        swapped = mgpu.utils.inline_ptx(text, base, result_types=[f32] * count, has_side_effects=True)
-        mgpu.utils.warpgroup_barrier()  # before anyone stores there again
-        return registers.from_elements(swapped, y.shape)
+        text = registers.ptx_block(*_place(0), *stores)
+        mgpu.utils.inline_ptx(text, _address(target), *elements, has_side_effects=True)
 
-    return emit(swap_smem, y)
+    emit(y_smem, y)
+
+
+def handed_over(y_smem: Any, num_rows: int, *, is_partner: bool = False, is_interpreted: bool) -> jax.Array:
+    """The product [64, num_rows] that is in y_smem, or with its halves changed for each other."""
+    shape = HEIGHT, num_rows
+    if is_interpreted:
+        return jnp.roll(y_smem[...].reshape(shape), WIDTH if is_partner else 0, axis=0)
+    returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returned)
+    def emit(_: Any, source: Any) -> Any:
+        count = num_rows // 2
+        loads = [f"ld.shared.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in range(count // 2)]
+        text = registers.ptx_block(*_place(count, other_half=is_partner), *loads)
+        types = [ir.F32Type.get()] * count
+        elements = mgpu.utils.inline_ptx(text, _address(source), result_types=types, has_side_effects=True)
+        return registers.from_elements(elements, shape)
+
+    return emit(y_smem)
+
+
+def _place(argument: int, *, other_half: bool = False) -> list[str]:
+    """PTX of where a thread's first registers lie, given the operand that is their array's address."""
+    lines = [".reg .b32 place;", "mov.u32 place, %tid.x;", "and.b32 place, place, 127;"]
+    if other_half:  # warps 0 and 1 hold the first, 2 and 3 the second
+        lines.append("xor.b32 place, place, 64;")
+    return [*lines, f"mad.lo.u32 place, place, 8, ${argument};"]
+
+
+def _address(smem: Any) -> Any:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(smem))
 
 
 def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: bool) -> jax.Array:

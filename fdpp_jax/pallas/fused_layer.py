@@ -8,7 +8,7 @@ Four products follow upon each other, each of the whole result of the one before
     query, key, value = norm(hidden) @ qkv^T, rotated; key and value go to their slots of the cache
 
 A decode step is bound by reading the weights, so they must not stop coming. One CTA an SM runs through all products,
-and its three warpgroups run on their own:
+and its four warpgroups run on their own:
 
 - weights: streams tiles through a ring of TMA stages that knows no end of a product: while the grid waits for the last
   results of one product, the ring fills with weights of the next.
@@ -16,6 +16,8 @@ and its three warpgroups run on their own:
 - products: y^T [64, rows] += w [64, block_k] @ x^T [block_k, rows], rows padded to 8, with the weights as the large
   operand (as in flat_matmul). Each unit of WIDTH columns is finished by one CTA, over all of K: there are no partial
   sums. Gate and up, and the halves of a head that rotate together, are one unit with its partner columns.
+- results: what becomes of a unit's product, until it is stored and counted. That takes longer than a tile's product,
+  since stores and counts queue up behind the loads of weights; the next unit's products go on meanwhile.
 
 RMSNorm needs no pass of its own: whoever finishes columns of hidden stores them times the norm's weight, too, and their
 sum of squares; 1 / rms is a factor of a whole row, which the next product applies to its result.
@@ -186,6 +188,8 @@ def _launch(
         x_ready=plgpu.Barrier(num_arrivals=config.num_x_tiles, num_barriers=config.num_x_stages),
         x_free=plgpu.Barrier(num_barriers=config.num_x_stages),
         factor_ready=plgpu.Barrier(),
+        y_ready=plgpu.Barrier(),
+        y_free=plgpu.Barrier(),
     )
     x_shape = config.num_x_stages, config.num_x_tiles, num_rows, config.block_k
 
@@ -193,7 +197,7 @@ def _launch(
         gmem = types.SimpleNamespace(**dict(zip((*operands, *outputs), args, strict=True)))
         cta = _Cta(gmem, types.SimpleNamespace(**smem), facts, indices)
         group = lax.axis_index("warpgroup")
-        for i, work in enumerate((cta.multiply, cta.stream_weights, cta.stream_inputs)):
+        for i, work in enumerate((cta.multiply, cta.stream_weights, cta.stream_inputs, cta.finish)):
             pl.when(group == i)(work)
 
     results = plgpu.kernel(
@@ -202,13 +206,13 @@ def _launch(
         scratch_types=dict(
             w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
             x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
-            swap=plgpu.SMEM((HEIGHT * num_rows,), f32),
+            y=plgpu.SMEM((HEIGHT * num_rows,), f32),
             factor=plgpu.SMEM((num_rows,), f32),
             **barriers,
         ),
         grid=(config.num_ctas,),
         grid_names=("cta",),
-        num_threads=3,
+        num_threads=4,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -298,37 +302,25 @@ class _Cta:
     # Warpgroup 0
 
     def multiply(self) -> None:
-        if self.is_whole:  # what earlier launches left: none counts there before CTA 0 has counted its first unit
-            for i in range(1, self.gmem.counters.shape[0]):
-                pl.when(self.cta == 0)(functools.partial(grid_sync.clear, self.gmem.counters.at[i]))
-        done = jnp.int32(0), jnp.int32(0)
-        for index, phase in enumerate(self.phases):
-            first, count = self.facts.share(phase, self.cta)
-            unit = functools.partial(self._unit, index, phase, first)
-            done = lax.fori_loop(0, count, unit, done)
+        done = jnp.int32(0), jnp.int32(0), jnp.int32(0)
+        for phase in self.phases:
+            _, count = self.facts.share(phase, self.cta)
+            done = lax.fori_loop(0, count, functools.partial(self._multiply_unit, phase), done)
+        pl.when(done[-1] > 0)(lambda: plgpu.barrier_wait(self.smem.y_free))
 
-    def _unit(
-        self, index: int, phase: Phase, first: jax.Array, turn: jax.Array, done: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        smem, tiles_done, chunks_done = self.smem, *done
-        unit = first + turn * self.facts.config.num_ctas
-        low, high = self.facts.columns(phase, unit)
-        finish = getattr(self, f"_{phase.kind}")(index, unit, low, high)
-        y = pl.run_scoped(
-            functools.partial(self._product, phase, done), plgpu.ACC((HEIGHT, self.facts.num_rows), jnp.float32)
-        )
-        if phase.kind != "residual":
-            pl.when(turn == 0)(lambda: plgpu.barrier_wait(smem.factor_ready))
-            factor = plgpu.load(smem.factor, layout=BY_ROW, optimized=False)
-            y *= lax.broadcast_in_dim(factor, y.shape, [1])
-        finish(y)
-        num_tiles, num_chunks = self.facts.sizes(phase)
-        return tiles_done + num_tiles, chunks_done + num_chunks
+    def _multiply_unit(self, phase: Phase, _: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        smem, facts = self.smem, self.facts
+        *streamed, units_done = done
+        product = functools.partial(self._product, phase, *streamed)
+        y = pl.run_scoped(product, plgpu.ACC((HEIGHT, facts.num_rows), jnp.float32))
+        pl.when(units_done > 0)(lambda: plgpu.barrier_wait(smem.y_free))
+        accumulators.hand_over(y, smem.y, is_interpreted=facts.is_interpreted)
+        plgpu.barrier_arrive(smem.y_ready)
+        return *(x + size for x, size in zip(streamed, facts.sizes(phase), strict=True)), units_done + 1
 
-    def _product(self, phase: Phase, done: tuple[jax.Array, jax.Array], acc: Any) -> jax.Array:
+    def _product(self, phase: Phase, tiles_done: jax.Array, chunks_done: jax.Array, acc: Any) -> jax.Array:
         config, smem = self.facts.config, self.smem
         num_tiles, _ = self.facts.sizes(phase)
-        tiles_done, chunks_done = done
 
         def release(tile: jax.Array, chunk: jax.Array, is_end: jax.Array) -> None:
             """What the product with a tile has read; of a chunk, too, if it was its last one."""
@@ -352,7 +344,34 @@ class _Cta:
         release(tiles_done + last, chunks_done + lax.div(last, jnp.int32(config.num_x_tiles)), last >= 0)
         return y
 
-    # What becomes of a unit's product y [64, rows]: what can be loaded before is.
+    # Warpgroup 3
+
+    def finish(self) -> None:
+        if self.is_whole:  # what earlier launches left: none counts there before CTA 0 has counted its first unit
+            for i in range(1, self.gmem.counters.shape[0]):
+                pl.when(self.cta == 0)(functools.partial(grid_sync.clear, self.gmem.counters.at[i]))
+        for index, phase in enumerate(self.phases):
+            first, count = self.facts.share(phase, self.cta)
+            lax.fori_loop(0, count, functools.partial(self._finish_unit, index, phase, first), None)
+
+    def _finish_unit(self, index: int, phase: Phase, first: jax.Array, turn: jax.Array, _: None) -> None:
+        smem, facts = self.smem, self.facts
+        unit = first + turn * facts.config.num_ctas
+        finish = getattr(self, f"_{phase.kind}")(index, unit, *facts.columns(phase, unit))
+        is_alone = phase.kind == "residual"
+        if not is_alone:
+            pl.when(turn == 0)(lambda: plgpu.barrier_wait(smem.factor_ready))
+        plgpu.barrier_wait(smem.y_ready)
+        take = functools.partial(accumulators.handed_over, smem.y, facts.num_rows, is_interpreted=facts.is_interpreted)
+        ys = [take()] if is_alone else [take(), take(is_partner=True)]
+        plgpu.barrier_arrive(smem.y_free)
+        if not is_alone:
+            factor = plgpu.load(smem.factor, layout=BY_ROW, optimized=False)
+            # Rounded as a matmul of its own would leave it.
+            ys = [(y * lax.broadcast_in_dim(factor, y.shape, [1])).astype(jnp.bfloat16).astype(jnp.float32) for y in ys]
+        finish(*ys)
+
+    # For a unit's product y [64, rows], and its partner's: what can be loaded before is.
 
     def _count(self, index: int, column: jax.Array) -> None:
         """For those who wait for the chunk of this product's result that the column is in."""
@@ -386,8 +405,7 @@ class _Cta:
     def _gate(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
         del unit, high
 
-        def finish(y: jax.Array) -> None:
-            gate, up = self._with_partners(y)
+        def finish(gate: jax.Array, up: jax.Array) -> None:
             self._store(gate / (1.0 + jnp.exp(-gate)) * up, "inner", low)
             self._count(index, low)
 
@@ -403,8 +421,7 @@ class _Cta:
         )
         key, value = facts.num_heads * facts.head_dim, (facts.num_heads + facts.num_kv_heads) * facts.head_dim
 
-        def finish(y: jax.Array) -> None:
-            y, partner = self._with_partners(y)
+        def finish(y: jax.Array, partner: jax.Array) -> None:
             is_turned = (low < value).astype(jnp.float32)
             c, s = cos * is_turned + (1.0 - is_turned), sin * is_turned
             turned = y * c - partner * s, partner * c + y * s
@@ -415,10 +432,6 @@ class _Cta:
                     pl.when(is_here)(functools.partial(self._store, part, name, column - start, slots))
 
         return finish
-
-    def _with_partners(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = y.astype(jnp.bfloat16).astype(jnp.float32)  # as a matmul of its own would leave it
-        return y, accumulators.swapped(y, self.smem.swap, is_interpreted=self.facts.is_interpreted)
 
     def _store(self, y: jax.Array, name: str, column: jax.Array, rows_gmem: Any = None) -> None:
         target, is_interpreted = getattr(self.gmem, name), self.facts.is_interpreted
