@@ -3,7 +3,7 @@
 As wgmma leaves it (Layout.WGMMA), a thread (warp w, lane 4 g + t) holds y[h, row] for h = 16 w + 8 r + g and
 row = 8 n + 2 t + e, with r and e in 0..1. Row-major arrays [rows, columns] are its transpose, so that eight lanes hold
 neighbours in memory. Of the 64 columns only the first WIDTH belong to what is stored here; the others are those
-columns' partners, which the same threads get from `handed_over`.
+columns' partners, which the same threads get from `left`.
 """
 
 from typing import Any
@@ -45,55 +45,64 @@ _LOCATE = f"""
 """
 
 
-def hand_over(y: jax.Array, y_smem: Any, *, is_interpreted: bool) -> None:
-    """Leaves a product [64, rows] float32 in y_smem [64 * rows], for the same threads of another warpgroup.
+def leave(y: jax.Array, target: Any, *, is_interpreted: bool) -> None:
+    """Leaves a product [64, rows] float32 in target [64 * rows], in shared or global memory, for another warpgroup.
 
-    Each thread's registers lie there together, and each takes part in the barrier that makes them known.
+    Each thread's registers go where the same thread of the other one finds them with `left`.
     """
     if is_interpreted:
-        y_smem[...] = y.reshape(-1)
+        target[...] = y.reshape(-1)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
     def emit(_: Any, target: Any, y: Any) -> None:
         elements = registers.extracted(y.registers)
         pairs = range(len(elements) // 2)
-        stores = [f"st.shared.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}};" for i in pairs]
-        text = registers.ptx_block(*_place(0), *stores)
-        mgpu.utils.inline_ptx(text, _address(target), *elements, has_side_effects=True)
+        space, address = _address(target)
+        stores = [f"st.{space}.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}};" for i in pairs]
+        text = registers.ptx_block(*_place(space, 0), *stores)
+        mgpu.utils.inline_ptx(text, address, *elements, has_side_effects=True)
 
-    emit(y_smem, y)
+    emit(target, y)
 
 
-def handed_over(y_smem: Any, num_rows: int, *, is_partner: bool = False, is_interpreted: bool) -> jax.Array:
-    """The product [64, num_rows] that is in y_smem, or with its halves changed for each other."""
+def left(source: Any, num_rows: int, *, is_partner: bool, is_interpreted: bool) -> jax.Array:
+    """The product [64, num_rows] that was left in source, or that with its halves changed for each other."""
     shape = HEIGHT, num_rows
     if is_interpreted:
-        return jnp.roll(y_smem[...].reshape(shape), WIDTH if is_partner else 0, axis=0)
+        return jnp.roll(source[...].reshape(shape), WIDTH if is_partner else 0, axis=0)
     returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=LAYOUT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returned)
     def emit(_: Any, source: Any) -> Any:
         count = num_rows // 2
-        loads = [f"ld.shared.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in range(count // 2)]
-        text = registers.ptx_block(*_place(count, other_half=is_partner), *loads)
+        space, address = _address(source)
+        how = "relaxed.gpu.global" if space == "global" else space
+        loads = [f"ld.{how}.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in range(count // 2)]
+        text = registers.ptx_block(*_place(space, count, other_half=is_partner), *loads)
         types = [ir.F32Type.get()] * count
-        elements = mgpu.utils.inline_ptx(text, _address(source), result_types=types, has_side_effects=True)
+        elements = mgpu.utils.inline_ptx(text, address, result_types=types, has_side_effects=True)
         return registers.from_elements(elements, shape)
 
-    return emit(y_smem)
+    return emit(source)
 
 
-def _place(argument: int, *, other_half: bool = False) -> list[str]:
+def _place(space: str, argument: int, *, other_half: bool = False) -> list[str]:
     """PTX of where a thread's first registers lie, given the operand that is their array's address."""
-    lines = [".reg .b32 place;", "mov.u32 place, %tid.x;", "and.b32 place, place, 127;"]
+    lines = [".reg .b32 thread;", "mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;"]
     if other_half:  # warps 0 and 1 hold the first, 2 and 3 the second
-        lines.append("xor.b32 place, place, 64;")
-    return [*lines, f"mad.lo.u32 place, place, 8, ${argument};"]
+        lines.append("xor.b32 thread, thread, 64;")
+    if space == "global":
+        return [*lines, ".reg .b64 place;", f"mad.wide.u32 place, thread, 8, ${argument};"]
+    return [*lines, ".reg .b32 place;", f"mad.lo.u32 place, thread, 8, ${argument};"]
 
 
-def _address(smem: Any) -> Any:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(smem))
+def _address(ref: Any) -> tuple[str, Any]:
+    """The PTX state space of an array, and its address there."""
+    pointer = mgpu.utils.memref_ptr(ref)
+    if mgpu.utils.is_smem_ref(ref):
+        return "shared", llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
+    return "global", pointer
 
 
 def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: bool) -> jax.Array:

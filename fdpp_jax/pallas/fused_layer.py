@@ -14,8 +14,8 @@ and its four warpgroups run on their own:
   results of one product, the ring fills with weights of the next.
 - inputs: loads x, chunk by chunk, as soon as the grid has counted all results that make up the chunk (grid_sync).
 - products: y^T [64, rows] += w [64, block_k] @ x^T [block_k, rows], rows padded to 8, with the weights as the large
-  operand (as in flat_matmul). Each unit of WIDTH columns is finished by one CTA, over all of K: there are no partial
-  sums. Gate and up, and the halves of a head that rotate together, are one unit with its partner columns.
+  operand (as in flat_matmul). A unit of WIDTH columns, over all of K, is one CTA's, but for those that fill no round
+  (layer_phases). Gate and up, and the halves of a head that rotate together, are one unit with its partner columns.
 - results: what becomes of a unit's product, until it is stored and counted. That takes longer than a tile's product,
   since stores and counts queue up behind the loads of weights; the next unit's products go on meanwhile.
 
@@ -27,6 +27,7 @@ Source: FlashDecoding++ (arXiv 2311.01282), section 4 (flat GEMM with double buf
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +38,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.config import FusedLayerConfig, round_up
 from fdpp_jax.pallas import accumulators, grid_sync, ring
-from fdpp_jax.pallas.accumulators import BY_ROW, HEIGHT, LAYOUT, WIDTH
-from fdpp_jax.pallas.layer_phases import Facts, Phase
+from fdpp_jax.pallas.accumulators import HEIGHT, LAYOUT, WIDTH
+from fdpp_jax.pallas.layer_phases import Facts, Phase, Segment, Step
 
 
 class LayerWeights(NamedTuple):
@@ -69,9 +70,22 @@ class NextLayer(NamedTuple):
     values: jax.Array
 
 
-def counters_for(max_depth: int, config: FusedLayerConfig) -> jax.Array:
-    """Counters at zero, for products with up to max_depth columns of x: a row for each result that another reads."""
-    return grid_sync.counters(3, pl.cdiv(max_depth, config.chunk))
+class Counters(NamedTuple):
+    """What the grid counts.
+
+    Attributes:
+      results: A row for each of the products that another reads: units that are done of each chunk.
+      guests: A row for each product: guests that are done of each unit that is split.
+    """
+
+    results: jax.Array
+    guests: jax.Array
+
+
+def counters_for(max_depth: int, config: FusedLayerConfig) -> Counters:
+    """Counters at zero, for products with up to max_depth columns of x."""
+    results = grid_sync.counters(3, pl.cdiv(max_depth, config.chunk))
+    return Counters(results, grid_sync.counters(4, config.num_ctas))
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
@@ -85,12 +99,12 @@ def fused_layer(
     keys: jax.Array | None,
     values: jax.Array | None,
     lengths: jax.Array,
-    counters: jax.Array,
+    counters: Counters,
     *,
     eps: float,
     config: FusedLayerConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[jax.Array, NextLayer | None, jax.Array]:
+) -> tuple[jax.Array, NextLayer | None, Counters]:
     """A layer after its attention, and the next layer up to its own.
 
     Args:
@@ -105,7 +119,7 @@ def fused_layer(
       counters: counters_for(max(N * H, D, F), config), then those that the last layer returned.
       eps: Of both norms.
       config: Tiles and stages.
-      interpret: Runs the kernel interpreted on the CPU, a launch a product: it runs one CTA after the other.
+      interpret: Runs the kernel interpreted on the CPU, a launch a step: it runs one CTA after the other.
 
     Returns:
       hidden [B, D] after the layer, what the next layer's attention reads (None after the last layer), and counters.
@@ -136,19 +150,21 @@ def fused_layer(
     outputs: dict[str, Any] = dict(
         middle=rows(hidden.shape), scaled_middle=x, middle_squares=squares,
         inner=rows((x_rows, inner_size)), last=rows(hidden.shape),
+        parts=jax.ShapeDtypeStruct((len(facts.phases), config.num_ctas, HEIGHT * facts.num_rows), jnp.float32),
     )  # fmt: skip
-    state: dict[str, Any] = dict(counters=counters)
+    state: dict[str, Any] = counters._asdict()
     if keys is not None:
         assert values is not None
         outputs |= dict(scaled_last=x, last_squares=squares, query=rows((batch, num_heads * head_dim)))
         flat = batch * capacity, num_kv_heads * head_dim
         state |= dict(keys=keys.reshape(flat), values=values.reshape(flat))
     results = _run(outputs, state, inputs=inputs, facts=facts, interpret=interpret)
+    counters = Counters(results["results"], results["guests"])
     if keys is None:
-        return results["last"], None, results["counters"]
+        return results["last"], None, counters
     query = results["query"].reshape(attended.shape)
     next_layer = NextLayer(query, results["keys"].reshape(keys.shape), results["values"].reshape(keys.shape))
-    return results["last"], next_layer, results["counters"]
+    return results["last"], next_layer, counters
 
 
 def _run(
@@ -162,18 +178,18 @@ def _run(
     """outputs and state, which the kernel updates in place, by name."""
     refs = {name: jax.new_ref(x) for name, x in state.items()}
     if interpret is None:
-        results = _launch(facts, range(len(facts.phases)), inputs, refs, outputs, interpret)
+        results = _launch(facts, facts.steps, inputs, refs, outputs, interpret)
     else:  # memory that nobody has written is NaN
         made = {name: jax.new_ref(jnp.full(x.shape, jnp.nan, x.dtype)) for name, x in outputs.items()}
-        for index in range(len(facts.phases)):
-            _launch(facts, range(index, index + 1), inputs, refs | made, {}, interpret)
+        for step in facts.steps:
+            _launch(facts, (step,), inputs, refs | made, {}, interpret)
         results = {name: jax.freeze(ref) for name, ref in made.items()}
     return results | {name: jax.freeze(ref) for name, ref in refs.items()}
 
 
 def _launch(
     facts: Facts,
-    indices: range,
+    steps: tuple[Step, ...],
     inputs: dict[str, Any],
     refs: dict[str, Any],
     outputs: dict[str, Any],
@@ -187,7 +203,6 @@ def _launch(
         w_free=plgpu.Barrier(num_barriers=config.num_stages),
         x_ready=plgpu.Barrier(num_arrivals=config.num_x_tiles, num_barriers=config.num_x_stages),
         x_free=plgpu.Barrier(num_barriers=config.num_x_stages),
-        factor_ready=plgpu.Barrier(),
         y_ready=plgpu.Barrier(),
         y_free=plgpu.Barrier(),
     )
@@ -195,7 +210,7 @@ def _launch(
 
     def body(*args: Any, **smem: Any) -> None:
         gmem = types.SimpleNamespace(**dict(zip((*operands, *outputs), args, strict=True)))
-        cta = _Cta(gmem, types.SimpleNamespace(**smem), facts, indices)
+        cta = _Cta(gmem, types.SimpleNamespace(**smem), facts, steps)
         group = lax.axis_index("warpgroup")
         for i, work in enumerate((cta.multiply, cta.stream_weights, cta.stream_inputs, cta.finish)):
             pl.when(group == i)(work)
@@ -207,7 +222,6 @@ def _launch(
             w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
             x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
             y=plgpu.SMEM((HEIGHT * num_rows,), f32),
-            factor=plgpu.SMEM((num_rows,), f32),
             **barriers,
         ),
         grid=(config.num_ctas,),
@@ -222,172 +236,248 @@ def _launch(
 
 
 class _Cta:
-    """One CTA's work; units go round all CTAs, on and on from phase to phase."""
+    """One CTA's work; see the module."""
 
-    def __init__(self, gmem: Any, smem: Any, facts: Facts, indices: range):
-        self.gmem, self.smem, self.facts = gmem, smem, facts
+    def __init__(self, gmem: Any, smem: Any, facts: Facts, steps: tuple[Step, ...]):
+        self.gmem, self.smem, self.facts, self.steps = gmem, smem, facts, steps
         self.cta = lax.axis_index("cta")
-        self.phases = [facts.phases[i] for i in indices]
-        self.is_whole = len(indices) > 1
+        self.is_whole = len(steps) > 1
+
+    def _for_segments(self, step: Step, work: Callable[..., Any], carry: Any) -> Any:
+        """carry = work(turn, segment, carry) for all segments of a step, empty ones included."""
+
+        def body(turn: jax.Array, carry: Any) -> Any:
+            return work(turn, self.facts.segment(step, self.cta, turn), carry)
+
+        return lax.fori_loop(0, self.facts.num_segments(step, self.cta), body, carry)
 
     # Warpgroup 1
 
     def stream_weights(self) -> None:
         num_stages, block_k, smem = self.facts.config.num_stages, self.facts.config.block_k, self.smem
         done = jnp.int32(0)
-        for phase in self.phases:
-            first, count = self.facts.share(phase, self.cta)
-            num_tiles = jnp.int32(self.facts.sizes(phase)[0])
-            source = getattr(self.gmem, phase.w)
-            height = WIDTH // 2 if phase.kind == "residual" else WIDTH
+        for step in self.steps:
+            source = getattr(self.gmem, step.phase.w)
+            height = WIDTH // 2 if step.phase.kind == "residual" else WIDTH
 
-            def tile(t, done, phase=phase, first=first, num_tiles=num_tiles, source=source, height=height):
-                unit = first + lax.div(t, num_tiles) * self.facts.config.num_ctas
-                columns = pl.ds(lax.rem(t, num_tiles) * block_k, block_k)
-                slot = lax.rem(done, jnp.int32(num_stages))
-                pl.when(done >= num_stages)(lambda: plgpu.barrier_wait(smem.w_free.at[slot]))
-                for half, row in enumerate(self.facts.columns(phase, unit)):
-                    target = smem.w.at[slot, pl.ds(half * height, height)]
-                    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, height), columns], target, smem.w_ready.at[slot])
-                return done + 1
+            def stream(_: Any, segment: Segment, done: jax.Array, step=step, source=source, height=height) -> jax.Array:
+                def tile(k: jax.Array, done: jax.Array) -> jax.Array:
+                    slot = lax.rem(done, jnp.int32(num_stages))
+                    pl.when(done >= num_stages)(lambda: plgpu.barrier_wait(smem.w_free.at[slot]))
+                    for half, row in enumerate(self.facts.columns(step.phase, segment.unit)):
+                        part = source.at[pl.ds(row, height), pl.ds(k * block_k, block_k)]
+                        target = smem.w.at[slot, pl.ds(half * height, height)]
+                        plgpu.copy_gmem_to_smem(part, target, smem.w_ready.at[slot])
+                    return done + 1
 
-            done = lax.fori_loop(0, count * num_tiles, tile, done)
+                return lax.fori_loop(segment.start, segment.stop, tile, done)
+
+            done = self._for_segments(step, stream, done)
         _drain(smem.w_free, done, num_stages)
 
     # Warpgroup 2
 
     def stream_inputs(self) -> None:
         chunks_done = jnp.int32(0)
-        for index, phase in enumerate(self.phases):
-            _, count = self.facts.share(phase, self.cta)
-            _, num_chunks = self.facts.sizes(phase)
-            load = functools.partial(self._load_chunk, index, phase)
-            chunks_done = lax.fori_loop(0, count * num_chunks, load, chunks_done)
+        for step in self.steps:
+
+            def stream(turn: jax.Array, segment: Segment, done: jax.Array, step=step) -> jax.Array:
+                load = functools.partial(self._load_chunk, step, turn)
+                return lax.fori_loop(*self._chunks(segment), load, done)
+
+            chunks_done = self._for_segments(step, stream, chunks_done)
         _drain(self.smem.x_free, chunks_done, self.facts.config.num_x_stages)
 
-    def _load_chunk(self, index: int, phase: Phase, turn: jax.Array, chunks_done: jax.Array) -> jax.Array:
-        """Loads a chunk of x once it is complete; of all units the first waits for the others, too."""
+    def _chunks(self, segment: Segment) -> tuple[jax.Array, jax.Array]:
+        """The chunks of x [first, last) that a segment reads."""
+        first = lax.div(segment.start, jnp.int32(self.facts.config.num_x_tiles))
+        last = self.facts.num_chunks(segment.stop)
+        return first, jnp.where(segment.stop > segment.start, last, first)
+
+    def _load_chunk(self, step: Step, turn: jax.Array, chunk: jax.Array, chunks_done: jax.Array) -> jax.Array:
+        """Loads a chunk of x once it is complete."""
         facts, config, gmem, smem = self.facts, self.facts.config, self.gmem, self.smem
-        _, num_chunks = self.facts.sizes(phase)
-        chunk = lax.rem(turn, jnp.int32(num_chunks))
         slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
         pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
-        if index > 0:
-            num_parts = lax.div(jnp.minimum(phase.depth - chunk * config.chunk, config.chunk), jnp.int32(WIDTH))
-            counter = gmem.counters.at[index - 1, chunk]
-            pl.when(turn < num_chunks)(lambda: grid_sync.await_count(counter, num_parts))
+        if self.is_whole and step.index > 0:
+            counter = gmem.results.at[step.index - 1, chunk]
+            num_parts = lax.div(jnp.minimum(step.phase.depth - chunk * config.chunk, config.chunk), jnp.int32(WIDTH))
+            is_new = turn <= (1 if facts.num_split(step.phase) else 0)  # a whole unit has seen all chunks
+            pl.when(is_new)(lambda: grid_sync.await_count(counter, num_parts))
         for i in range(config.num_x_tiles):
             # Rows and columns beyond the array's come as zeros, which takes a traced start.
             columns = pl.ds(chunk * config.chunk + i * config.block_k, config.block_k)
-            source = getattr(gmem, phase.x).at[pl.ds(self.cta * 0, facts.num_rows), columns]
+            source = getattr(gmem, step.phase.x).at[pl.ds(self.cta * 0, facts.num_rows), columns]
             plgpu.copy_gmem_to_smem(source, smem.x.at[slot, i], smem.x_ready.at[slot])
-        is_last = turn == num_chunks - 1
-        if phase.kind != "residual":
-            pl.when(is_last)(functools.partial(self._publish_factor, phase))
-        if index == 2:  # all units of the phase before are done, so that nobody waits for row 0 any more
-            first, _ = self.facts.share(phase, self.cta)
-            pl.when(is_last & (first == 0))(lambda: grid_sync.clear(gmem.counters.at[0]))
         return chunks_done + 1
-
-    def _publish_factor(self, phase: Phase) -> None:
-        """1 / rms of every row."""
-        facts = self.facts
-        sums = self.gmem.middle_squares if phase.kind == "gate" else self.gmem.last_squares
-        squares = plgpu.load(sums, layout=LAYOUT, optimized=False)
-        is_sum = plgpu.broadcasted_iota(jnp.int32, squares.shape, 0, layout=LAYOUT) < 2 * facts.hidden_size // WIDTH
-        mean = jnp.where(is_sum, squares, 0.0).sum(axis=0) / facts.hidden_size
-        self.smem.factor[...] = lax.rsqrt(mean + facts.eps)
-        plgpu.barrier_arrive(self.smem.factor_ready)
 
     # Warpgroup 0
 
     def multiply(self) -> None:
         done = jnp.int32(0), jnp.int32(0), jnp.int32(0)
-        for phase in self.phases:
-            _, count = self.facts.share(phase, self.cta)
-            done = lax.fori_loop(0, count, functools.partial(self._multiply_unit, phase), done)
+        for step in self.steps:
+            done = self._for_segments(step, self._multiply, done)
         pl.when(done[-1] > 0)(lambda: plgpu.barrier_wait(self.smem.y_free))
 
-    def _multiply_unit(self, phase: Phase, _: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def _multiply(self, _: jax.Array, segment: Segment, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         smem, facts = self.smem, self.facts
-        *streamed, units_done = done
-        product = functools.partial(self._product, phase, *streamed)
-        y = pl.run_scoped(product, plgpu.ACC((HEIGHT, facts.num_rows), jnp.float32))
-        pl.when(units_done > 0)(lambda: plgpu.barrier_wait(smem.y_free))
-        accumulators.hand_over(y, smem.y, is_interpreted=facts.is_interpreted)
-        plgpu.barrier_arrive(smem.y_ready)
-        return *(x + size for x, size in zip(streamed, facts.sizes(phase), strict=True)), units_done + 1
+        tiles_done, chunks_done, products_done = done
+        num_tiles = segment.stop - segment.start
+        first_chunk, last_chunk = self._chunks(segment)
 
-    def _product(self, phase: Phase, tiles_done: jax.Array, chunks_done: jax.Array, acc: Any) -> jax.Array:
+        @pl.when(num_tiles > 0)
+        def _multiply() -> None:
+            product = functools.partial(self._product, segment, tiles_done, chunks_done)
+            y = pl.run_scoped(product, plgpu.ACC((HEIGHT, facts.num_rows), jnp.float32))
+            pl.when(products_done > 0)(lambda: plgpu.barrier_wait(smem.y_free))
+            accumulators.leave(y, smem.y, is_interpreted=facts.is_interpreted)
+            plgpu.barrier_arrive(smem.y_ready)
+
+        is_product = (num_tiles > 0).astype(jnp.int32)
+        return tiles_done + num_tiles, chunks_done + last_chunk - first_chunk, products_done + is_product
+
+    def _product(self, segment: Segment, tiles_done: jax.Array, chunks_done: jax.Array, acc: Any) -> jax.Array:
         config, smem = self.facts.config, self.smem
-        num_tiles, _ = self.facts.sizes(phase)
+        num_x_tiles = jnp.int32(config.num_x_tiles)
+        first_chunk, _ = self._chunks(segment)
 
-        def release(tile: jax.Array, chunk: jax.Array, is_end: jax.Array) -> None:
-            """What the product with a tile has read; of a chunk, too, if it was its last one."""
+        def chunk_of(k: jax.Array) -> jax.Array:
+            return chunks_done + lax.div(k, num_x_tiles) - first_chunk
+
+        def release(k: jax.Array, is_end: jax.Array) -> None:
+            """What the product with tile k has read; its chunk, too, if that was its last one."""
+            tile = tiles_done + k - segment.start
             plgpu.barrier_arrive(smem.w_free.at[lax.rem(tile, jnp.int32(config.num_stages))])
-            x_free = smem.x_free.at[lax.rem(chunk, jnp.int32(config.num_x_stages))]
+            x_free = smem.x_free.at[lax.rem(chunk_of(k), jnp.int32(config.num_x_stages))]
             pl.when(is_end)(lambda: plgpu.barrier_arrive(x_free))
 
-        def step(k: jax.Array, _: None) -> None:
-            tile, i = tiles_done + k, lax.rem(k, jnp.int32(config.num_x_tiles))
-            chunk = chunks_done + lax.div(k, jnp.int32(config.num_x_tiles))
-            slot, x_slot = lax.rem(tile, jnp.int32(config.num_stages)), lax.rem(chunk, jnp.int32(config.num_x_stages))
-            pl.when(i == 0)(lambda: plgpu.barrier_wait(smem.x_ready.at[x_slot]))
+        def multiply(k: jax.Array, _: None) -> None:
+            i, tile = lax.rem(k, num_x_tiles), tiles_done + k - segment.start
+            slot = lax.rem(tile, jnp.int32(config.num_stages))
+            x_slot = lax.rem(chunk_of(k), jnp.int32(config.num_x_stages))
+            is_first = k == segment.start
+            pl.when((i == 0) | is_first)(lambda: plgpu.barrier_wait(smem.x_ready.at[x_slot]))
             plgpu.barrier_wait(smem.w_ready.at[slot])
             plgpu.wgmma(acc, smem.w.at[slot], smem.x.at[x_slot, i].transpose((1, 0)))
             plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: release(tile - 1, chunk - 1, i == 0))
+            pl.when(jnp.logical_not(is_first))(lambda: release(k - 1, i == 0))
 
-        lax.fori_loop(0, num_tiles, step, None)
+        lax.fori_loop(segment.start, segment.stop, multiply, None)
         y = acc[...]
-        last = jnp.int32(num_tiles - 1)
-        release(tiles_done + last, chunks_done + lax.div(last, jnp.int32(config.num_x_tiles)), last >= 0)
+        release(segment.stop - 1, segment.stop > 0)
         return y
 
     # Warpgroup 3
 
     def finish(self) -> None:
+        results = self.gmem.results
         if self.is_whole:  # what earlier launches left: none counts there before CTA 0 has counted its first unit
-            for i in range(1, self.gmem.counters.shape[0]):
-                pl.when(self.cta == 0)(functools.partial(grid_sync.clear, self.gmem.counters.at[i]))
-        for index, phase in enumerate(self.phases):
-            first, count = self.facts.share(phase, self.cta)
-            lax.fori_loop(0, count, functools.partial(self._finish_unit, index, phase, first), None)
+            for i in range(1, results.shape[0]):
+                pl.when(self.cta == 0)(functools.partial(grid_sync.clear, results.at[i]))
+        for step in self.steps:
+            if step.is_guests:
+                self._for_segments(step, functools.partial(self._leave, step), None)
+                continue
+            factor = None
+            if step.phase.kind != "residual":
+                factor = self._factor(step)
+            self._for_segments(step, functools.partial(self._finish, step, factor), None)
+            if self.is_whole and step.index == 1:  # all CTAs have a whole unit of it, for which they saw all of row 0
+                pl.when(self.cta == 0)(self._clear_first_row)
 
-    def _finish_unit(self, index: int, phase: Phase, first: jax.Array, turn: jax.Array, _: None) -> None:
-        smem, facts = self.smem, self.facts
-        unit = first + turn * facts.config.num_ctas
-        finish = getattr(self, f"_{phase.kind}")(index, unit, *facts.columns(phase, unit))
-        is_alone = phase.kind == "residual"
-        if not is_alone:
-            pl.when(turn == 0)(lambda: plgpu.barrier_wait(smem.factor_ready))
-        plgpu.barrier_wait(smem.y_ready)
-        take = functools.partial(accumulators.handed_over, smem.y, facts.num_rows, is_interpreted=facts.is_interpreted)
-        ys = [take()] if is_alone else [take(), take(is_partner=True)]
-        plgpu.barrier_arrive(smem.y_free)
-        if not is_alone:
-            factor = plgpu.load(smem.factor, layout=BY_ROW, optimized=False)
-            # Rounded as a matmul of its own would leave it.
-            ys = [(y * lax.broadcast_in_dim(factor, y.shape, [1])).astype(jnp.bfloat16).astype(jnp.float32) for y in ys]
-        finish(*ys)
+    def _clear_first_row(self) -> None:
+        self._await_all(self.facts.phases[2], 1)
+        grid_sync.clear(self.gmem.results.at[0])
+
+    def _await_all(self, phase: Phase, row: int) -> None:
+        """Waits for all that a phase reads."""
+        grid_sync.await_row(self.gmem.results.at[row], phase.depth // WIDTH, self.facts.config.chunk // WIDTH)
+
+    def _factor(self, step: Step) -> jax.Array:
+        """1 / rms of every row [rows]."""
+        if self.is_whole:
+            self._await_all(step.phase, step.index - 1)
+        facts = self.facts
+        sums = self.gmem.middle_squares if step.phase.kind == "gate" else self.gmem.last_squares
+        squares = plgpu.load(sums, layout=LAYOUT, optimized=False)
+        is_sum = plgpu.broadcasted_iota(jnp.int32, squares.shape, 0, layout=LAYOUT) < 2 * facts.hidden_size // WIDTH
+        mean = jnp.where(is_sum, squares, 0.0).sum(axis=0) / facts.hidden_size
+        return lax.rsqrt(mean + facts.eps)
+
+    def _take(self, is_alone: bool) -> tuple[jax.Array, ...]:
+        """A product [64, rows], and unless it is alone with its halves changed for each other, too."""
+        take = functools.partial(accumulators.left, self.smem.y, self.facts.num_rows)
+        plgpu.barrier_wait(self.smem.y_ready)
+        ys = tuple(
+            take(is_partner=is_partner, is_interpreted=self.facts.is_interpreted)
+            for is_partner in ((False,) if is_alone else (False, True))
+        )
+        plgpu.barrier_arrive(self.smem.y_free)
+        return ys
+
+    def _leave(self, step: Step, _: jax.Array, segment: Segment, __: None) -> None:
+        """As a guest, with the host."""
+
+        @pl.when(segment.stop > segment.start)
+        def _leave() -> None:
+            (y,) = self._take(is_alone=True)
+            target = self.gmem.parts.at[step.index, self.cta]
+            accumulators.leave(y, target, is_interpreted=self.facts.is_interpreted)
+            if self.is_whole:
+                grid_sync.count(self.gmem.guests.at[step.index, segment.unit])
+
+    def _finish(self, step: Step, factor: jax.Array | None, turn: jax.Array, segment: Segment, _: None) -> None:
+        facts, phase = self.facts, step.phase
+
+        @pl.when(segment.stop > segment.start)
+        def _finish() -> None:
+            finish = getattr(self, f"_{phase.kind}")(step.index, segment.unit, *facts.columns(phase, segment.unit))
+            ys = self._take(is_alone=factor is None)
+            if facts.num_split(phase):
+                num_guests = jnp.where(turn == 0, facts.num_guests(phase, self.cta, segment.unit), 0)
+                ys = self._with_guests(step, segment.unit, num_guests, ys)
+            if factor is not None:
+                # Rounded as a matmul of its own would leave it.
+                ys = tuple(y * lax.broadcast_in_dim(factor, y.shape, [1]) for y in ys)
+                ys = tuple(y.astype(jnp.bfloat16).astype(jnp.float32) for y in ys)
+            finish(*ys)
+
+    def _with_guests(
+        self, step: Step, unit: jax.Array, num_guests: jax.Array, ys: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """With what the guests have left, always in the same order."""
+        if self.is_whole:
+            row = self.gmem.guests.at[step.index, pl.ds(unit, 1)]
+
+            @pl.when(num_guests > 0)
+            def _await_guests() -> None:
+                grid_sync.await_count(row.at[0], num_guests)
+                grid_sync.clear(row)  # nobody else waits for it
+
+        def add(i: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            take = functools.partial(
+                accumulators.left, self.gmem.parts.at[step.index, self.cta + 1 + i], self.facts.num_rows
+            )
+            parts = (take(is_partner=p, is_interpreted=self.facts.is_interpreted) for p in (False, True))
+            return tuple(y + part for y, part in zip(ys, parts, strict=False))
+
+        return lax.fori_loop(0, num_guests, add, ys)
 
     # For a unit's product y [64, rows], and its partner's: what can be loaded before is.
 
     def _count(self, index: int, column: jax.Array) -> None:
         """For those who wait for the chunk of this product's result that the column is in."""
-        if index + 1 < len(self.phases):
-            grid_sync.count(self.gmem.counters.at[index, lax.div(column, jnp.int32(self.facts.config.chunk))])
+        if self.is_whole and index + 1 < len(self.facts.phases):
+            grid_sync.count(self.gmem.results.at[index, lax.div(column, jnp.int32(self.facts.config.chunk))])
 
     def _residual(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
         del high
         gmem, facts = self.gmem, self.facts
-        name, before, norm = (
-            ("middle", "hidden", "post_norm") if self.phases[index].w == "o" else ("last", "middle", "next_norm")
-        )
+        name, before, norm = ("middle", "hidden", "post_norm") if index == 0 else ("last", "middle", "next_norm")
         load = functools.partial(
             accumulators.load, column=low, num_rows=facts.num_rows, is_interpreted=facts.is_interpreted
         )
-        # Every CTA has had a unit of gate and up, for which it has seen the counts of all of `middle`.
+        # For the factor of gate and up this warpgroup has seen the counts of all of `middle`.
         hidden = load(getattr(gmem, before))
         gain = load(getattr(gmem, norm)) if hasattr(gmem, norm) else None
 

@@ -39,6 +39,22 @@ POLL:
   @is_mine bra POLL;
 DONE:
 }}"""
+# The thread of a counter waits for the parts that are left to it of all, at most those of a whole piece.
+_AWAIT_ROW = f"""{{{_THREAD}
+  .reg .b32 wanted, count;
+  .reg .b64 address;
+  mad.wide.u32 address, thread, {4 * _WORDS}, $0;
+  mul.lo.u32 wanted, thread, $2;
+  sub.s32 wanted, $1, wanted;
+  min.s32 wanted, wanted, $2;
+  setp.le.s32 is_mine, wanted, 0;
+  @is_mine bra DONE;
+POLL:
+  ld.acquire.gpu.global.u32 count, [address];
+  setp.lt.u32 is_mine, count, wanted;
+  @is_mine bra POLL;
+DONE:
+}}"""
 _CLEAR = f"""{{{_THREAD}
   .reg .b64 address;
   mad.wide.u32 address, thread, {4 * _WORDS}, $0;
@@ -50,8 +66,6 @@ _PROXY_FENCE = "fence.proxy.async.global;"
 
 def counters(num_rows: int, num_counters: int) -> jax.Array:
     """Counters at zero: [num_rows, num_counters, words]."""
-    if num_counters > MAX_COUNTERS:
-        raise ValueError(f"expected at most {MAX_COUNTERS} counters in a row, got {num_counters}")
     return jnp.zeros((num_rows, num_counters, _WORDS), jnp.int32)
 
 
@@ -85,9 +99,25 @@ def await_count(counter_gmem: Any, num_parts: jax.Array) -> None:
     emit(counter_gmem, num_parts)
 
 
+def await_row(row_gmem: Any, num_parts: int, parts_per_counter: int) -> None:
+    """Waits until all num_parts parts of a result are counted, parts_per_counter in each counter of the row."""
+    if num_parts > MAX_COUNTERS * parts_per_counter:
+        raise ValueError(f"expected at most {MAX_COUNTERS} counters in a row, got {num_parts / parts_per_counter}")
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def emit(_: Any, row: Any) -> None:
+        text = _AWAIT_ROW.replace("$1", str(num_parts)).replace("$2", str(parts_per_counter))
+        mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(row), has_side_effects=True, convergent=True)
+        mgpu.utils.warpgroup_barrier()
+
+    emit(row_gmem)
+
+
 def clear(row_gmem: Any) -> None:
     """Sets a row of counters [num_counters, words] to zero; nobody may be waiting for one."""
     num_counters = row_gmem.shape[0]
+    if num_counters > MAX_COUNTERS:
+        raise ValueError(f"expected at most {MAX_COUNTERS} counters in a row, got {num_counters}")
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_: Any, row: Any) -> None:

@@ -1,8 +1,14 @@
-"""The products of a fused layer, and which CTA finishes which of their columns."""
+"""The products of a fused layer, and which CTA multiplies which of their columns.
+
+The units of a product go round all CTAs, full rounds last. Those of a first round that is not full are split along K,
+so that all CTAs have as much to do before the next product can begin: a CTA has the end of one of them and the
+beginning of the next. Whoever has a unit's beginning is its host, and finishes it; the others are its guests, and
+leave their sums with it. They do so before all else, so that no host waits for long.
+"""
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fdpp_jax.config import UNIT_WIDTH, FusedLayerConfig
+from fdpp_jax.pallas import ring
+
+# A round that is nearly full is left as it is: splitting it has a cost, too.
+_MAX_SPLIT = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +35,22 @@ class Phase:
     w: str
     depth: int
     num_units: int
-    first_unit: int  # units of all phases before
+
+
+class Step(NamedTuple):
+    """Of the phase `index` what its guests do, or all else."""
+
+    index: int
+    phase: Phase
+    is_guests: bool
+
+
+class Segment(NamedTuple):
+    """Tiles [start, stop) of a unit's K, all [] int32; start = stop is nothing to do."""
+
+    unit: jax.Array
+    start: jax.Array
+    stop: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +73,7 @@ class Facts:
         phases: list[Phase] = []
 
         def add(kind: Any, x: str, w: str, depth: int, num_units: int) -> None:
-            done = phases[-1].first_unit + phases[-1].num_units if phases else 0
-            phases.append(Phase(kind, x, w, depth, num_units, done))
+            phases.append(Phase(kind, x, w, depth, num_units))
 
         add("residual", "attended", "o", self.num_heads * self.head_dim, self.hidden_size // UNIT_WIDTH)
         add("gate", "scaled_middle", "gate_up", self.hidden_size, self.inner_size // UNIT_WIDTH)
@@ -59,16 +83,59 @@ class Facts:
             add("qkv", "scaled_last", "next_qkv", self.hidden_size, columns // (2 * UNIT_WIDTH))
         return tuple(phases)
 
-    def sizes(self, phase: Phase) -> tuple[int, int]:
-        """Tiles of weights a unit, and chunks of x."""
-        num_tiles = pl.cdiv(phase.depth, self.config.block_k)
-        return num_tiles, pl.cdiv(num_tiles, self.config.num_x_tiles)
+    def num_tiles(self, phase: Phase) -> int:
+        """Tiles of weights a unit."""
+        return pl.cdiv(phase.depth, self.config.block_k)
 
-    def share(self, phase: Phase, cta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A CTA's first unit, and how many it has: they go round all CTAs, on and on from phase to phase."""
-        num_ctas = self.config.num_ctas
-        first = lax.rem(cta + (num_ctas - phase.first_unit % num_ctas), jnp.int32(num_ctas))
-        return first, jnp.maximum(lax.div(phase.num_units - first + (num_ctas - 1), jnp.int32(num_ctas)), 0)
+    def num_chunks(self, tiles: Any) -> Any:
+        """Chunks of x that tiles before `tiles` are in."""
+        return lax.div(tiles + (self.config.num_x_tiles - 1), jnp.int32(self.config.num_x_tiles))
+
+    @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """In their order. A step needs all CTAs' results of the steps before."""
+        return tuple(
+            Step(index, phase, is_guests)
+            for index, phase in enumerate(self.phases)
+            for is_guests in ((True, False) if self.num_split(phase) else (False,))
+        )
+
+    def num_split(self, phase: Phase) -> int:
+        """Units that are split: the first ones. None where every CTA but a few has one of them."""
+        full, rest = divmod(phase.num_units, self.config.num_ctas)
+        is_worth = self.config.num_ctas <= rest * self.num_tiles(phase) and rest < _MAX_SPLIT * self.config.num_ctas
+        return rest if full and is_worth else 0
+
+    def num_segments(self, step: Step, cta: jax.Array) -> jax.Array | int:
+        """How many segments a CTA has in a step, empty ones included."""
+        full, rest = divmod(step.phase.num_units, self.config.num_ctas)
+        if step.is_guests:
+            return 1
+        if self.num_split(step.phase):
+            return 1 + full
+        return full + (cta < rest).astype(jnp.int32)
+
+    def segment(self, step: Step, cta: jax.Array, turn: jax.Array) -> Segment:
+        """A CTA's segment of a step."""
+        num_ctas, num_tiles, num_split = self.config.num_ctas, self.num_tiles(step.phase), self.num_split(step.phase)
+        whole = Segment(cta + turn * num_ctas, jnp.int32(0), jnp.int32(num_tiles))
+        if not num_split:
+            return whole
+        begin, end = ring.share(cta, num_ctas, num_split * num_tiles)
+        if step.is_guests:
+            unit, start = lax.div(begin, jnp.int32(num_tiles)), lax.rem(begin, jnp.int32(num_tiles))
+            stop = jnp.minimum(end - unit * num_tiles, num_tiles)
+            return Segment(unit, start, jnp.where(start > 0, stop, start))
+        unit = lax.div(begin + (num_tiles - 1), jnp.int32(num_tiles))
+        stop = jnp.maximum(end - unit * num_tiles, 0)
+        whole = whole._replace(unit=whole.unit + (num_split - num_ctas))
+        return Segment(*(jnp.where(turn == 0, x, y) for x, y in zip((unit, 0, stop), whole, strict=True)))
+
+    def num_guests(self, phase: Phase, host: jax.Array, unit: jax.Array) -> jax.Array:
+        """CTAs after the host that have a part of one of the split units."""
+        num_tiles = self.num_tiles(phase)
+        last = lax.div((unit + 1) * (num_tiles * self.config.num_ctas) - 1, self.num_split(phase) * num_tiles)
+        return last - host
 
     def columns(self, phase: Phase, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where the two halves of a unit's tile begin: its columns and their partners, or its columns in two parts."""
