@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fdpp_jax import device, heuristics
 from fdpp_jax.config import FusedLayerConfig, LayerShape
 from fdpp_jax.pallas.fused_layer import LayerWeights, NextLayer, counters_for, fused_layer
+from fdpp_jax.pallas.layer_phases import Facts
 
 ON_GPU = jax.default_backend() == "gpu"
 EPS = 1e-5
@@ -28,6 +29,7 @@ class Case:
     shape: LayerShape
     config: FusedLayerConfig
     seed: int = 0
+    has_bias: bool = False
 
     def inputs(self):
         """attended, hidden, weights, cos, sin, keys, values, lengths."""
@@ -47,6 +49,7 @@ class Case:
             down=matrix(shape.hidden_size, shape.intermediate_size),
             next_norm=1 + normal(shape.hidden_size, scale=0.1),
             next_qkv=matrix(query_size + 2 * kv_size, shape.hidden_size),
+            next_bias=normal(query_size + 2 * kv_size) if self.has_bias else None,
         )
         angles = jax.random.uniform(next(keys), (shape.batch, shape.head_dim // 2), maxval=6.0)
         cache = shape.batch, CAPACITY, shape.num_kv_heads, shape.head_dim
@@ -89,7 +92,10 @@ def expected(attended, hidden, weights, cos, sin, keys, values, lengths):
     hidden = exact(hidden) + product(exact(attended).reshape(batch, -1), exact(weights.o).T)
     gate, up = lib.split(product(normed(hidden, weights.post_norm), exact(weights.gate_up).T), 2, axis=1)
     hidden = hidden + product(gate / (1 + lib.exp(-gate)) * up, exact(weights.down).T)
-    qkv = product(normed(hidden, weights.next_norm), exact(weights.next_qkv).T).reshape(batch, -1, head_dim)
+    qkv = product(normed(hidden, weights.next_norm), exact(weights.next_qkv).T)
+    if weights.next_bias is not None:
+        qkv = qkv + exact(weights.next_bias)
+    qkv = qkv.reshape(batch, -1, head_dim)
     turned, value = lib.split(qkv, [num_heads + num_kv_heads], axis=1)
     low, high = lib.split(turned, 2, axis=2)
     cos, sin = exact(cos)[:, None], exact(sin)[:, None]
@@ -122,6 +128,7 @@ SMALL = case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2))
 RAGGED = case(9, 192, 320, 1, 1, 64, (5, 128, 2, 2, 2))
 # Of every product some units are split along K: hosts with one guest and with two, chunks begun in their middle.
 SPLIT = case(2, 256, 256, 2, 1, 64, (3, 64, 3, 2, 2))
+BIASED = dataclasses.replace(SPLIT, has_bias=True)
 H200 = device.by_name("H200")
 
 
@@ -139,10 +146,11 @@ OTHERS = [
     *(planned(batch, *LLAMA_3_8B) for batch in (1, 16)),
     planned(3, 8192, 28672, 64, 8, 128),  # Llama 70B
     planned(4, 2048, 8192, 32, 8, 64),  # Llama-3.2-1B
+    dataclasses.replace(planned(2, 3584, 18944, 28, 4, 128), has_bias=True),  # Qwen2.5-7B
 ]
 
 
-@pytest.mark.parametrize("case", [SMALL, SPLIT, *(pytest.param(case, marks=pytest.mark.gpu) for case in OTHERS)])
+@pytest.mark.parametrize("case", [SMALL, BIASED, *(pytest.param(case, marks=pytest.mark.gpu) for case in OTHERS)])
 def test_agrees_with_float64(case):
     inputs = case.inputs()
     check(case, inputs, case.run(inputs, detect_races=case == SMALL))
@@ -168,7 +176,7 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
 @pytest.mark.gpu  # on the CPU: tests/models/test_fused.py
 def test_the_last_layer_ends_with_its_hidden_states():
     attended, hidden, weights, cos, sin, _, _, lengths = inputs = SMALL.inputs()
-    last = weights._replace(next_norm=None, next_qkv=None)
+    last = weights._replace(next_norm=None, next_qkv=None, next_bias=None)
     out, following, _ = SMALL.run((attended, hidden, last, cos, sin, None, None, lengths))
     assert following is None
     assert oracle.relative_error(out, expected(*inputs)[0]) < 2 * oracle.TOLERANCE["bfloat16"]
@@ -194,6 +202,40 @@ def test_gives_the_same_each_time(case):
         again, counters, following_again = step(hidden, counters)
         for x, y in zip((first, *following), (again, *following_again), strict=True):
             assert (x == y).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [SPLIT, RAGGED, *(planned(1, *sizes) for sizes in (LLAMA_2_7B, LLAMA_3_8B, (5120, 13824, 40, 40, 128)))],
+)
+def test_every_tile_is_multiplied_once(case):
+    """CTAs have equally many, but for one round of units; a split unit's parts follow upon its host's."""
+    shape, num_ctas = case.shape, case.config.num_ctas
+    sizes = shape.num_query_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size, shape.intermediate_size
+    facts = Facts(8, *sizes, EPS, case.config, True)
+    ctas = jnp.arange(num_ctas)
+    for index, phase in enumerate(facts.phases):
+        num_tiles, num_split = facts.num_tiles(phase), facts.num_split(phase)
+        times = np.zeros((phase.num_units, num_tiles), int)
+        work, parts = np.zeros(num_ctas, int), [[] for _ in range(num_split)]
+        for step in facts.steps:
+            counts = np.broadcast_to(facts.num_segments(step, ctas), num_ctas) * (step.index == index)
+            for turn in range(counts.max()):
+                for cta, (unit, start, stop) in enumerate(
+                    np.stack(np.broadcast_arrays(*facts.segment(step, ctas, jnp.int32(turn))), axis=-1)
+                ):
+                    if turn < counts[cta] and start < stop:
+                        times[unit, start:stop] += 1
+                        work[cta] += stop - start
+                        if unit < num_split:
+                            parts[unit].append((cta, step.is_guests, start))
+        assert (times == 1).all()
+        assert work.max() - work.min() <= (1 if num_split else num_tiles)
+        for unit, found in enumerate(parts):
+            host = next(cta for cta, is_guest, start in found if not is_guest and start == 0)
+            guests = [cta for cta, is_guest, _ in found if is_guest]
+            assert guests == list(range(host + 1, host + 1 + int(facts.num_guests(phase, host, unit))))
+            assert len(found) == len(guests) + 1
 
 
 def test_lowers_for_cuda():

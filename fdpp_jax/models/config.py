@@ -124,8 +124,8 @@ class LlamaConfig(DecoderConfig):
 
     @property
     def unfused_because(self) -> str | None:
-        if self.qkv_bias or self.o_bias or self.mlp_bias:
-            return "the fused layer adds no biases"
+        if self.o_bias or self.mlp_bias:
+            return "the fused layer adds biases to queries, keys and values only"
         return "the fused layer does not normalise queries and keys" if self.qk_norm else None
 
     @classmethod

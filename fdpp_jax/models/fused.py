@@ -10,7 +10,7 @@ from fdpp_jax.models.step_cache import StepCache
 from fdpp_jax.pallas import fused_layer
 
 if TYPE_CHECKING:
-    from fdpp_jax.models.llama import LlamaForCausalLM
+    from fdpp_jax.models.llama import LlamaForCausalLM, LlamaLayer
 
 
 def decode_states(
@@ -23,7 +23,7 @@ def decode_states(
     """`LlamaForCausalLM.decode_states` by `pallas.fused_layer`; the first layer's queries, keys and values are unfused.
 
     Args:
-      model: Without biases and without norms of queries and keys.
+      model: Without norms of queries and keys, and without biases but those of queries, keys and values.
       tokens: [B] integers.
       step: Its cache, which gets the new keys and values.
       config: Tiles of the kernel.
@@ -50,6 +50,7 @@ def decode_states(
             down=layer.mlp.down_proj.weight[...],
             next_norm=None if next_layer is None else next_layer.input_layernorm.weight[...],
             next_qkv=None if next_layer is None else next_layer.self_attn.qkv_proj.weight[...],
+            next_bias=_bias(next_layer),
         )
         keys, values = (None, None) if next_layer is None else step.arrays(i + 1)
         hidden, following, counters = fused_layer.fused_layer(
@@ -60,3 +61,9 @@ def decode_states(
             query = following.query[:, None]
             step.replace(i + 1, following.keys, following.values)
     return model.final_norm(hidden)
+
+
+def _bias(layer: "LlamaLayer | None") -> jax.Array | None:
+    """Of a layer's queries, keys and values."""
+    bias = None if layer is None else layer.self_attn.qkv_proj.bias
+    return None if bias is None else bias[...]

@@ -52,6 +52,7 @@ class LayerWeights(NamedTuple):
       down: [D, F].
       next_norm: [D], of the next layer's first norm; None after the last layer.
       next_qkv: [(N + 2 K) * H, D], of the next layer; None after the last layer.
+      next_bias: [(N + 2 K) * H], of the next layer's queries, keys and values, if it has one.
     """
 
     o: jax.Array
@@ -60,6 +61,7 @@ class LayerWeights(NamedTuple):
     down: jax.Array
     next_norm: jax.Array | None = None
     next_qkv: jax.Array | None = None
+    next_bias: jax.Array | None = None
 
 
 class NextLayer(NamedTuple):
@@ -504,14 +506,18 @@ class _Cta:
     def _qkv(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
         del index, unit
         gmem, facts = self.gmem, self.facts
+        load = functools.partial(accumulators.load, num_rows=facts.num_rows, is_interpreted=facts.is_interpreted)
         angle = lax.rem(low, jnp.int32(facts.head_dim))
-        cos, sin = (
-            accumulators.load(ref, angle, facts.num_rows, is_interpreted=facts.is_interpreted)
-            for ref in (gmem.cos, gmem.sin)
-        )
+        cos, sin = load(gmem.cos, angle), load(gmem.sin, angle)
+        biases = [load(gmem.next_bias, column) for column in (low, high)] if hasattr(gmem, "next_bias") else []
         key, value = facts.num_heads * facts.head_dim, (facts.num_heads + facts.num_kv_heads) * facts.head_dim
 
         def finish(y: jax.Array, partner: jax.Array) -> None:
+            if biases:
+                y, partner = (
+                    (x + bias).astype(jnp.bfloat16).astype(jnp.float32)
+                    for x, bias in zip((y, partner), biases, strict=True)
+                )
             is_turned = (low < value).astype(jnp.float32)
             c, s = cos * is_turned + (1.0 - is_turned), sin * is_turned
             turned = y * c - partner * s, partner * c + y * s

@@ -37,7 +37,8 @@ class Phase:
     num_units: int
 
 
-class Step(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Step:
     """Of the phase `index` what its guests do, or all else."""
 
     index: int
@@ -118,9 +119,8 @@ class Facts:
     def segment(self, step: Step, cta: jax.Array, turn: jax.Array) -> Segment:
         """A CTA's segment of a step."""
         num_ctas, num_tiles, num_split = self.config.num_ctas, self.num_tiles(step.phase), self.num_split(step.phase)
-        whole = Segment(cta + turn * num_ctas, jnp.int32(0), jnp.int32(num_tiles))
         if not num_split:
-            return whole
+            return Segment(cta + turn * num_ctas, jnp.int32(0), jnp.int32(num_tiles))
         begin, end = ring.share(cta, num_ctas, num_split * num_tiles)
         if step.is_guests:
             unit, start = lax.div(begin, jnp.int32(num_tiles)), lax.rem(begin, jnp.int32(num_tiles))
@@ -128,8 +128,9 @@ class Facts:
             return Segment(unit, start, jnp.where(start > 0, stop, start))
         unit = lax.div(begin + (num_tiles - 1), jnp.int32(num_tiles))
         stop = jnp.maximum(end - unit * num_tiles, 0)
-        whole = whole._replace(unit=whole.unit + (num_split - num_ctas))
-        return Segment(*(jnp.where(turn == 0, x, y) for x, y in zip((unit, 0, stop), whole, strict=True)))
+        is_split = turn == 0
+        unit = jnp.where(is_split, unit, num_split + (turn - 1) * num_ctas + cta)
+        return Segment(unit, jnp.int32(0), jnp.where(is_split, stop, num_tiles))
 
     def num_guests(self, phase: Phase, host: jax.Array, unit: jax.Array) -> jax.Array:
         """CTAs after the host that have a part of one of the split units."""

@@ -44,8 +44,12 @@ def assert_close(out, exact, tolerance):
 
 
 def test_is_the_unfused_step():
-    model, tokens, cache = prefilled(SMALL, (5, 9), 16, with_key_norms=True)
-    step, other = (StepCache(SMALL, cache, None, "xla") for _ in range(2))
+    biased = dataclasses.replace(SMALL, qkv_bias=True)
+    model, tokens, cache = prefilled(biased, (5, 9), 16, with_key_norms=True)
+    for layer in model.model.layers:
+        bias = layer.self_attn.qkv_proj.bias
+        bias[...] = 0.1 * jax.random.normal(jax.random.key(1), bias.shape, bias.dtype)
+    step, other = (StepCache(biased, cache, None, "xla") for _ in range(2))
     exact = model.decode_states(tokens, other)
     config = FusedLayerConfig(num_ctas=2, block_k=64, num_stages=3, num_x_tiles=1, num_x_stages=2)
     out = fused.decode_states(model, tokens, step, config, plgpu.InterpretGPUParams())
@@ -59,7 +63,7 @@ def test_is_the_unfused_step():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("softmax", [None, UnifiedMax(0.0), UnifiedMax.bound()])
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.2-1b", "mistral-7b-v0.1"])
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.2-1b", "mistral-7b-v0.1", "qwen2.5-0.5b"])
 def test_decodes_like_xla(name, softmax):
     config = dataclasses.replace(PRESETS[name], num_hidden_layers=3, vocab_size=512)
     plans = model_plans(config, batch=3, capacity=128, device=device.current())
@@ -91,7 +95,7 @@ def test_decodes_like_xla(name, softmax):
     [
         ("llama-2-70b", "fused", "one stream of weights"),
         ("mistral-7b-v0.1", "fused", "one stream of weights"),
-        ("qwen2.5-7b", "unfused", "biases"),
+        ("qwen2.5-7b", "fused", "one stream of weights"),
         ("qwen3-8b", "unfused", "normalise"),
         ("gemma-2-9b", "unfused", "no GELU"),
         ("opt-6.7b", "unfused", "that of LLaMA"),
