@@ -8,6 +8,7 @@ leave their sums with it. They do so before all else, so that no host waits for 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -131,6 +132,14 @@ class Facts:
         is_split = turn == 0
         unit = jnp.where(is_split, unit, num_split + (turn - 1) * num_ctas + cta)
         return Segment(unit, jnp.int32(0), jnp.where(is_split, stop, num_tiles))
+
+    def for_segments(self, step: Step, cta: jax.Array, work: Callable[..., Any], carry: Any) -> Any:
+        """carry = work(turn, segment, carry) for all segments that a CTA has in a step, empty ones included."""
+
+        def body(turn: jax.Array, carry: Any) -> Any:
+            return work(turn, self.segment(step, cta, turn), carry)
+
+        return lax.fori_loop(0, self.num_segments(step, cta), body, carry)
 
     def num_guests(self, phase: Phase, host: jax.Array, unit: jax.Array) -> jax.Array:
         """CTAs after the host that have a part of one of the split units."""
