@@ -156,11 +156,12 @@ def run_kernel(
     recompute: bool = False,
     prior: jax.Array | None = None,
     redone: jax.Array | None = None,
+    is_appended: bool = False,
 ) -> Any:
     """The Mosaic kernel; see `pallas.decode_attention`."""
     from fdpp_jax.pallas import decode_attention
 
-    static = dict(**dataclasses.asdict(options), config=config, recompute=recompute)
+    static = dict(**dataclasses.asdict(options), config=config, recompute=recompute, is_appended=is_appended)
     return decode_attention.decode_attention(**arrays._asdict(), **static, prior=prior, redone=redone)
 
 
@@ -170,11 +171,13 @@ def run_recomputing_kernel(
     config: DecodeAttentionConfig,
     recompute: Literal["kernel", "launch"],
     redone: jax.Array | None = None,
+    *,
+    is_appended: bool = False,
 ) -> Any:
     """The Mosaic kernel, by which rows outside the window are redone; with `redone` the pair that it gives then."""
     if recompute == "kernel":
-        return run_kernel(arrays, options, config, recompute=True, redone=redone)
-    out = run_kernel(arrays, options, config)
+        return run_kernel(arrays, options, config, recompute=True, redone=redone, is_appended=is_appended)
+    out = run_kernel(arrays, options, config, is_appended=is_appended)
     return run_kernel(arrays._replace(phi=None), options, config, prior=out, redone=redone)
 
 

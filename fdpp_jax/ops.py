@@ -123,7 +123,9 @@ def unchecked_decode_attention(
     redone: jax.Array | None = None,
     implementation: AttentionImplementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Decode attention that never takes a branch: for a model that redoes the whole step once where one is needed.
+    """Decode attention of a model's step: no branch, since the model redoes the whole step where one would be needed.
+
+    The last key of each sequence alone may be younger than the launch before.
 
     Where the kernel redoes rows that left the safe window, it counts them in `redone`. Elsewhere they are NaN, which
     runs through the rest of the model into every logit of the sequence, so that one look at the logits tells whether
@@ -168,8 +170,8 @@ def unchecked_decode_attention(
     if not isinstance(config, DecodeAttentionConfig):
         return attention.run_reference(arrays, options), None
     if softmax is None or redone is None or recompute == "cond":
-        return attention.run_kernel(arrays, options, config), None
-    return attention.run_recomputing_kernel(arrays, options, config, recompute, redone)
+        return attention.run_kernel(arrays, options, config, is_appended=True), None
+    return attention.run_recomputing_kernel(arrays, options, config, recompute, redone, is_appended=True)
 
 
 def flat_matmul(

@@ -104,11 +104,14 @@ def kernel_calls(monkeypatch):
         recompute=False,
         prior=None,
         redone=None,
+        is_appended=False,
         interpret=None,
     ):
         assert interpret is None
         assert not (recompute or prior is not None) or config.combine == "kernel"
-        calls.append(dict(shape=query.shape, phi=phi, config=config, recompute=recompute, prior=prior))
+        calls.append(
+            dict(shape=query.shape, phi=phi, config=config, recompute=recompute, prior=prior, is_appended=is_appended)
+        )
         options = dict(
             scale=scale,
             is_causal=is_causal,
@@ -286,6 +289,7 @@ def test_recompute_is_where_it_was_asked_for(kernel_calls, recompute):
     }.get(recompute, [])
     assert text.count("cond[") == (recompute == "cond")
     assert all(call["config"] == first["config"] for call in others)
+    assert not first["is_appended"]
 
 
 def test_online_softmax_is_one_call(kernel_calls):
@@ -298,8 +302,7 @@ def test_online_softmax_is_one_call(kernel_calls):
 
 @pytest.mark.parametrize("with_kernel", [False, True], ids=["reference", "kernel"])
 def test_the_unchecked_op_leaves_rows_outside_the_window_nan(request, with_kernel):
-    if with_kernel:
-        request.getfixturevalue("kernel_calls")
+    calls = request.getfixturevalue("kernel_calls") if with_kernel else []
     arrays, arguments = call_arguments(0, dtype="bfloat16")
     arrays = tuple(jnp.nan_to_num(x) for x in arrays)
     softmax = UnifiedMax(jnp.array([-150.0] + 7 * [1.0]))
@@ -310,6 +313,7 @@ def test_the_unchecked_op_leaves_rows_outside_the_window_nan(request, with_kerne
     is_nan = np.isnan(np.asarray(out, np.float32)).all(axis=-1)[:, 0]  # [B, N]
     np.testing.assert_array_equal(is_nan[:, 0], [True, True, False, True])  # the third has no key
     assert not is_nan[:, 1:].any()
+    assert all(call["is_appended"] for call in calls)  # the only op that knows so
     # Asked to count what is redone, the kernel redoes it, unless the policy says where else.
     expected = np.asarray(call(*arrays, **arguments)[0], np.float32)
     for recompute in (None, *RECOMPUTES):

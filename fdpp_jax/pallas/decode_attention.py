@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
 from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, reduction_bytes, round_up
-from fdpp_jax.pallas import attention_rows, handover, kv_tiles, ring
+from fdpp_jax.pallas import attention_rows, handover, kv_tiles, overlap, ring
 from fdpp_jax.pallas.attention_rows import LOG2E, Rows
 from fdpp_jax.pallas.kv_shares import Facts, Share, bounds
 
@@ -36,7 +36,16 @@ from fdpp_jax.pallas.kv_shares import Facts, Share, bounds
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
 @functools.partial(
     jax.jit,
-    static_argnames=("scale", "config", "is_causal", "local_window_size", "logits_soft_cap", "recompute", "interpret"),
+    static_argnames=(
+        "scale",
+        "config",
+        "is_causal",
+        "local_window_size",
+        "logits_soft_cap",
+        "recompute",
+        "is_appended",
+        "interpret",
+    ),
 )
 def decode_attention(
     query: jax.Array,
@@ -58,6 +67,7 @@ def decode_attention(
     recompute: bool = False,
     prior: jax.Array | None = None,
     redone: jax.Array | None = None,
+    is_appended: bool = False,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Any:
     """softmax(scale * q k^T) v for a few query tokens a sequence.
@@ -84,6 +94,8 @@ def decode_attention(
         others are copied.
       redone: [B, K] int32, with recompute or prior. Where a row is redone it becomes 1; the others stay as they are,
         so that one array serves all calls of a step, and costs where something fails only.
+      is_appended: Whether all but the query and the last key of each sequence were there before the launch before this
+        one, as in a model's decode step: loads of other keys need not wait for it.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
@@ -169,6 +181,7 @@ def decode_attention(
         cap=logits_soft_cap,
         recompute=recompute and phi is not None,
         is_interpreted=interpret is not None,
+        is_appended=is_appended,
     )
 
     def body(*refs: Any, **smem: Any) -> None:
@@ -204,6 +217,9 @@ def decode_attention(
 
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:
     """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
+    is_early = facts.is_appended and facts.config.combine == "kernel"
+    if not is_early:
+        _take_over(facts)
     share = Share(gmem, facts, *(lax.axis_index(name) for name in ("chunk", "kv_head", "share")))
     stream = kv_tiles.Stream(gmem, smem, share)
     load_query = functools.partial(attention_rows.load_query, gmem, smem, share)
@@ -225,10 +241,16 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
 
         lax.fori_loop(0, facts.chunk, copy, None)
 
+    settled = None
+    if is_early:  # the tiles before the first sequence's last one
+        settled = share.first[1] + share.live(share.first[0]).count - 1
+        stream.fill(share.begin, share.first, until=settled)
+        _take_over(facts)
+
     @pl.when(share.end > share.begin)
     def _start() -> None:
         load_query(share.first[0], jnp.int32(0))
-        stream.fill(share.begin, share.first)
+        stream.fill(share.begin, share.first, since=settled)
 
     def attend(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The sequence at a place, how many came before, and whether it comes again, its rows having failed."""
@@ -256,6 +278,11 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
         pl.when(share.end > share.begin)(lambda: (attend(first), None)[1])
     else:
         lax.while_loop(lambda carry: carry[1] < share.end, attend, first)
+
+
+def _take_over(facts: Facts) -> None:
+    overlap.await_predecessor(is_interpreted=facts.is_interpreted)
+    overlap.let_successor_start(is_interpreted=facts.is_interpreted)
 
 
 def _combine(

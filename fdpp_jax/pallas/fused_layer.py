@@ -11,7 +11,7 @@ A decode step is bound by reading the weights, so they must not stop coming. One
 and its four warpgroups run on their own:
 
 - weights: streams tiles through a ring of TMA stages that knows no end of a product: while the grid waits for the last
-  results of one product, the ring fills with weights of the next.
+  results of one product, the ring fills with weights of the next; and while attention ends, with those of o.
 - inputs: loads x, chunk by chunk, as soon as the grid has counted all results that make up the chunk (grid_sync).
 - products: y^T [64, rows] += w [64, block_k] @ x^T [block_k, rows], rows padded to 8, with the weights as the large
   operand (as in flat_matmul). A unit of WIDTH columns, over all of K, is one CTA's, but for those that fill no round

@@ -38,6 +38,7 @@ class Facts:
     cap: float | None
     recompute: bool
     is_interpreted: bool
+    is_appended: bool
 
     @property
     def live_rows(self) -> int:

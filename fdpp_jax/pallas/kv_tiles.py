@@ -110,10 +110,19 @@ class Stream:
         self.gmem, self.smem, self.share = gmem, smem, share
         self.num_stages = share.facts.config.num_stages
 
-    def fill(self, position: jax.Array, place: Place) -> None:
-        """Starts the loads of `position` and those after it; `place` is not behind."""
+    def fill(
+        self, position: jax.Array, place: Place, *, since: jax.Array | None = None, until: jax.Array | None = None
+    ) -> None:
+        """Starts the loads of `position` and those after it, of these from `since` and before `until` on.
+
+        `place` is not behind position.
+        """
+        last = self.share.end if until is None else jnp.minimum(self.share.end, until)
         for stage in range(self.num_stages):
-            pl.when(position + stage < self.share.end)(functools.partial(self._fetch, position + stage, place))
+            is_wanted = position + stage < last
+            if since is not None:
+                is_wanted &= position + stage >= since
+            pl.when(is_wanted)(functools.partial(self._fetch, position + stage, place))
 
     def refill(
         self,

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas import accumulators, grid_sync
+from fdpp_jax.pallas import accumulators, grid_sync, overlap
 from fdpp_jax.pallas.accumulators import HEIGHT, WIDTH
 from fdpp_jax.pallas.layer_phases import Facts, Segment, Step
 
@@ -52,6 +52,7 @@ class Products:
     # Warpgroup 2
 
     def stream_inputs(self) -> None:
+        overlap.await_predecessor(is_interpreted=self.facts.is_interpreted)
         chunks_done = jnp.int32(0)
         for step in self.steps:
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas import accumulators, grid_sync
+from fdpp_jax.pallas import accumulators, grid_sync, overlap
 from fdpp_jax.pallas.accumulators import LAYOUT, WIDTH
 from fdpp_jax.pallas.layer_phases import Facts, Phase, Segment, Step
 
@@ -26,6 +26,8 @@ class Results:
         self.is_whole = len(steps) > 1
 
     def finish(self) -> None:
+        overlap.await_predecessor(is_interpreted=self.facts.is_interpreted)
+        overlap.let_successor_start(is_interpreted=self.facts.is_interpreted)
         results = self.gmem.results
         if self.is_whole:  # what earlier launches left: none counts there before CTA 0 has counted its first unit
             for i in range(1, results.shape[0]):
