@@ -54,7 +54,8 @@ def flat_matmul(
     num_rows, depth = x.shape
     width = w.shape[w_order.index("n")]
     rows = round_up(num_rows, 8)
-    x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
+    if num_rows > 8:  # a TMA box of 8 rows may reach beyond fewer than 8, not beyond 12
+        x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
     transforms = ring.tile_transforms(math.gcd(depth, w.shape[1]))  # wgmma wants one swizzle for both operands
     w_tile = in_order(w_order, config.block_k, config.block_n)
     partial = plgpu.kernel(
@@ -85,7 +86,8 @@ def _body(x_gmem, w_gmem, out_gmem, *, x_smem, w_smem, out_smem, ready, config, 
     def fetch(block, slot):
         depth = pl.ds(block * block_k, block_k)
         plgpu.copy_gmem_to_smem(w_gmem.at[in_order(w_order, depth, column)], w_smem.at[slot], ready.at[slot])
-        plgpu.copy_gmem_to_smem(x_gmem.at[:, depth], x_smem.at[slot], ready.at[slot])
+        # A traced start lets the box reach beyond the rows, too: TMA fills with zeros.
+        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(split * 0, x_smem.shape[1]), depth], x_smem.at[slot], ready.at[slot])
 
     ring.fill(fetch, first, last, num_stages)
 
