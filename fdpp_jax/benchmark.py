@@ -13,7 +13,7 @@ from flax import nnx
 from fdpp_jax import device, heuristics, matmul, models, ops, timing
 from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
 from fdpp_jax.device import Device
-from fdpp_jax.generation import DECODE_COMPILER_OPTIONS, decode_step
+from fdpp_jax.generation import decode_compiler_options, decode_step
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.timing import BenchReport, Candidate, read_floor
@@ -172,8 +172,9 @@ def _time_decode(
     """Median seconds a step, and how many of the loop's steps were redone."""
     graphdef, weights = nnx.split(model)
     cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
+    options = decode_compiler_options(model, batch) if implementation is None else {}
 
-    @functools.partial(jax.jit, donate_argnums=1, compiler_options=DECODE_COMPILER_OPTIONS)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
     def loop(
         weights: nnx.State, cache: KVCache, tokens: jax.Array, softmax: UnifiedMax | None
     ) -> tuple[KVCache, jax.Array, jax.Array]:

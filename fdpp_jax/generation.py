@@ -18,20 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fdpp_jax import device
 from fdpp_jax.config import round_up
 from fdpp_jax.models.cache import KVCache
 from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.models.plans import plan_layer
 from fdpp_jax.sampling import Sampling, make_sampling, sample
 from fdpp_jax.unified_max import UnifiedMax
 
 _MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
 _MIN_STEPS_OF_DRIFT = 64  # fewer steps do not tell how often a phi fails
-# XLA records a decode step as CUDA graphs. Its default takes lax.cond in as a conditional node; here it stays outside.
-# What that gains is not proven: docs/performance.md has the numbers. XLA's list, less CONDITIONAL:
-DECODE_COMPILER_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-}
+_MAX_BLOCK = 8  # decode steps between two looks of the host at whether to go on, each of which stops the GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +227,13 @@ def _run(
     graphdef, weights = nnx.split(model)
     capacity = round_up(prompts.shape[1] + max_new_tokens, _CAPACITY_MULTIPLE)
     eos = jnp.asarray(eos_ids, jnp.int32)
+    options = decode_compiler_options(model, prompts.shape[0])
     # A copy, since the loop donates its key and the caller keeps theirs.
     prefill_args = (weights, jnp.asarray(prompts), jnp.asarray(prompt_lengths), sampling, eos, jax.random.clone(key))
 
     started = time.perf_counter()
     with_key_norms = softmax is not None and softmax.is_bound
-    prefill, compile_seconds = _executable(_prefill, (graphdef, capacity, with_key_norms), prefill_args)
+    prefill, compile_seconds = _executable(_prefill, (graphdef, capacity, with_key_norms), prefill_args, {})
     started += compile_seconds
     loop = jax.block_until_ready(prefill(*prefill_args))
     new_tokens = np.full((prompts.shape[0], max_new_tokens), eos_ids[0] if eos_ids else 0, np.int32)
@@ -242,14 +241,15 @@ def _run(
     prefill_seconds = time.perf_counter() - started
     yield StreamChunk(new_tokens[:, :1].copy(), np.asarray(loop.lengths))
 
-    num_tokens, decode_seconds, online_from = 1, 0.0, None
+    num_tokens, decode_seconds, online_from, decode_chunk = 1, 0.0, None, None
     while num_tokens < max_new_tokens and not np.asarray(loop.finished).all():
         started = time.perf_counter()
         num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
         chunk_args = (weights, loop, num_steps, sampling, eos, softmax)
-        decode_chunk, seconds = _executable(_decode_chunk, (graphdef, chunk_size), chunk_args)
-        compile_seconds += seconds
-        started += seconds
+        if decode_chunk is None:  # looking it up takes as long as a step
+            decode_chunk, seconds = _executable(_decode_chunk, (graphdef, chunk_size), chunk_args, options)
+            compile_seconds += seconds
+            started += seconds
         loop, chunk, steps_run = jax.block_until_ready(decode_chunk(*chunk_args))
         steps = int(steps_run)
         new_tokens[:, num_tokens : num_tokens + steps] = np.asarray(chunk)[:, :steps]
@@ -257,7 +257,7 @@ def _run(
         yield StreamChunk(new_tokens[:, num_tokens : num_tokens + steps].copy(), np.asarray(loop.lengths))
         num_tokens += steps
         if softmax is not None and _has_drifted(loop, num_tokens - 1, max_recompute_rate):
-            softmax, online_from = None, num_tokens - 1
+            softmax, online_from, decode_chunk = None, num_tokens - 1, None
 
     return GenerationResult(
         tokens=new_tokens,
@@ -314,7 +314,7 @@ def _prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=DECODE_COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode_chunk(
     graphdef: nnx.GraphDef,
     chunk_size: int,
@@ -325,35 +325,50 @@ def _decode_chunk(
     eos_ids: jax.Array,
     softmax: UnifiedMax | None,
 ) -> tuple[_Loop, jax.Array, jax.Array]:
-    """Up to num_steps <= chunk_size decode steps, fewer if every row ends.
+    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the steps after those change nothing.
 
     Returns:
-      (loop, tokens [B, chunk_size], steps that ran).
+      (loop, tokens [B, chunk_size], steps that count).
     """
     model = nnx.merge(graphdef, weights)
     pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
+    block = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0)
 
-    def unfinished(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
+    def is_live(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
         loop, _, step = carry
         return (step < num_steps) & ~loop.finished.all()
 
-    def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
-        loop, chunk, step = carry
+    def take_step(i: jax.Array, carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
+        del i
+        (loop, chunk, step), counts = carry, is_live(carry)
         logits, cache, redone = decode_step(model, loop.tokens, loop.cache, softmax)
         key, sample_key = jax.random.split(loop.key)
         tokens = jnp.where(loop.finished, pad, sample(logits, sample_key, sampling))
         next_loop = _Loop(
-            cache=cache,
+            cache=dataclasses.replace(cache, lengths=jnp.where(counts, cache.lengths, loop.cache.lengths)),
             tokens=tokens,
             finished=loop.finished | (tokens[:, None] == eos_ids).any(axis=1),
-            lengths=loop.lengths + ~loop.finished,
-            recomputed_steps=loop.recomputed_steps + redone,
+            lengths=loop.lengths + (counts & ~loop.finished),
+            recomputed_steps=loop.recomputed_steps + (counts & redone),
             key=key,
         )
-        return next_loop, chunk.at[:, step].set(tokens), step + 1
+        return next_loop, chunk.at[:, step].set(tokens), step + counts
+
+    def take_block(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
+        return jax.lax.fori_loop(0, block, take_step, carry)
 
     chunk = jnp.full((loop.tokens.shape[0], chunk_size), pad, jnp.int32)
-    return jax.lax.while_loop(unfinished, body, (loop, chunk, jnp.int32(0)))
+    return jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))
+
+
+def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str]:
+    """Of XLA, for a loop of the model's decode steps with a batch of rows.
+
+    Fused layers and the attention between them overlap (`pallas.overlap`), but not where XLA records them as CUDA
+    graphs, each as one of its own. The many small launches of an unfused step are better off as graphs.
+    """
+    plan = plan_layer(model.config, batch=batch, device=device.current(), dtype=model.dtype)
+    return {} if plan.config is None else {"xla_gpu_enable_command_buffer": ""}
 
 
 def decode_step(
@@ -390,14 +405,14 @@ def decode_step(
 
 
 def _executable(
-    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...]
+    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...], options: dict[str, str]
 ) -> tuple[jax.stages.Compiled, float]:
     """The program for arguments like these, and the seconds that it took to get it."""
     started = time.perf_counter()
     leaves, treedef = jax.tree.flatten(args)
     avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None) for x in leaves)
     misses = _compile.cache_info().misses
-    compiled = _compile(function, statics, treedef, avals)
+    compiled = _compile(function, statics, treedef, avals, tuple(options.items()))
     seconds = time.perf_counter() - started
     return compiled, seconds if _compile.cache_info().misses > misses else 0.0
 
@@ -408,6 +423,7 @@ def _compile(
     statics: tuple[Hashable, ...],
     treedef: jax.tree_util.PyTreeDef,
     avals: tuple[jax.ShapeDtypeStruct, ...],
+    options: tuple[tuple[str, str], ...],
 ) -> jax.stages.Compiled:
     """Compiles ahead of the call, so that compilation is not measured as decoding."""
-    return function.lower(*statics, *jax.tree.unflatten(treedef, avals)).compile()
+    return function.lower(*statics, *jax.tree.unflatten(treedef, avals)).compile(compiler_options=dict(options))

@@ -121,13 +121,12 @@ def unchecked_decode_attention(
     key_max_norm: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
     redone: jax.Array | None = None,
+    is_appended: bool = False,
     implementation: AttentionImplementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Decode attention of a model's step: no branch, since the model redoes the whole step where one would be needed.
+    """Decode attention that never takes a branch: for a model that redoes the whole step once where one is needed.
 
-    The last key of each sequence alone may be younger than the launch before.
-
-    Where the kernel redoes rows that left the safe window, it counts them in `redone`. Elsewhere they are NaN, which
+    Where the kernel redoes rows that left the safe window, it marks them in `redone`. Elsewhere they are NaN, which
     runs through the rest of the model into every logit of the sequence, so that one look at the logits tells whether
     any layer overflowed.
 
@@ -143,6 +142,8 @@ def unchecked_decode_attention(
       key_max_norm: As in `dot_product_attention`.
       softmax: As in `dot_product_attention`.
       redone: [B, K] int32, of earlier layers. None: leave all failed rows NaN.
+      is_appended: Whether, of keys, values, lengths and offsets, the launch before this one wrote at most each
+        sequence's last key and value: the kernel loads the others before that launch has ended.
       implementation: As in `dot_product_attention`.
 
     Returns:
@@ -170,8 +171,8 @@ def unchecked_decode_attention(
     if not isinstance(config, DecodeAttentionConfig):
         return attention.run_reference(arrays, options), None
     if softmax is None or redone is None or recompute == "cond":
-        return attention.run_kernel(arrays, options, config, is_appended=True), None
-    return attention.run_recomputing_kernel(arrays, options, config, recompute, redone, is_appended=True)
+        return attention.run_kernel(arrays, options, config, is_appended=is_appended), None
+    return attention.run_recomputing_kernel(arrays, options, config, recompute, redone, is_appended=is_appended)
 
 
 def flat_matmul(

@@ -54,6 +54,7 @@ class Case:
     page_size: int | None = None
     kv_dtype: str | None = None
     scales: str | None = None
+    is_appended: bool = False
 
     @property
     def options(self):
@@ -115,7 +116,13 @@ class Case:
         """The kernel; interpreted, where there is no GPU, without races."""
         interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=True)
         phi = None if phi is None else jnp.asarray(phi, jnp.float32)
-        call = functools.partial(decode_attention, **self.options, config=self.config, interpret=interpret)
+        call = functools.partial(
+            decode_attention,
+            **self.options,
+            config=self.config,
+            is_appended=self.is_appended,
+            interpret=interpret,
+        )
         try:
             with mock.patch.object(shared_memory.GPUSharedMemory, "reset_per_cluster_state", _keep_clocks):
                 out = jax.block_until_ready(call(**inputs, phi=phi, recompute=recompute, prior=prior, redone=redone))

@@ -307,14 +307,16 @@ def test_the_unchecked_op_leaves_rows_outside_the_window_nan(request, with_kerne
     arrays = tuple(jnp.nan_to_num(x) for x in arrays)
     softmax = UnifiedMax(jnp.array([-150.0] + 7 * [1.0]))
     implementation = None if with_kernel else "xla"
-    call = jax.jit(functools.partial(fdpp_jax.ops.unchecked_decode_attention, implementation=implementation))
+    op = functools.partial(fdpp_jax.ops.unchecked_decode_attention, implementation=implementation, is_appended=True)
+    call = jax.jit(op)
     out, redone = call(*arrays, **arguments, softmax=softmax)
     assert redone is None
+    assert len(calls) == with_kernel
+    assert all(call["is_appended"] for call in calls)
     is_nan = np.isnan(np.asarray(out, np.float32)).all(axis=-1)[:, 0]  # [B, N]
     np.testing.assert_array_equal(is_nan[:, 0], [True, True, False, True])  # the third has no key
     assert not is_nan[:, 1:].any()
-    assert all(call["is_appended"] for call in calls)  # the only op that knows so
-    # Asked to count what is redone, the kernel redoes it, unless the policy says where else.
+    # Asked to mark what is redone, the kernel redoes it, unless the policy says where else.
     expected = np.asarray(call(*arrays, **arguments)[0], np.float32)
     for recompute in (None, *RECOMPUTES):
         softmax = UnifiedMax(softmax.phi, recompute)

@@ -27,12 +27,12 @@ CASES = {  # batch, capacity, heads, kv heads, head dim; lengths
     "64 rows, wide tiles": (Case(1, 300, 64, 1, 128, tiles(128, 2, 2)), (290,)),
     "splits without keys": (Case(1, 512, 2, 2, 64, tiles(64, 8, 2)), (63,)),
     "splits without keys between others": (Case(1, 512, 2, 1, 64, tiles(64, 8, 2)), (129,)),
-    "ragged": (Case(5, 320, 4, 2, 64, tiles(64, 3, 2)), (310, 0, 64, 129, 320)),
+    "ragged": (Case(5, 320, 4, 2, 64, tiles(64, 3, 2), is_appended=True), (310, 0, 64, 129, 320)),
     "two chunks": (Case(34, 128, 2, 1, 64, tiles(64, 2, 2)), tuple(x * 17 % 80 for x in range(34))),
     "length 0": (Case(3, 72, 2, 2, 64, tiles(64, 2, 2), has_sinks=True, **HALF), (0, 5, 72)),
     "draft of 4": (Case(2, 200, 4, 2, 80, tiles(64, 2, 2), 4, **DRAFT), (190, 3)),
     "draft of 16": (Case(2, 139, 4, 1, 64, tiles(64, 3, 2), 16, has_sinks=True, **DRAFT, **HALF), (137, 9)),
-    "window": (Case(2, 300, 4, 2, 96, tiles(64, 2, 2), local_window_size=(100, 0)), (290, 40)),
+    "window": (Case(2, 300, 4, 2, 96, tiles(64, 2, 2), local_window_size=(100, 0), is_appended=True), (290, 40)),
     "window of a draft": (
         Case(3, 200, 4, 2, 64, tiles(64, 3, 2), 3, local_window_size=(70, 1), logits_soft_cap=5.0, **HALF),
         (190, 40, 1),
@@ -61,7 +61,7 @@ ONLINE = ["ragged", "draft of 16", "int8 of tokens", "second launch of a draft"]
 # A case takes some two seconds interpreted. On a GPU these follow, and all with online softmax too.
 CASES_ON_GPU = {
     "mha": (Case(2, 200, 4, 4, 64, tiles(64, 2, 2)), (200, 131)),
-    "more tiles than stages": (Case(1, 1000, 2, 1, 64, tiles(64, 1, 3), **HALF), (999,)),
+    "more tiles than stages": (Case(1, 1000, 2, 1, 64, tiles(64, 1, 3), is_appended=True, **HALF), (999,)),
     "prefix": (Case(1, 72, 6, 2, 64, tiles(64, 1, 2), 5), (71,)),  # queries that see all keys
     "pages of 16": (Case(2, 250, 4, 2, 64, tiles(64, 2, 4), page_size=16), (250, 33)),
     "pages of 128": (Case(2, 250, 4, 2, 64, tiles(64, 2, 2), page_size=128, **INT8, **HEAD), (250, 33)),
@@ -226,7 +226,7 @@ def test_traced_phi_compiles_once():
 @pytest.mark.parametrize(
     ("case", "mode"),
     [
-        (Case(7, 4100, 16, 2, 128, tiles(64, 16, 3), **HALF), "kernel"),
+        (Case(7, 4100, 16, 2, 128, tiles(64, 16, 3), is_appended=True, **HALF), "kernel"),
         (Case(2, 4096, 128, 2, 128, tiles(128, 4, 2), has_sinks=True), "flag"),
         (Case(2, 4096, 4, 2, 256, tiles(64, 4, 2), logits_soft_cap=30.0), "online"),
         (Case(2, 4096, 16, 4, 80, tiles(64, 4, 2), 4, page_size=16, **DRAFT), "launch"),
@@ -238,6 +238,12 @@ def test_traced_phi_compiles_once():
 def test_lowers_for_cuda(case, mode):
     arrays = case.inputs(0, (1,) * case.batch)
     phi = None if mode in ("online", "launch") else np.zeros((case.batch, case.num_heads), np.float32)
-    call = functools.partial(decode_attention, **case.options, config=case.config, recompute=mode == "kernel")
+    call = functools.partial(
+        decode_attention,
+        **case.options,
+        config=case.config,
+        recompute=mode == "kernel",
+        is_appended=case.is_appended,
+    )
     traced = jax.jit(call).trace(**arrays, phi=phi, prior=arrays["query"] if mode == "launch" else None)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -132,6 +132,7 @@ def random_case(seed):
             page_size=choice(None, None, 16, 32, 64, 128, 256),
             kv_dtype=kv_dtype,
             scales=kv_dtype and choice("head", "token"),
+            is_appended=choice(True, False),
         )
         shape = AttentionShape(
             case.batch,

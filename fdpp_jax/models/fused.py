@@ -41,7 +41,7 @@ def decode_states(
     depth = max(model.config.query_size, model.config.hidden_size, model.config.intermediate_size)
     counters = fused_layer.counters_for(depth, config)
     for i, layer in enumerate(layers):
-        attended = step.attend(i, query)[:, 0]  # [B, N, H]
+        attended = step.attend(i, query, is_appended=i > 0)[:, 0]  # [B, N, H], right after the fused layer
         next_layer = layers[i + 1] if i + 1 < len(layers) else None
         weights = fused_layer.LayerWeights(
             o=layer.self_attn.o_proj.weight[...],

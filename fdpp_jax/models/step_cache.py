@@ -49,8 +49,11 @@ class StepCache:
         if self._norms:
             self._norms[layer] = jnp.maximum(self._norms[layer], unified_max.max_norm(key))
 
-    def attend(self, layer: int, query: jax.Array) -> jax.Array:
-        """Attention of query [B, 1, N, H] over all keys, the new ones included."""
+    def attend(self, layer: int, query: jax.Array, *, is_appended: bool = False) -> jax.Array:
+        """Attention of query [B, 1, N, H] over all keys, the new ones included.
+
+        is_appended: whether the launch before wrote at most the new keys and values of all that the cache holds.
+        """
         softmax, num_layers = self._softmax, self._config.num_hidden_layers
         before = self._redone
         if softmax is not None and before is None:
@@ -65,6 +68,7 @@ class StepCache:
             key_max_norm=self._norms[layer] if self._norms else None,
             softmax=None if softmax is None else softmax.for_layer(layer, num_layers),
             redone=before,
+            is_appended=is_appended,
             implementation=self.implementation,
         )
         if redone is not None:

@@ -341,7 +341,7 @@ class Rows:
                 den += jnp.exp2(sink - self._shift())
         if row_max:
             if hasattr(self.gmem, "prior"):
-                self._count_redone()
+                self._mark_redone()
             self._store(num, 1.0 / den)
             return jnp.bool_(False)
         den_min, den_max = unified_max.window(self.smem.p.dtype, self.facts.capacity)
@@ -354,11 +354,11 @@ class Rows:
         failed = self._any(jnp.where(self._sees_key(), jnp.where(is_safe, 0.0, 1.0), 0.0))
         failed &= jnp.logical_not(self.is_again)
         pl.when(jnp.logical_not(failed))(lambda: self._store(num, 1.0 / den))
-        pl.when(failed)(self._count_redone)
+        pl.when(failed)(self._mark_redone)
         pl.when(failed)(self._prepare_again)
         return failed
 
-    def _count_redone(self) -> None:
+    def _mark_redone(self) -> None:
         if hasattr(self.gmem, "redone"):
             self.gmem.redone[self.batch, self.share.kv_head] = jnp.int32(1)
 

@@ -94,8 +94,8 @@ def decode_attention(
         others are copied.
       redone: [B, K] int32, with recompute or prior. Where a row is redone it becomes 1; the others stay as they are,
         so that one array serves all calls of a step, and costs where something fails only.
-      is_appended: Whether all but the query and the last key of each sequence were there before the launch before this
-        one, as in a model's decode step: loads of other keys need not wait for it.
+      is_appended: Whether, of keys, values, lengths and offsets, the launch before this one wrote at most each
+        sequence's last key and value, as the fused layer does: loads of other keys need not wait for it.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:

@@ -24,7 +24,7 @@ _THREAD = """
   mov.u32 thread, %tid.x;
   and.b32 thread, thread, 127;
 """
-# What this warpgroup stored is visible to whoever sees the count: also to TMA, which reads by a way of its own.
+# What this warpgroup stored is visible to whoever sees the count.
 _COUNT = f"""{{{_THREAD}
   setp.eq.u32 is_mine, thread, 0;
   @is_mine red.release.gpu.global.add.u32 [$0], 1;
@@ -61,6 +61,8 @@ _CLEAR = f"""{{{_THREAD}
   setp.lt.u32 is_mine, thread, $1;
   @is_mine st.relaxed.gpu.global.u32 [address], 0;
 }}"""
+# TMA reads by a way of its own (the async proxy). One fence between a store and its load by TMA does: where it loads,
+# since where it was stored the fence would wait behind all loads of weights that are under way.
 _PROXY_FENCE = "fence.proxy.async.global;"
 
 
@@ -74,7 +76,6 @@ def count(counter_gmem: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_: Any, counter: Any) -> None:
-        mgpu.utils.inline_ptx(_PROXY_FENCE, has_side_effects=True)
         mgpu.utils.warpgroup_barrier()
         mgpu.utils.inline_ptx(_COUNT, mgpu.utils.memref_ptr(counter), has_side_effects=True)
 
