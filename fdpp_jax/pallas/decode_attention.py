@@ -95,7 +95,8 @@ def decode_attention(
       redone: [B, K] int32, with recompute or prior. Where a row is redone it becomes 1; the others stay as they are,
         so that one array serves all calls of a step, and costs where something fails only.
       is_appended: Whether, of keys, values, lengths and offsets, the launch before this one wrote at most each
-        sequence's last key and value, as the fused layer does: loads of other keys need not wait for it.
+        sequence's last key and value, as the fused layer does: with combine="kernel" this one is launched before that
+        one has ended (`overlap`), and loads the other keys meanwhile.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
@@ -181,7 +182,7 @@ def decode_attention(
         cap=logits_soft_cap,
         recompute=recompute and phi is not None,
         is_interpreted=interpret is not None,
-        is_appended=is_appended,
+        is_appended=is_appended and config.combine == "kernel",
     )
 
     def body(*refs: Any, **smem: Any) -> None:
@@ -217,9 +218,6 @@ def decode_attention(
 
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:
     """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
-    is_early = facts.is_appended and facts.config.combine == "kernel"
-    if not is_early:
-        _take_over(facts)
     share = Share(gmem, facts, *(lax.axis_index(name) for name in ("chunk", "kv_head", "share")))
     stream = kv_tiles.Stream(gmem, smem, share)
     load_query = functools.partial(attention_rows.load_query, gmem, smem, share)
@@ -242,10 +240,11 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
         lax.fori_loop(0, facts.chunk, copy, None)
 
     settled = None
-    if is_early:  # the tiles before the first sequence's last one
-        settled = share.first[1] + share.live(share.first[0]).count - 1
+    if facts.is_appended:
+        settled = share.first[1] + share.live(share.first[0]).count - 1  # before the first sequence's last tile
         stream.fill(share.begin, share.first, until=settled)
-        _take_over(facts)
+        overlap.await_predecessor(is_interpreted=facts.is_interpreted)
+        overlap.let_successor_start(is_interpreted=facts.is_interpreted)
 
     @pl.when(share.end > share.begin)
     def _start() -> None:
@@ -278,11 +277,6 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
         pl.when(share.end > share.begin)(lambda: (attend(first), None)[1])
     else:
         lax.while_loop(lambda carry: carry[1] < share.end, attend, first)
-
-
-def _take_over(facts: Facts) -> None:
-    overlap.await_predecessor(is_interpreted=facts.is_interpreted)
-    overlap.let_successor_start(is_interpreted=facts.is_interpreted)
 
 
 def _combine(
