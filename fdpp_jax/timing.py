@@ -30,7 +30,8 @@ from fdpp_jax.config import MatmulShape
 # Bytes that one timed program reads: on a GPU half a millisecond of reads, which hides the dispatch of the next.
 _GPU_PROGRAM_BYTES = 2 << 30
 _CPU_PROGRAM_BYTES = 32 << 20
-_MAX_STEPS = 64  # of one program: each is compiled
+_MIN_STEPS = 8  # of one program: XLA makes no command buffer of fewer than five launches
+_MAX_STEPS = 64  # each is compiled
 _PAST_L2 = 4  # buffers of so many times the L2's size, one after the other and again, are not found in it
 # A read of this size runs at the full speed of the memory; a longer one takes as much longer.
 _LONGEST_READ_BYTES = 1 << 30
@@ -232,7 +233,10 @@ def num_sets(set_bytes: int, running: device.Device) -> int:
 def _num_steps(set_bytes: int, num_sets: int, running: device.Device) -> int:
     """How many steps make a program that is long enough, in whole rounds of the sets."""
     program_bytes = _GPU_PROGRAM_BYTES if running.is_gpu else _CPU_PROGRAM_BYTES
-    return num_sets * max(1, min(_MAX_STEPS, program_bytes // set_bytes) // num_sets)
+    num_steps = min(_MAX_STEPS, program_bytes // set_bytes)
+    if running.is_gpu:
+        num_steps = max(_MIN_STEPS, num_steps)
+    return num_sets * max(1, num_steps // num_sets)
 
 
 def copies(buffers: Any, num: int) -> list[Any]:

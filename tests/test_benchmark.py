@@ -248,7 +248,7 @@ def test_a_timed_program_reads_past_the_last_cache(monkeypatch, set_bytes):
 def test_a_program_is_long_and_in_whole_rounds(monkeypatch):
     monkeypatch.setattr(timing, "_MAX_STEPS", 64)
     h200 = device.by_name("H200")
-    for set_bytes, num_sets, num_steps in ((17 << 20, 12, 60), (64 << 20, 4, 32), (512 << 20, 2, 4), (4 << 30, 2, 2)):
+    for set_bytes, num_sets, num_steps in ((17 << 20, 12, 60), (64 << 20, 4, 32), (512 << 20, 2, 8), (4 << 30, 2, 8)):
         assert timing.num_sets(set_bytes, h200) == num_sets
         assert timing._num_steps(set_bytes, num_sets, h200) == num_steps
 
