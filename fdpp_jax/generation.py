@@ -29,7 +29,7 @@ from fdpp_jax.unified_max import UnifiedMax
 _MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
 _MIN_STEPS_OF_DRIFT = 64  # fewer steps do not tell how often a phi fails
-_MAX_BLOCK = 8  # decode steps between two looks of the host at whether to go on, each of which stops the GPU
+_MAX_BLOCK = 8  # launches of so many decode steps queue up before the host looks whether to go on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,8 @@ def generate(
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
     options = temperature, top_k, top_p, key, softmax, max_recompute_rate
-    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options)
+    # Between two chunks the GPU waits for some 5 ms. Drift is looked for there, after this many steps at the earliest.
+    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options, chunk_size=_MIN_STEPS_OF_DRIFT)
     while True:
         try:
             next(chunks)
@@ -228,6 +229,8 @@ def _run(
     capacity = round_up(prompts.shape[1] + max_new_tokens, _CAPACITY_MULTIPLE)
     eos = jnp.asarray(eos_ids, jnp.int32)
     options = decode_compiler_options(model, prompts.shape[0])
+    # A CUDA graph is one launch, of which nothing queues up; and a loop in a loop takes longer to compile.
+    block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if options else 1
     # A copy, since the loop donates its key and the caller keeps theirs.
     prefill_args = (weights, jnp.asarray(prompts), jnp.asarray(prompt_lengths), sampling, eos, jax.random.clone(key))
 
@@ -247,7 +250,7 @@ def _run(
         num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
         chunk_args = (weights, loop, num_steps, sampling, eos, softmax)
         if decode_chunk is None:  # looking it up takes as long as a step
-            decode_chunk, seconds = _executable(_decode_chunk, (graphdef, chunk_size), chunk_args, options)
+            decode_chunk, seconds = _executable(_decode_chunk, (graphdef, chunk_size, block_size), chunk_args, options)
             compile_seconds += seconds
             started += seconds
         loop, chunk, steps_run = jax.block_until_ready(decode_chunk(*chunk_args))
@@ -314,10 +317,11 @@ def _prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode_chunk(
     graphdef: nnx.GraphDef,
     chunk_size: int,
+    block_size: int,
     weights: nnx.State,
     loop: _Loop,
     num_steps: jax.Array,
@@ -325,14 +329,15 @@ def _decode_chunk(
     eos_ids: jax.Array,
     softmax: UnifiedMax | None,
 ) -> tuple[_Loop, jax.Array, jax.Array]:
-    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the steps after those change nothing.
+    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block changes nothing.
+
+    block_size divides chunk_size: of the steps in a block none asks whether to go on.
 
     Returns:
       (loop, tokens [B, chunk_size], steps that count).
     """
     model = nnx.merge(graphdef, weights)
     pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
-    block = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0)
 
     def is_live(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
         loop, _, step = carry
@@ -355,7 +360,7 @@ def _decode_chunk(
         return next_loop, chunk.at[:, step].set(tokens), step + counts
 
     def take_block(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
-        return jax.lax.fori_loop(0, block, take_step, carry)
+        return jax.lax.fori_loop(0, block_size, take_step, carry)
 
     chunk = jnp.full((loop.tokens.shape[0], chunk_size), pad, jnp.int32)
     return jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))

@@ -86,8 +86,19 @@ def test_one_token_needs_no_decode_step(model, plain_loop):
     assert (result.decode_steps, result.decode_seconds) == (0, 0.0)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 32])
-def test_rows_end_at_their_first_end_token(model, plain_loop, chunk_size):
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Steps are run as where a model's layers are fused."""
+    options = {"xla_gpu_enable_command_buffer": ""}
+    monkeypatch.setattr(generation, "decode_compiler_options", lambda *_: options)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "how"), [(1, None), (3, None), (32, None), (12, "in_blocks"), (32, "in_blocks")]
+)
+def test_rows_end_at_their_first_end_token(request, model, plain_loop, chunk_size, how):
+    if how is not None:
+        request.getfixturevalue(how)
     expected = [plain_loop(prompt, 20) for prompt in PROMPTS]
     ends = (expected[0][3], expected[1][6])
     lengths = [1 + min(row.index(end) for end in ends if end in row) for row in expected]
@@ -106,8 +117,10 @@ def test_a_first_token_that_ends_every_row(model, plain_loop):
     assert result.decode_steps == 0
 
 
-@pytest.mark.parametrize("phi", [200.0, -200.0])
-def test_a_phi_far_off_costs_time_only(model, phi):
+@pytest.mark.parametrize(("phi", "how"), [(200.0, None), (-200.0, None), (200.0, "in_blocks")])
+def test_a_phi_far_off_costs_time_only(request, model, phi, how):
+    if how is not None:
+        request.getfixturevalue(how)
     online = generate(model, PROMPTS, max_new_tokens=20)
     result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi))
     assert result.tokens.tolist() == online.tokens.tolist()
@@ -199,7 +212,7 @@ def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
         jax.random.key(0),
     )
     loop = generation._prefill(*prefill)
-    return graphdef, 8, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
+    return graphdef, 8, 4, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
 
 
 @pytest.mark.parametrize(
