@@ -1,6 +1,7 @@
 """A decode step with fused layers against the same step unfused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ def prefilled(config, lengths, capacity, *, with_key_norms=False):
     batch = len(lengths)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, max(lengths)))
     cache = KVCache.create(config, batch, capacity, jnp.bfloat16, with_key_norms=with_key_norms)
-    logits, cache = model.prefill(jnp.asarray(tokens), jnp.asarray(lengths), cache)
+    prefill = nnx.jit(lambda model, *arguments: model.prefill(*arguments))
+    logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), cache)
     return model, jnp.argmax(logits, axis=-1), cache
 
 
@@ -70,8 +72,9 @@ def test_decodes_like_xla(name, softmax):
     assert [plan.implementation for kernel, _, plan in plans if kernel == "layer"] == ["fused"]
     model, tokens, cache = prefilled(config, (5, 70, 33), 128, with_key_norms=True)
 
-    def steps(implementation):
-        found, redone, state, token = [], [], cache, tokens
+    @functools.partial(nnx.jit, static_argnums=3)
+    def steps(model, state, token, implementation):
+        found, redone = [], []
         for _ in range(4):
             logits, state, overflow, is_redone = model.decode(
                 token, state, softmax=None if implementation else softmax, implementation=implementation
@@ -82,8 +85,8 @@ def test_decodes_like_xla(name, softmax):
             token = (token + 17) % config.vocab_size
         return jnp.stack(found), state, jnp.stack(redone)
 
-    logits, grown, redone = jax.jit(steps, static_argnums=0)(None)
-    exact, expected, _ = jax.jit(steps, static_argnums=0)("xla")
+    logits, grown, redone = steps(model, cache, tokens, None)
+    exact, expected, _ = steps(model, cache, tokens, "xla")
     assert not redone.any()
     assert_close(logits, exact, 0.02)
     for x, y in zip((*grown.keys, *grown.values), (*expected.keys, *expected.values), strict=True):
