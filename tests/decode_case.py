@@ -67,6 +67,11 @@ class Case:
         )
 
     @property
+    def log_window(self):
+        """Logarithms of the least and the largest safe denominator, as the kernel counts the keys."""
+        return np.log(unified_max.window(self.dtype, round_up(self.capacity, self.page_size or 8)))
+
+    @property
     def group(self):
         return self.num_heads // self.num_kv_heads
 
@@ -136,8 +141,7 @@ class Case:
     def leaves_window(self, log_sum, phi):
         """[B, T, N]: whether the row's denominator leaves the safe window, and whether rounding may decide it."""
         phi = np.broadcast_to(np.asarray(phi, np.float64), (self.batch, self.num_heads))
-        capacity = round_up(self.capacity, self.page_size or 8)
-        low, high = np.log(unified_max.window(self.dtype, capacity))
+        low, high = self.log_window
         log_den = log_sum - phi[:, None]
         is_near = np.minimum(abs(log_den - low), abs(log_den - high)) < 0.1
         return np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high)), is_near
@@ -150,8 +154,7 @@ class Case:
         if self.dtype != "float16":
             return np.zeros((*log_sum.shape, 1))
         phi = np.broadcast_to(np.asarray(phi, np.float64), (self.batch, self.num_heads))[:, None]
-        den_min, den_max = unified_max.window(self.dtype, self.capacity)
-        den = np.exp(np.clip(log_sum - phi, np.log(den_min), np.log(den_max)))
+        den = np.exp(np.clip(log_sum - phi, *self.log_window))
         return 2.0**-24 * (1 + self.capacity / den)[..., None]
 
 

@@ -129,8 +129,7 @@ def decode_attention(
 
     if dead_keys := -key.shape[1] % 8:  # TMA reads tiles of 8 keys; a capacity that is a multiple of 8 saves this copy
         key, value = (jnp.pad(x, ((0, 0), (0, dead_keys), (0, 0), (0, 0))) for x in (key, value))
-    # A TMA box of 8 rows may reach beyond fewer than 8, not beyond 12.
-    out_rows = live_rows if live_rows < 8 else rows
+    out_rows = ring.loadable_rows(live_rows)
     grouped_query = padded(by_group(query), out_rows - live_rows)
     operands: dict[str, Any] = dict(q=grouped_query, k=key, v=value, lengths=lengths.astype(jnp.int32))
     if phi is not None:

@@ -54,8 +54,8 @@ def flat_matmul(
     num_rows, depth = x.shape
     width = w.shape[w_order.index("n")]
     rows = round_up(num_rows, 8)
-    if num_rows > 8:  # a TMA box of 8 rows may reach beyond fewer than 8, not beyond 12
-        x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
+    if dead_rows := ring.loadable_rows(num_rows) - num_rows:
+        x = jnp.pad(x, ((0, dead_rows), (0, 0)))
     transforms = ring.tile_transforms(math.gcd(depth, w.shape[1]))  # wgmma wants one swizzle for both operands
     w_tile = in_order(w_order, config.block_k, config.block_n)
     partial = plgpu.kernel(

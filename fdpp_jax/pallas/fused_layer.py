@@ -141,7 +141,7 @@ def fused_layer(
         config=config,
         is_interpreted=interpret is not None,
     )
-    x_rows = batch if batch <= 8 else facts.num_rows  # TMA reads fewer rows than a tile has, or whole tiles
+    x_rows = ring.loadable_rows(batch)
     inputs = dict(
         attended=jnp.pad(attended.reshape(batch, -1), ((0, x_rows - batch), (0, 0))), hidden=hidden, cos=cos, sin=sin,
         slots=jnp.where(lengths < capacity, jnp.arange(batch) * capacity + lengths, batch * capacity).astype(jnp.int32),

@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fdpp_jax.config import round_up
+
 
 def tile_transforms(
     minor_size: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
@@ -22,6 +24,11 @@ def tile_transforms(
         if minor_size * itemsize % swizzle_bytes == 0:
             return plgpu.TilingTransform((8, swizzle_bytes // itemsize)), plgpu.SwizzleTransform(swizzle_bytes)
     raise NotImplementedError(f"tiles need a last axis that is a multiple of {32 // itemsize}; got {minor_size}")
+
+
+def loadable_rows(num_rows: int) -> int:
+    """Rows that num_rows are padded to for TMA, whose boxes of 8 rows may reach beyond an array of 5, not of 12."""
+    return num_rows if num_rows < 8 else round_up(num_rows, 8)
 
 
 def share(index: jax.Array, num_shares: jax.Array | int, num_tiles: jax.Array | int) -> tuple[jax.Array, jax.Array]:
