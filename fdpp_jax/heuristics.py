@@ -52,11 +52,14 @@ _KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
 _KERNEL_DTYPES = ("bfloat16", "float16")
 _ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths along the last axes, the narrowest has 32 bytes
 _BLOCK_KV = 64
-# A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where it has more, adding up
-# more shares costs what that saves, and a CTA alone on its SM takes tiles of 128 keys: 36.4 us with 16 such CTAs a
-# head, 36.8 with tiles of 64 (B 8, 32/8 heads, 4096 keys). 8-bit caches want two an SM, and tiles of 128 where a share
+# A head that would get fewer CTAs gets twice as many, two an SM, which even out better, unless one sequence has short
+# shares (9.0 us with two an SM and 1024 keys, 8.5 with one; 20.7 and 20.1 with 4096) and the launch before has ended:
+# else two would take an SM that is free early. Where a head has more, adding up more shares costs what that saves, and
+# a CTA alone on its SM takes tiles of 128 keys: 36.4 us with 16 such CTAs a head, 36.8 with tiles of 64 (B 8, 32/8
+# heads, 4096 keys). 8-bit caches want two an SM, and tiles of 128 where a share
 # has many of them: 71 us against 79 (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
 _FEW_SPLITS = 8
+_MAX_TILES_ALONE = 16
 _MANY_WIDE_TILES = 16
 # Loads in flight an SM. Memory is busy with a third of it; with twice as many, loads queue up, and the first and the
 # last tiles come later: 9.4 us against 9.1 (B 1, 32/8 heads, 4096 keys), 23.8 against 22.3 with mixed lengths.
@@ -66,8 +69,9 @@ _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other 
 _MAX_K_SPLITS = 8
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
 _MAX_STAGES = 8
-# 8 rows are 9 to 12 % faster in a fused step than with a launch for each product, 16 are 5 to 7 % slower (7B and 8B).
-_MAX_FUSED_ROWS = 8
+# 8 rows are 9 to 12 % faster in a fused step than with a launch for each product; 16 rows 8 and 7 %, 32 rows 4 and 5 %
+# (8 layers of Llama-2-7B and Llama-3-8B, H200, 2026-11-23). More were not tried with such rings of x.
+_MAX_FUSED_ROWS = 32
 # While the grid waits, which takes some 5 us, each CTA's ring takes in 160 KiB, and memory does not stand still. Other
 # tiles, deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
 _FUSED_BLOCK_K = 256
@@ -75,6 +79,10 @@ _SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that
 _FUSED_MAX_STAGES = 5
 _FUSED_X_STAGES = 2
 _FUSED_X_COLUMNS = 1024  # of x in a stage, for 8 rows
+# For more rows than 8 single tiles, of which more are on their way: 2.53 ms with 2 of them at 32 rows (Llama-2-7B, 8
+# layers), 2.03 with 4 or 5; at 16 rows 1.63 ms with 2 pairs of them, 1.48 with 3, 1.47 with 4 or 6 single ones.
+_FUSED_X_BYTES = 64 * 1024
+_FUSED_MAX_X_STAGES = 6
 _MIN_STAGES = 2
 
 
@@ -163,8 +171,11 @@ def fused_layer_config(shape: LayerShape, device: Device | str) -> FusedLayerCon
     device = device_lib.resolve(device)
     # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
     num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
-    num_x_tiles = max(1, _FUSED_X_COLUMNS // (_FUSED_BLOCK_K * (shape.rows // 8)))
-    config = FusedLayerConfig(num_ctas, _FUSED_BLOCK_K, _FUSED_MAX_STAGES, num_x_tiles, _FUSED_X_STAGES)
+    num_x_tiles, num_x_stages = _FUSED_X_COLUMNS // _FUSED_BLOCK_K, _FUSED_X_STAGES
+    if shape.rows > 8:
+        num_x_tiles = 1
+        num_x_stages = min(_FUSED_MAX_X_STAGES, _FUSED_X_BYTES // (2 * shape.rows * _FUSED_BLOCK_K))
+    config = FusedLayerConfig(num_ctas, _FUSED_BLOCK_K, _FUSED_MAX_STAGES, num_x_tiles, num_x_stages)
     return with_stages_that_fit(config, shape, device.smem_bytes)
 
 
@@ -253,7 +264,10 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
     is_narrow = shape.kv_itemsize == 1
     smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES).smem_bytes(shape)
-    wants_two = is_narrow or device.num_sms < _FEW_SPLITS * num_heads
+    has_few = device.num_sms < _FEW_SPLITS * num_heads
+    tiles_alone = -(-shape.capacity // _BLOCK_KV) * num_heads / device.num_sms
+    is_short = shape.batch == 1 and not shape.is_appended and tiles_alone <= _MAX_TILES_ALONE
+    wants_two = is_narrow or (has_few and not is_short)
     ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
@@ -262,7 +276,7 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))
     num_wide_tiles = chunk * -(-shape.capacity // (2 * _BLOCK_KV))
     wants_wide = num_wide_tiles >= num_splits * (_MANY_WIDE_TILES if is_narrow else 1) and shape.rows <= 16
-    if wants_wide and (is_narrow or not wants_two):
+    if wants_wide and (is_narrow or not has_few):
         wide = _with_stages(2 * _BLOCK_KV, num_splits, ctas_per_sm, shape, device)
         if wide.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
             return wide

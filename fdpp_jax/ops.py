@@ -1,5 +1,6 @@
 """The public ops: their contracts and checks. `attention` and `matmul` plan and run what passed."""
 
+import dataclasses
 import math
 from typing import Any, get_args
 
@@ -162,7 +163,7 @@ def unchecked_decode_attention(
     _check_floats(arrays, key_max_norm)
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
     shape = attention.shape_of(arrays._replace(lengths=None), options)
-    planned = attention.plan(shape, implementation)
+    planned = attention.plan(dataclasses.replace(shape, is_appended=is_appended), implementation)
     config, recompute = planned.config, attention.place_of_recompute(planned, softmax)
     if softmax is None and config == XlaAttentionConfig("cudnn"):
         return attention.run_cudnn(arrays, options), None

@@ -142,8 +142,8 @@ LLAMA_3_8B = 4096, 14336, 32, 8, 128
 OTHERS = [
     case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)),
     case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)),  # one tile is all of K
-    *(planned(batch, *LLAMA_2_7B) for batch in (1, 2, 7, 8, 9, 32, 64)),
-    *(planned(batch, *LLAMA_3_8B) for batch in (1, 16)),
+    *(planned(batch, *LLAMA_2_7B) for batch in (1, 2, 7, 8, 9, 24, 32)),
+    *(planned(batch, *LLAMA_3_8B) for batch in (1, 16, 32)),
     planned(3, 8192, 28672, 64, 8, 128),  # Llama 70B
     planned(4, 2048, 8192, 32, 8, 64),  # Llama-3.2-1B
     dataclasses.replace(planned(2, 3584, 18944, 28, 4, 128), has_bias=True),  # Qwen2.5-7B

@@ -74,15 +74,16 @@ def model_plans(
             logits_soft_cap=options.get("logits_soft_cap"),
             has_query_offset="local_window_size" in options,
             has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
+            is_appended=layer_plan.config is not None,
         )
 
     def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:
         shape = MatmulShape(batch, k, n, name, w_order="nk")
         return what, shape, heuristics.plan_matmul(shape, device)
 
+    layer_plan = plan_layer(config, batch=batch, device=device, dtype=dtype)
     mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
     attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
-    layer = plan_layer(config, batch=batch, device=device, dtype=dtype)
     unfused = [
         matmul("o", config.query_size, config.hidden_size),
         matmul(mlp_in, config.hidden_size, config.mlp_in_size),
@@ -91,8 +92,8 @@ def model_plans(
     return [
         matmul("qkv", config.hidden_size, config.qkv_size),
         *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
-        ("layer", _layer_shape(config, batch, dtype), layer),
-        *(unfused if layer.config is None else []),
+        ("layer", _layer_shape(config, batch, dtype), layer_plan),
+        *(unfused if layer_plan.config is None else []),
         matmul("head", config.hidden_size, config.vocab_size),
     ]
 
