@@ -47,7 +47,7 @@ def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidat
     """What `bench_matmul` times, by label: our kernels, ablations of the flat one, `jnp.dot`.
 
     The ablations are the planned tiles with rows padded to 64 instead of 8, with two stages (one tile on its way while
-    one is multiplied), and with K unsplit (or, where it is, split in two).
+    one is multiplied), and with a CTA for each column block, so that K is not split.
     """
     planned = heuristics.plan_matmul(shape, running).implementation
     candidates: dict[str, Candidate] = {}
@@ -60,17 +60,15 @@ def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidat
             )
     if heuristics.refuse_kernel_matmul(shape, running, "flat") is None:
         config = heuristics.flat_matmul_config(shape, running)
-        split = 2 if config.split_k == 1 else 1
+        padded = dataclasses.replace(shape, m=64)
+        unsplit = dataclasses.replace(config, num_ctas=-(-shape.n // config.block_n))
         variants = {
-            "flat, rows padded to 64": (config, max(shape.m, 64)),
+            "flat, rows padded to 64": (heuristics.with_stages_that_fit(config, padded, running.smem_bytes), 64),
             "flat, two stages": (dataclasses.replace(config, num_stages=2), shape.m),
-            f"flat, K in {split} split{'s' * (split > 1)}": (dataclasses.replace(config, split_k=split), shape.m),
+            "flat, K unsplit": (unsplit, shape.m),
         }
         for label, (variant, rows) in variants.items():
-            if variant.smem_bytes(dataclasses.replace(shape, m=rows)) <= running.smem_bytes:
-                candidates[label] = Candidate(
-                    functools.partial(_flat, config=variant, rows=rows, w_order=shape.w_order)
-                )
+            candidates[label] = Candidate(functools.partial(_flat, config=variant, rows=rows, w_order=shape.w_order))
     dot = functools.partial(jnp.einsum, f"mk,{shape.w_order}->mn")
     candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = Candidate(dot, is_peer=True)
     return candidates

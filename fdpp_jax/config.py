@@ -145,22 +145,24 @@ class XlaAttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FlatMatmulConfig:
-    """Tiles of `pallas.flat_matmul`: output columns and contraction depth a tile, ring depth, K splits."""
+    """Tiles of `pallas.flat_matmul`: CTAs, output columns and contraction depth of a tile, depth of the TMA ring.
 
+    The CTAs share all tiles evenly, those of one column block, too.
+    """
+
+    num_ctas: int
     block_n: int
     block_k: int
     num_stages: int
-    split_k: int
 
     def smem_bytes(self, shape: MatmulShape) -> int:
-        """Shared memory one CTA asks for: the ring of w and x tiles, and the float32 result."""
-        rows = round_up(shape.m, 8)
-        return self.num_stages * (self.block_n + rows) * self.block_k * 2 + rows * self.block_n * 4 + _SMEM_RESERVE
+        """Shared memory one CTA asks for: the ring of w and x tiles."""
+        return self.num_stages * (self.block_n + round_up(shape.m, 8)) * self.block_k * 2 + _SMEM_RESERVE
 
 
 @dataclasses.dataclass(frozen=True)
 class GemvConfig:
-    """Tiles of `pallas.gemv`: as FlatMatmulConfig, for one row on CUDA cores."""
+    """Tiles of `pallas.gemv`: output columns and contraction depth a tile, depth of the TMA ring, splits of K."""
 
     block_n: int
     block_k: int

@@ -42,7 +42,9 @@ from fdpp_jax.device import Device
 MAX_FLAT_ROWS = 64
 MAX_ATTENTION_ROWS = 64
 MAX_QUERY_LENGTH = 16
-MATMUL_BLOCKS = (64, 128)  # both of block_n and block_k: wgmma's large operand has 64 rows, the swizzle 64 elements
+# wgmma's large operand has 64 rows, the swizzle 64 elements.
+MATMUL_BLOCKS_N = (64, 128)
+MATMUL_BLOCKS_K = (64, 128, 256)
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured. At M = 1 on an H200 flat takes 12.7 us
 # for 4096 x 4096 and 29.6 for 4096 x 12288, gemv 13.4 and 30.4 (best configs of one sweep each, 2026-11-23).
 _MIN_FLAT_ROWS = {"H200": 1}
@@ -66,8 +68,9 @@ _MANY_WIDE_TILES = 16
 # All on an H200, 2026-11-23.
 _BYTES_IN_FLIGHT = 96 * 1024
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
-_MAX_K_SPLITS = 8
+_MAX_K_SPLITS = 8  # CTAs that a column block is shared by
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
+_WIDE_TILE_ROWS = 32  # from which on tiles have 128 columns: x is loaded again for every column block
 _MAX_STAGES = 8
 # 8 rows are 9 to 12 % faster in a fused step than with a launch for each product; 16 rows 8 and 7 %, 32 rows 4 and 5 %
 # (8 layers of Llama-2-7B and Llama-3-8B, H200, 2026-11-23). More were not tried with such rings of x.
@@ -215,9 +218,9 @@ def _rule_plan(shape: MatmulShape, device: Device) -> MatmulPlan:
     refusal = refuse_kernel_matmul(shape, device, implementation)
     if refusal is None:
         measured = ", measured faster than gemv" if min_flat_rows == shape.m == 1 else ""
-        return MatmulPlan(implementation, config, f"rule: M = {shape.m}{measured}, split {config.split_k} ({bound})")
+        return MatmulPlan(implementation, config, f"rule: M = {shape.m}{measured}, {_shares(config, shape)} ({bound})")
     if device.is_gpu and device.arch != _KERNEL_ARCH and _matmul_shape_refusal(shape) is None:
-        refusal += f"; the rule here would be: {implementation}, split {config.split_k} ({bound})"
+        refusal += f"; the rule here would be: {implementation}, {_shares(config, shape)} ({bound})"
     return MatmulPlan("xla", None, refusal)
 
 
@@ -244,14 +247,18 @@ def refuse_matmul_config(shape: MatmulShape, device: Device | str, config: FlatM
     refusal = refuse_kernel_matmul(shape, device, "gemv" if isinstance(config, GemvConfig) else "flat")
     if refusal is not None:
         return refusal
-    for name in ("block_n", "block_k"):
-        if getattr(config, name) not in MATMUL_BLOCKS:
-            return f"{name} must be one of {MATMUL_BLOCKS}, got {getattr(config, name)}"
+    for name, blocks in (("block_n", MATMUL_BLOCKS_N), ("block_k", MATMUL_BLOCKS_K)):
+        if getattr(config, name) not in blocks:
+            return f"{name} must be one of {blocks}, got {getattr(config, name)}"
     if not _MIN_STAGES <= config.num_stages <= _MAX_STAGES:
         return f"num_stages must lie in {_MIN_STAGES}..{_MAX_STAGES}, got {config.num_stages}"
-    max_splits = min(_MAX_K_SPLITS, -(-shape.k // config.block_k))
-    if not 1 <= config.split_k <= max_splits:
-        return f"split_k must lie in 1..{max_splits} (K = {shape.k}), got {config.split_k}"
+    num_units, num_tiles = -(-shape.n // config.block_n), -(-shape.k // config.block_k)
+    max_splits = min(_MAX_K_SPLITS, num_tiles)
+    if isinstance(config, GemvConfig):
+        if not 1 <= config.split_k <= max_splits:
+            return f"split_k must lie in 1..{max_splits} (K = {shape.k}), got {config.split_k}"
+    elif not 1 <= config.num_ctas <= num_units * max_splits:
+        return f"num_ctas must lie in 1..{num_units * max_splits} ({num_units} column blocks), got {config.num_ctas}"
     if (smem_bytes := config.smem_bytes(shape)) > device.smem_bytes:
         return f"the tiles need {smem_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
     return None
@@ -432,17 +439,36 @@ def rule_matmul_config(
     shape: MatmulShape, device: Device, implementation: MatmulImplementation
 ) -> FlatMatmulConfig | GemvConfig:
     """Tiles and splits of the kernel "gemv" or "flat" by rule, where nothing was measured."""
-    config_type = GemvConfig if implementation == "gemv" else FlatMatmulConfig
+    if implementation != "gemv":
+        return _rule_flat_config(shape, device)
     # A tile holds 16 KiB of weights either way. Wide tiles where narrow ones would need more than two CTAs an SM.
     block_n, block_k = (64, 128) if -(-shape.n // 64) <= 2 * device.num_sms else (128, 64)
-    num_tiles = -(-shape.n // block_n)
+    num_units = -(-shape.n // block_n)
     max_splits = min(_MAX_K_SPLITS, -(-shape.k // block_k) // _MIN_BLOCKS_PER_SPLIT)
-    two_fit = config_type(block_n, block_k, _MIN_STAGES, 1).smem_bytes(shape) <= device.smem_bytes_shared(2)
+    two_fit = GemvConfig(block_n, block_k, _MIN_STAGES, 1).smem_bytes(shape) <= device.smem_bytes_shared(2)
     # Two CTAs an SM: 4096 x 4096 takes 12.7 us with 256 of them, 13.2 us with 128 (H200, 2026-11-23).
     ctas_per_sm = 2 if two_fit else 1
-    split_k = _num_splits(num_tiles, max_splits, device, wanted_per_sm=ctas_per_sm, ctas_per_sm=ctas_per_sm)
-    smem_bytes = _smem_budget(num_tiles * split_k, two_fit, device)
-    return with_stages_that_fit(config_type(block_n, block_k, _MAX_STAGES, split_k), shape, smem_bytes)
+    split_k = _num_splits(num_units, max_splits, device, wanted_per_sm=ctas_per_sm, ctas_per_sm=ctas_per_sm)
+    smem_bytes = _smem_budget(num_units * split_k, two_fit, device)
+    return with_stages_that_fit(GemvConfig(block_n, block_k, _MAX_STAGES, split_k), shape, smem_bytes)
+
+
+def _rule_flat_config(shape: MatmulShape, device: Device) -> FlatMatmulConfig:
+    """A CTA an SM, with as deep a ring as it has room for; fewer where a share would be too short."""
+    block_n, block_k = (64, 256) if shape.m < _WIDE_TILE_ROWS else (128, 128)
+    while block_k > MATMUL_BLOCKS_K[0] and block_k >= 2 * shape.k:
+        block_k //= 2
+    num_units, num_tiles = -(-shape.n // block_n), -(-shape.k // block_k)
+    num_ctas = min(device.num_sms, num_units * min(_MAX_K_SPLITS, num_tiles))
+    config = FlatMatmulConfig(num_ctas, block_n, block_k, _MAX_STAGES)
+    return with_stages_that_fit(config, shape, device.smem_bytes)
+
+
+def _shares(config: FlatMatmulConfig | GemvConfig, shape: MatmulShape) -> str:
+    """ "132 CTAs share 64 column blocks", or "split 4"."""
+    if isinstance(config, GemvConfig):
+        return f"split {config.split_k}"
+    return f"{config.num_ctas} CTAs share {-(-shape.n // config.block_n)} column blocks"
 
 
 def _split_reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig) -> str:

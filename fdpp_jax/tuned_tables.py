@@ -121,8 +121,9 @@ def weight_key(shape: MatmulShape) -> WeightKey:
 
 
 def config_text(config: FlatMatmulConfig | GemvConfig) -> str:
-    """ "64 x 128, 5 stages, split 2"."""
-    return f"{config.block_n} x {config.block_k}, {config.num_stages} stages, split {config.split_k}"
+    """ "64 x 256, 5 stages, 132 CTAs", or of gemv "64 x 128, 5 stages, split 2"."""
+    shares = f"split {config.split_k}" if isinstance(config, GemvConfig) else f"{config.num_ctas} CTAs"
+    return f"{config.block_n} x {config.block_k}, {config.num_stages} stages, {shares}"
 
 
 def cache_directory() -> pathlib.Path:

@@ -28,13 +28,11 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SWEEP_ROWS = 8  # of the kernel below 9 rows too, which pads to 8
 _SWEEP_ROUNDS = 3
 _KEPT = 3  # of the sweep, from its rows on; below them the kernel is the same, and the best one does
-_TILES = ((64, 128), (128, 64), (128, 128))  # block_n, block_k: 16 or 32 KiB of weights
-_GEMV_TILES = _TILES[:2]
-_SPLITS = (1, 2, 4, 8)
-# Swept for every weight, however few or many CTAs they give it, so that one config can be compared over all weights.
-_COMMON_SPLITS = (2, 4)
+_TILES = ((64, 256), (64, 128), (128, 128))  # block_n, block_k: 16 or 32 KiB of weights
+_CTAS_PER_SM = (1, 2)
+_GEMV_TILES = ((64, 128), (128, 64))
+_GEMV_SPLITS = (1, 2, 4, 8)
 _DEEPEST = 8
-_SHALLOW_BYTES = 48 * 1024  # of weights in a ring, of which four share an SM
 _MAX_CTAS_PER_SM = 4  # beyond, in waves, a split is only more to add up
 
 
@@ -64,7 +62,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """ "M = 8, flat 64 x 128, 5 stages, split 2"."""
+        """ "M = 8, flat 64 x 256, 5 stages, 132 CTAs"."""
         tiles = "" if self.config is None else f" {config_text(self.config)}"
         return f"M = {self.m}, {self.implementation}{tiles}"
 
@@ -136,25 +134,22 @@ def pending(weights: Sequence[Weight], dtype: str, table: Table, run: Run) -> li
 
 
 def candidates(shape: MatmulShape, device: Device, implementation: MatmulImplementation) -> list[Job]:
-    """The configs worth a try, all legal.
+    """The configs worth a try, all legal, each with as many stages as the CTAs of an SM have room for.
 
-    Those that give every second SM a CTA at least and every SM four at most, where a split does so; each with as many
-    stages as the CTAs of an SM have room for, and with few. For the flat kernel also some that all weights have in
-    common. The rule's own is the first.
+    gemv's give every second SM a CTA at least and every SM four at most, where a split does so; the flat kernel's one
+    or two an SM. The rule's own is the first.
     """
-    config_type = GemvConfig if implementation == "gemv" else FlatMatmulConfig
     found = [heuristics.rule_matmul_config(shape, device, implementation)]
-    for (block_n, block_k), split_k in itertools.product(_GEMV_TILES if implementation == "gemv" else _TILES, _SPLITS):
-        few = max(2, _SHALLOW_BYTES // (2 * block_n * block_k))
-        num_ctas = -(-shape.n // block_n) * split_k
-        enough = 2 * num_ctas >= device.num_sms or split_k == _SPLITS[-1]
-        if enough and (split_k == 1 or num_ctas <= _MAX_CTAS_PER_SM * device.num_sms):
-            deepest = _fitting(config_type(block_n, block_k, _DEEPEST, split_k), shape, device)
-            found.append(deepest)
-            if implementation == "flat":
-                found.append(dataclasses.replace(deepest, num_stages=min(few, deepest.num_stages)))
-        elif implementation == "flat" and split_k in _COMMON_SPLITS:
-            found.append(config_type(block_n, block_k, few, split_k))
+    if implementation == "gemv":
+        for (block_n, block_k), split_k in itertools.product(_GEMV_TILES, _GEMV_SPLITS):
+            num_ctas = -(-shape.n // block_n) * split_k
+            enough = 2 * num_ctas >= device.num_sms or split_k == _GEMV_SPLITS[-1]
+            if enough and (split_k == 1 or num_ctas <= _MAX_CTAS_PER_SM * device.num_sms):
+                found.append(_fitting(GemvConfig(block_n, block_k, _DEEPEST, split_k), shape, device))
+    else:
+        for (block_n, block_k), ctas_per_sm in itertools.product(_TILES, _CTAS_PER_SM):
+            config = FlatMatmulConfig(ctas_per_sm * device.num_sms, block_n, block_k, _DEEPEST)
+            found.append(_fitting(config, shape, device))
     legal = [config for config in found if heuristics.refuse_matmul_config(shape, device, config) is None]
     return [Job(shape.m, implementation, config) for config in dict.fromkeys(legal)]
 
@@ -163,7 +158,7 @@ def _fitting(
     config: FlatMatmulConfig | GemvConfig, shape: MatmulShape, device: Device
 ) -> FlatMatmulConfig | GemvConfig:
     """The config with no more stages than one or two CTAs of an SM have room for, as many as the grid gives it."""
-    num_ctas = -(-shape.n // config.block_n) * config.split_k
+    num_ctas = -(-shape.n // config.block_n) * config.split_k if isinstance(config, GemvConfig) else config.num_ctas
     smem_bytes = device.smem_bytes_shared(min(2, -(-num_ctas // device.num_sms)))
     return heuristics.with_stages_that_fit(config, shape, smem_bytes)
 

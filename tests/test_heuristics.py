@@ -269,11 +269,31 @@ def test_one_row_is_gemv_where_nothing_was_measured():
 
 
 @pytest.mark.parametrize(
+    ("m", "k", "n", "tile", "num_ctas"),
+    [
+        (1, 4096, 12288, (64, 256), 132),
+        (8, 4096, 4096, (64, 256), 132),  # 64 column blocks of 16 tiles
+        (16, 4096, 128256, (64, 256), 132),
+        (32, 4096, 12288, (128, 128), 132),
+        (8, 4096, 512, (64, 256), 64),  # no more than eight CTAs a column block
+        (8, 512, 512, (64, 256), 16),  # nor fewer tiles than CTAs
+        (8, 128, 4096, (64, 128), 64),  # no tile is deeper than K
+        (64, 64, 64, (128, 64), 1),
+        (8, 16, 16, (64, 64), 1),
+    ],
+)
+def test_flat_tiles_and_ctas(m, k, n, tile, num_ctas):
+    config = plan_matmul(MatmulShape(m=m, k=k, n=n), "H200").config
+    assert (config.block_n, config.block_k) == tile
+    assert config.num_ctas == num_ctas
+
+
+@pytest.mark.parametrize(
     ("k", "n", "block_n", "split_k"),
     [
-        (4096, 12288, 64, 1),  # 192 tiles
-        (4096, 4096, 64, 4),  # 64 tiles -> 256 CTAs, two on each of 132 SMs
-        (4096, 22016, 128, 1),  # 344 narrow tiles would need a second wave
+        (4096, 12288, 64, 1),  # 192 column blocks
+        (4096, 4096, 64, 4),  # 64 of them -> 256 CTAs, two on each of 132 SMs
+        (4096, 22016, 128, 1),  # 344 narrow ones would need a second wave
         (11008, 4096, 64, 4),
         (4096, 32000, 128, 1),
         (4096, 1024, 64, 8),
@@ -282,9 +302,8 @@ def test_one_row_is_gemv_where_nothing_was_measured():
         (16, 16, 64, 1),
     ],
 )
-@pytest.mark.parametrize("m", [1, 8])
-def test_matmul_tiles_and_splits(m, k, n, block_n, split_k):
-    config = plan_matmul(MatmulShape(m=m, k=k, n=n), "H200").config
+def test_gemv_tiles_and_splits(k, n, block_n, split_k):
+    config = heuristics.gemv_config(MatmulShape(m=1, k=k, n=n), "H200")
     assert (config.block_n, config.split_k) == (block_n, split_k)
     assert config.block_n * config.block_k == 64 * 128
 
@@ -310,21 +329,26 @@ def test_refused_matmul_says_why(shape, implementation, reason):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (FlatMatmulConfig(96, 64, 4, 1), r"block_n must be one of (64, 128), got 96"),
-        (FlatMatmulConfig(64, 32, 4, 1), r"block_k must be one of (64, 128), got 32"),
-        (FlatMatmulConfig(64, 64, 1, 1), "num_stages must lie in 2..8, got 1"),
-        (FlatMatmulConfig(64, 64, 9, 1), "num_stages must lie in 2..8, got 9"),
-        (FlatMatmulConfig(64, 64, 4, 5), "split_k must lie in 1..4 (K = 256), got 5"),
-        (FlatMatmulConfig(64, 64, 4, 0), "split_k must lie in 1..4 (K = 256), got 0"),
-        (FlatMatmulConfig(128, 128, 8, 1), "the tiles need 290816 bytes of shared memory, a CTA gets 232448"),
+        (FlatMatmulConfig(4, 96, 64, 4), r"block_n must be one of (64, 128), got 96"),
+        (FlatMatmulConfig(4, 64, 32, 4), r"block_k must be one of (64, 128, 256), got 32"),
+        (FlatMatmulConfig(4, 64, 64, 1), "num_stages must lie in 2..8, got 1"),
+        (FlatMatmulConfig(4, 64, 64, 9), "num_stages must lie in 2..8, got 9"),
+        (FlatMatmulConfig(17, 64, 64, 4), "num_ctas must lie in 1..16 (4 column blocks), got 17"),
+        (FlatMatmulConfig(0, 64, 64, 4), "num_ctas must lie in 1..16 (4 column blocks), got 0"),
+        (FlatMatmulConfig(2, 128, 128, 8), "the tiles need 286720 bytes of shared memory, a CTA gets 232448"),
         (GemvConfig(64, 64, 4, 1), "gemv takes one row, got M = 8"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused(config, reason):
     assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), H200, config) == reason
-    assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), "cpu", FlatMatmulConfig(64, 64, 4, 1)) == (
+    assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), "cpu", FlatMatmulConfig(4, 64, 64, 4)) == (
         "no kernel for cpu"
     )
+
+
+@pytest.mark.parametrize(("split_k", "reason"), [(4, None), (5, "split_k must lie in 1..4 (K = 256), got 5")])
+def test_a_split_that_gemv_cannot_run_is_refused(split_k, reason):
+    assert heuristics.refuse_matmul_config(MatmulShape(1, 256, 256), H200, GemvConfig(64, 64, 4, split_k)) == reason
 
 
 def test_what_the_kernels_take_is_not_refused():
@@ -342,13 +366,14 @@ def test_other_devices_refuse_and_tell_the_rule(name):
     if name == "cpu":
         assert matmul.reason == "no kernel for cpu"
     else:
-        assert f"no kernel for {device.by_name(name).arch} yet; the rule here would be: flat, split" in matmul.reason
+        assert f"no kernel for {device.by_name(name).arch} yet; the rule here would be: flat, " in matmul.reason
         assert re.search(r"the rule here would be: decode kernel, \d+ CTAs? a head", attention.reason)
 
 
 def test_reason_of_the_a100():
     assert plan_matmul(MatmulShape(8, 4096, 4096), "A100").reason == (
-        "no kernel for sm_80 yet; the rule here would be: flat, split 2 (memory-bound: intensity 8 < ridge 153)"
+        "no kernel for sm_80 yet; the rule here would be: flat, 108 CTAs share 64 column blocks "
+        "(memory-bound: intensity 8 < ridge 153)"
     )
 
 
@@ -396,12 +421,15 @@ def test_any_matmul_config_fits_the_sm(shape, name):
     config = plan_matmul(shape, gpu).config
     other = dataclasses.replace(shape, w_order="nk" if shape.w_order == "kn" else "kn")
     assert plan_matmul(other, gpu).config == config
-    num_tiles = -(-shape.n // config.block_n)
+    num_units, num_tiles = -(-shape.n // config.block_n), -(-shape.k // config.block_k)
     assert heuristics.refuse_matmul_config(shape, gpu, config) is None
+    if isinstance(config, FlatMatmulConfig):
+        assert config.num_ctas <= min(gpu.num_sms, num_units * num_tiles)
+        return
     assert config.split_k in (1, 2, 4, 8)
     if config.split_k > 1:
-        assert -(-shape.k // config.block_k) // config.split_k >= 4
-        assert num_tiles * config.split_k <= 2 * gpu.num_sms
+        assert num_tiles // config.split_k >= 4
+        assert num_units * config.split_k <= 2 * gpu.num_sms
 
 
 @pytest.mark.parametrize("name", device.names())

@@ -27,7 +27,7 @@ def directories(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("m", "measured"), [(1, 1), (2, 8), (8, 8), (9, 64), (64, 64)])
 def test_a_measured_weight_answers_with_the_next_higher_number_of_rows(directories, m, measured):
-    rows = {1: FlatMatmulConfig(64, 64, 2, 1), 8: FLAT, 64: FlatMatmulConfig(64, 128, 2, 2)}
+    rows = {1: FlatMatmulConfig(1, 64, 64, 2), 8: FLAT, 64: FlatMatmulConfig(2, 64, 128, 2)}
     write(directories["shipped"], *(entry(rows_, config=config) for rows_, config in rows.items()))
     plan = plan_matmul(dataclasses.replace(SHAPE, m=m), H200)
     assert (plan.implementation, plan.config) == ("flat", rows[measured])
@@ -70,7 +70,7 @@ def test_the_rule_where_nothing_near_was_measured(directories, shape):
 
 
 def test_the_nearest_weight_answers_for_those_that_were_not_measured(directories):
-    near, far = FlatMatmulConfig(64, 64, 4, 2), FlatMatmulConfig(64, 64, 4, 4)
+    near, far = FlatMatmulConfig(2, 64, 64, 4), FlatMatmulConfig(4, 64, 64, 4)
     write(directories["shipped"], entry(k=4096, n=4096, config=far), entry(k=4096, n=11008, config=near))
     for k, n, config, name in [
         (4096, 12288, near, "4096x11008"),
@@ -84,13 +84,13 @@ def test_the_nearest_weight_answers_for_those_that_were_not_measured(directories
 
 
 def test_what_the_nearest_one_has_must_be_legal_here(directories):
-    write(directories["shipped"], entry(k=512, n=512, config=FlatMatmulConfig(64, 64, 4, 8)))
+    write(directories["shipped"], entry(k=512, n=512, config=FlatMatmulConfig(65, 64, 64, 4)))
     assert "nearest 512x512" in plan_matmul(MatmulShape(8, 1024, 1024), H200).reason
     assert plan_matmul(MatmulShape(8, 256, 256), H200).reason.startswith("rule: ")  # has 4 blocks of K, not 8
 
 
 def test_an_exact_entry_that_cannot_run_is_an_error(directories):
-    path = write(directories["user"], entry(64), entry(config=FlatMatmulConfig(96, 64, 4, 1)))
+    path = write(directories["user"], entry(64), entry(config=FlatMatmulConfig(4, 96, 64, 4)))
     with pytest.raises(ValueError, match=r"h200\.json: entries\[1\]\.configs\.flat cannot run: block_n must be one of"):
         plan_matmul(SHAPE, H200)
     write(path.parent, dataclasses.replace(entry(), implementation="gemv", configs={"gemv": GemvConfig(64, 64, 4, 1)}))
@@ -99,7 +99,7 @@ def test_an_exact_entry_that_cannot_run_is_an_error(directories):
 
 
 def test_the_user_s_table_wins_weight_by_weight(directories):
-    shipped, user = FlatMatmulConfig(64, 64, 4, 1), FlatMatmulConfig(64, 64, 4, 2)
+    shipped, user = FlatMatmulConfig(1, 64, 64, 4), FlatMatmulConfig(2, 64, 64, 4)
     write(directories["shipped"], entry(config=shipped), entry(64, config=shipped), entry(n=4096, config=shipped))
     path = write(directories["user"], entry(config=user), entry(n=6144, config=user))
     assert plan_matmul(SHAPE, H200).config == user
@@ -112,7 +112,7 @@ def test_the_user_s_table_wins_weight_by_weight(directories):
 
 def test_a_changed_file_is_read_again(directories):
     assert plan_matmul(SHAPE, H200).reason.startswith("rule: ")
-    for config in (FLAT, FlatMatmulConfig(64, 128, 2, 1)):
+    for config in (FLAT, FlatMatmulConfig(1, 64, 128, 2)):
         write(directories["user"], entry(config=config))
         assert plan_matmul(SHAPE, H200).config == config
 
@@ -177,7 +177,7 @@ def test_a_table_reads_as_it_was_written_one_entry_a_line(directories):
         ("entries.0.time_us.cuda", 1.0, r"entries\[0\].time_us.cuda is unknown; expected gemv, flat, xla"),
         ("entries.0.configs.flat", ..., r"entries\[0\].configs.flat is missing, the config of the chosen"),
         ("entries.0.configs.flat.block_n", ..., r"entries\[0\].configs.flat.block_n is missing"),
-        ("entries.0.configs.flat.split_k", 1.5, r"entries\[0\].configs.flat.split_k must be of type int, got 1.5"),
+        ("entries.0.configs.flat.num_ctas", 1.5, r"entries\[0\].configs.flat.num_ctas must be of type int, got 1.5"),
         ("entries.0.configs.flat.warps", 4, r"entries\[0\].configs.flat.warps is unknown; expected block_n, block_k"),
         ("entries.0.configs.xla", {}, r"entries\[0\].configs.xla is unknown; expected flat, gemv"),
         ("sweeps.0.time_us", 4, r"sweeps\[0\].time_us must be of type dict, got 4"),

@@ -11,7 +11,7 @@ from fdpp_jax.tuning import Measured
 H200 = device.by_name("H200")
 DEVICE = dataclasses.asdict(H200) | {"jax_kind": "NVIDIA H200"}
 RUN = Run("2026-11-23T10:00:00+00:00", {"fdpp_jax": "0.1.0", "jax": "0.11.2"}, "abc")
-FLAT = FlatMatmulConfig(128, 64, 3, 4)  # by no rule
+FLAT = FlatMatmulConfig(99, 128, 64, 3)  # by no rule
 SHAPE = MatmulShape(8, 4096, 12288, w_order="nk")
 
 

@@ -2,8 +2,8 @@
 
 As wgmma leaves it (Layout.WGMMA), a thread (warp w, lane 4 g + t) holds y[h, row] for h = 16 w + 8 r + g and
 row = 8 n + 2 t + e, with r and e in 0..1. Row-major arrays [rows, columns] are its transpose, so that eight lanes hold
-neighbours in memory. Of the 64 columns only the first WIDTH belong to what is stored here; the others are those
-columns' partners, which the same threads get from `left`.
+neighbours in memory. Of a fused layer's 64 columns only the first WIDTH belong together; the others are those columns'
+partners, which the same threads get from `left`.
 """
 
 from typing import Any
@@ -26,9 +26,11 @@ WIDTH = UNIT_WIDTH  # what warps 0 and 1 hold
 HEIGHT = 2 * WIDTH
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+# Bytes of what is stored, and how it is rounded.
+_STORES = {"bfloat16": (2, "cvt.rn.bf16.f32"), "float16": (2, "cvt.rn.f16.f32"), "float32": (4, "")}
 
-# h, t2 = 2 t, and whether this thread's columns are among the first WIDTH.
-_LOCATE = f"""
+# h, t2 = 2 t, and whether this thread's first column is among the first {height}.
+_LOCATE = """
   .reg .pred live, inside;
   .reg .b16 half;
   .reg .b32 thread, h, t2, row;
@@ -41,7 +43,7 @@ _LOCATE = f"""
   and.b32 h, h, 7;
   shr.u32 row, thread, 5;
   mad.lo.u32 h, row, 16, h;
-  setp.lt.u32 inside, h, {WIDTH};
+  setp.lt.u32 inside, h, {height};
 """
 
 
@@ -147,7 +149,7 @@ def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: 
             else:
                 lines += [f"@live ld.relaxed.gpu.global.b16 half, {where};", f"@live cvt.f32.bf16 ${i}, half;"]
         elements = mgpu.utils.inline_ptx(
-            registers.ptx_block(_LOCATE, *lines),
+            registers.ptx_block(_LOCATE.format(height=WIDTH), *lines),
             mgpu.utils.memref_ptr(source),
             column.registers.item(),
             result_types=[ir.F32Type.get()] * num_elements,
@@ -158,29 +160,39 @@ def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: 
     return emit(source_gmem, column)
 
 
-def store(y: jax.Array, target_gmem: Any, column: jax.Array, *, is_interpreted: bool, rows_gmem: Any = None) -> None:
-    """target_gmem[row, column + h] = y[h, row] for the first WIDTH h.
+def store(
+    y: jax.Array,
+    target_gmem: Any,
+    column: jax.Array,
+    *,
+    height: int = WIDTH,
+    is_interpreted: bool,
+    rows_gmem: Any = None,
+) -> None:
+    """target_gmem[row, column + h] = y[h, row] for the first `height` h, as far as the target has such columns.
 
     Args:
       y: [64, num_rows] float32.
-      target_gmem: [rows, columns] bfloat16.
+      target_gmem: [rows, columns] bfloat16, float16 or float32.
       column: [] int32.
-      is_interpreted: Whether the interpreter runs it.
+      height: WIDTH or HEIGHT.
+      is_interpreted: Whether the interpreter runs it; all columns must be the target's then.
       rows_gmem: [rows of y] int32, where each row goes to; one beyond the last goes nowhere.
     """
     if is_interpreted:
-        part = y[:WIDTH].T.astype(target_gmem.dtype)
+        part = y[:height].T.astype(target_gmem.dtype)
         if rows_gmem is None:
-            target_gmem[:, pl.ds(column, WIDTH)] = part[: target_gmem.shape[0]]
+            target_gmem[:, pl.ds(column, height)] = part[: target_gmem.shape[0]]
             return
         for i in range(rows_gmem.shape[0]):
 
             def write(i: int = i) -> None:
-                target_gmem[pl.ds(rows_gmem[i], 1), pl.ds(column, WIDTH)] = part[i : i + 1]
+                target_gmem[pl.ds(rows_gmem[i], 1), pl.ds(column, height)] = part[i : i + 1]
 
             pl.when(rows_gmem[i] < target_gmem.shape[0])(write)
         return
-    num_rows, stride = target_gmem.shape[0], target_gmem.shape[1] * 2
+    num_rows, num_columns = target_gmem.shape
+    itemsize, narrow = _STORES[jnp.dtype(target_gmem.dtype).name]
     num_live = num_rows if rows_gmem is None else rows_gmem.shape[0]
     refs = (target_gmem,) if rows_gmem is None else (target_gmem, rows_gmem)
 
@@ -188,7 +200,9 @@ def store(y: jax.Array, target_gmem: Any, column: jax.Array, *, is_interpreted: 
     def emit(_: Any, target: Any, *rest: Any) -> None:
         *rows, column, y = rest
         first = 2 + len(rows)
-        lines = ["add.u32 h, h, $1;", "mad.wide.u32 base, h, 2, $0;"]
+        lines = ["add.u32 h, h, $1;", f"mad.wide.u32 base, h, {itemsize}, $0;"]
+        if num_columns % height:  # the last block is ragged, in whole 16
+            lines.append(f"setp.lt.and.u32 inside, h, {num_columns}, inside;")
         for i, (n, r, e) in enumerate(_places(y.shape[1])):
             lines += [f"add.u32 row, t2, {8 * n + e};", f"setp.lt.and.u32 live, row, {num_live}, inside;"]
             if rows:
@@ -197,13 +211,14 @@ def store(y: jax.Array, target_gmem: Any, column: jax.Array, *, is_interpreted: 
                     "@live ld.global.b32 row, [address];",
                     f"setp.lt.and.u32 live, row, {num_rows}, live;",
                 ]
-            lines += [
-                f"mad.wide.u32 address, row, {stride}, base;",
-                f"cvt.rn.bf16.f32 half, ${first + i};",
-                f"@live st.global.b16 [address + {16 * r}], half;",
-            ]
+            lines.append(f"mad.wide.u32 address, row, {num_columns * itemsize}, base;")
+            where, value = f"[address + {8 * r * itemsize}]", f"${first + i}"
+            if narrow:
+                lines += [f"{narrow} half, {value};", f"@live st.global.b16 {where}, half;"]
+            else:
+                lines.append(f"@live st.global.f32 {where}, {value};")
         mgpu.utils.inline_ptx(
-            registers.ptx_block(_LOCATE, *lines),
+            registers.ptx_block(_LOCATE.format(height=height), *lines),
             mgpu.utils.memref_ptr(target),
             column.registers.item(),
             *(mgpu.utils.memref_ptr(ref) for ref in rows),
@@ -251,7 +266,7 @@ def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None
                         "add.f32 sum, sum, other;",
                     ]
                 lines.append(f"@live st.global.f32 [address + {4 * (8 * n + e)}], sum;")
-        text = registers.ptx_block(_LOCATE, *lines)
+        text = registers.ptx_block(_LOCATE.format(height=WIDTH), *lines)
         mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(sums), *elements, has_side_effects=True, convergent=True)
 
     emit(sums_gmem, y)

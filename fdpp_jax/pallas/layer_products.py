@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas import accumulators, grid_sync, overlap
+from fdpp_jax.pallas import accumulators, grid_sync, overlap, ring
 from fdpp_jax.pallas.accumulators import HEIGHT, WIDTH
 from fdpp_jax.pallas.layer_phases import Facts, Segment, Step
 
@@ -47,7 +47,7 @@ class Products:
                 return lax.fori_loop(segment.start, segment.stop, tile, done)
 
             done = self.facts.for_segments(step, self.cta, stream, done)
-        _drain(smem.w_free, done, num_stages)
+        ring.drain(smem.w_free, done, num_stages)
 
     # Warpgroup 2
 
@@ -61,7 +61,7 @@ class Products:
                 return lax.fori_loop(*self._chunks(segment), load, done)
 
             chunks_done = self.facts.for_segments(step, self.cta, stream, chunks_done)
-        _drain(self.smem.x_free, chunks_done, self.facts.config.num_x_stages)
+        ring.drain(self.smem.x_free, chunks_done, self.facts.config.num_x_stages)
 
     def _chunks(self, segment: Segment) -> tuple[jax.Array, jax.Array]:
         """The chunks of x [first, last) that a segment reads."""
@@ -141,11 +141,3 @@ class Products:
         y = acc[...]
         release(segment.stop - 1, segment.stop > 0)
         return y
-
-
-def _drain(free: Any, done: jax.Array, num_stages: int) -> None:
-    """Waits until all that was loaded has been read: a barrier may not go while an arrival is on its way."""
-    for i in range(num_stages):
-        item = done - num_stages + i
-        slot = lax.rem(item, jnp.int32(num_stages))
-        pl.when(item >= 0)(functools.partial(plgpu.barrier_wait, free.at[slot]))

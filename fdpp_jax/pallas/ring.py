@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +42,11 @@ def fill(fetch: Callable[..., None], first: jax.Array, last: jax.Array, num_stag
     """Starts the loads fetch(tile, slot) of the first `num_stages` tiles of [first, last)."""
     for slot in range(num_stages):
         pl.when(first + slot < last)(functools.partial(fetch, first + slot, slot))
+
+
+def drain(free: Any, done: jax.Array, num_stages: int) -> None:
+    """Waits until all `done` tiles have been read: a barrier may not go while an arrival is on its way."""
+    for i in range(num_stages):
+        item = done - num_stages + i
+        slot = lax.rem(item, jnp.int32(num_stages))
+        pl.when(item >= 0)(functools.partial(plgpu.barrier_wait, free.at[slot]))
