@@ -70,7 +70,8 @@ _BYTES_IN_FLIGHT = 96 * 1024
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
 _MAX_K_SPLITS = 8  # CTAs that a column block is shared by
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
-_WIDE_TILE_ROWS = 32  # from which on tiles have 128 columns: x is loaded again for every column block
+# A tile of the flat kernel: 64 x 128, 128 x 128 and two CTAs an SM are slower for most weights and rows (H200).
+_FLAT_BLOCK_N, _FLAT_BLOCK_K = 64, 256
 _MAX_STAGES = 8
 # 8 rows are 9 to 12 % faster in a fused step than with a launch for each product; 16 rows 8 and 7 %, 32 rows 4 and 5 %
 # (8 layers of Llama-2-7B and Llama-3-8B, H200, 2026-11-23). More were not tried with such rings of x.
@@ -80,12 +81,11 @@ _MAX_FUSED_ROWS = 32
 _FUSED_BLOCK_K = 256
 _SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that has less
 _FUSED_MAX_STAGES = 5
-_FUSED_X_STAGES = 2
-_FUSED_X_COLUMNS = 1024  # of x in a stage, for 8 rows
-# For more rows than 8 single tiles, of which more are on their way: 2.53 ms with 2 of them at 32 rows (Llama-2-7B, 8
-# layers), 2.03 with 4 or 5; at 16 rows 1.63 ms with 2 pairs of them, 1.48 with 3, 1.47 with 4 or 6 single ones.
+# Tiles of x in their ring, loaded two by two where they are as small as those of 8 rows. A ring of two halves starves:
+# 2.53 ms with 2 tiles at 32 rows, 2.03 with 4 or 5; 1.63 with 2 pairs at 16 rows, 1.48 with 3, 1.47 with 4 or 6 single
+# ones; 1.214 with 2 fours at 8 rows, 1.204 with 3 pairs, 1.24 with single ones (8 layers of Llama-2-7B).
+_FUSED_X_TILES = 6
 _FUSED_X_BYTES = 64 * 1024
-_FUSED_MAX_X_STAGES = 6
 _MIN_STAGES = 2
 
 
@@ -174,10 +174,8 @@ def fused_layer_config(shape: LayerShape, device: Device | str) -> FusedLayerCon
     device = device_lib.resolve(device)
     # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
     num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
-    num_x_tiles, num_x_stages = _FUSED_X_COLUMNS // _FUSED_BLOCK_K, _FUSED_X_STAGES
-    if shape.rows > 8:
-        num_x_tiles = 1
-        num_x_stages = min(_FUSED_MAX_X_STAGES, _FUSED_X_BYTES // (2 * shape.rows * _FUSED_BLOCK_K))
+    num_x_tiles = 2 if shape.rows == 8 else 1
+    num_x_stages = min(_FUSED_X_TILES, _FUSED_X_BYTES // (2 * shape.rows * _FUSED_BLOCK_K)) // num_x_tiles
     config = FusedLayerConfig(num_ctas, _FUSED_BLOCK_K, _FUSED_MAX_STAGES, num_x_tiles, num_x_stages)
     return with_stages_that_fit(config, shape, device.smem_bytes)
 
@@ -455,7 +453,7 @@ def rule_matmul_config(
 
 def _rule_flat_config(shape: MatmulShape, device: Device) -> FlatMatmulConfig:
     """A CTA an SM, with as deep a ring as it has room for; fewer where a share would be too short."""
-    block_n, block_k = (64, 256) if shape.m < _WIDE_TILE_ROWS else (128, 128)
+    block_n, block_k = _FLAT_BLOCK_N, _FLAT_BLOCK_K
     while block_k > MATMUL_BLOCKS_K[0] and block_k >= 2 * shape.k:
         block_k //= 2
     num_units, num_tiles = -(-shape.n // block_n), -(-shape.k // block_k)

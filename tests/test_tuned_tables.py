@@ -178,7 +178,11 @@ def test_a_table_reads_as_it_was_written_one_entry_a_line(directories):
         ("entries.0.configs.flat", ..., r"entries\[0\].configs.flat is missing, the config of the chosen"),
         ("entries.0.configs.flat.block_n", ..., r"entries\[0\].configs.flat.block_n is missing"),
         ("entries.0.configs.flat.num_ctas", 1.5, r"entries\[0\].configs.flat.num_ctas must be of type int, got 1.5"),
-        ("entries.0.configs.flat.warps", 4, r"entries\[0\].configs.flat.warps is unknown; expected block_n, block_k"),
+        (
+            "entries.0.configs.flat.warps",
+            4,
+            r"entries\[0\].configs.flat.warps is unknown; expected num_ctas, block_n, block_k",
+        ),
         ("entries.0.configs.xla", {}, r"entries\[0\].configs.xla is unknown; expected flat, gemv"),
         ("sweeps.0.time_us", 4, r"sweeps\[0\].time_us must be of type dict, got 4"),
     ],
