@@ -466,7 +466,9 @@ def _shares(config: FlatMatmulConfig | GemvConfig, shape: MatmulShape) -> str:
     """ "132 CTAs share 64 column blocks", or "split 4"."""
     if isinstance(config, GemvConfig):
         return f"split {config.split_k}"
-    return f"{config.num_ctas} CTAs share {-(-shape.n // config.block_n)} column blocks"
+    num_units = -(-shape.n // config.block_n)
+    takers = "1 CTA takes" if config.num_ctas == 1 else f"{config.num_ctas} CTAs share"
+    return f"{takers} {num_units} column block" + "s" * (num_units != 1)
 
 
 def _split_reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig) -> str:
