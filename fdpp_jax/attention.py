@@ -144,8 +144,7 @@ def run(
         return run_cudnn(arrays, options)
     if softmax is None or shape.query_length > heuristics.MAX_QUERY_LENGTH:  # prefill has no splits
         return run_reference(arrays, options)
-    out = run_reference(with_phi(arrays, options, softmax, key_max_norm, in_kernel=False), options)
-    return lax.cond(jnp.isnan(out).any(), lambda: run_reference(arrays, options), lambda: out)
+    return _checked_reference(options, with_phi(arrays, options, softmax, key_max_norm, in_kernel=False))
 
 
 def run_kernel(
@@ -184,6 +183,22 @@ def run_recomputing_kernel(
 def run_reference(arrays: Arrays, options: Options) -> jax.Array:
     """Plain XLA in float32; rows outside the window are NaN."""
     return reference.dot_product_attention(**arrays._asdict(), **dataclasses.asdict(options))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _checked_reference(options: Options, arrays: Arrays) -> jax.Array:
+    """The reference with phi and its recompute; its derivative, and the value beside it, are online softmax's."""
+    out = run_reference(arrays, options)
+    return lax.cond(jnp.isnan(out).any(), lambda: run_reference(arrays._replace(phi=None), options), lambda: out)
+
+
+@_checked_reference.defjvp
+def _checked_reference_jvp(
+    options: Options, primals: tuple[Arrays], tangents: tuple[Arrays]
+) -> tuple[jax.Array, jax.Array]:
+    # Through the branch that was not taken NaN would come back: 0 times the slope of an overflow.
+    arrays, tangent = (given[0]._replace(phi=None) for given in (primals, tangents))
+    return jax.jvp(lambda arrays: run_reference(arrays, options), (arrays,), (tangent,))
 
 
 def run_cudnn(arrays: Arrays, options: Options) -> jax.Array:

@@ -20,6 +20,9 @@ from fdpp_jax.config import (
 )
 from fdpp_jax.unified_max import UnifiedMax
 
+# Positions are int32: a wider window would wrap around.
+_WIDEST_WINDOW = 2**30
+
 
 def dot_product_attention(
     query: jax.Array,
@@ -81,30 +84,30 @@ def dot_product_attention(
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
-    if isinstance(local_window_size, int):
-        local_window_size = (local_window_size, local_window_size)
     arrays = attention.Arrays(
-        query,
-        key,
-        value,
-        lengths=key_value_seq_lengths,
-        query_offset=query_offset,
-        sinks=sinks,
-        page_table=page_table,
-        key_scale=key_scale,
-        value_scale=value_scale,
+        _array(query),
+        _array(key),
+        _array(value),
+        lengths=_array(key_value_seq_lengths),
+        query_offset=_array(query_offset),
+        sinks=_array(sinks),
+        page_table=_array(page_table),
+        key_scale=_array(key_scale),
+        value_scale=_array(value_scale),
     )
+    query_seq_lengths, key_max_norm = _array(query_seq_lengths), _array(key_max_norm)
     _check_cache(arrays)
-    options = attention.Options(_scale(scale, query), bool(is_causal), local_window_size, logits_soft_cap)
-    _check_options(options, softmax, implementation)
+    options = _options(arrays.query, scale, is_causal, local_window_size, logits_soft_cap)
+    _check_names(softmax, implementation)
     _check_integers(arrays, query_seq_lengths)
+    _check_pages(arrays)
     _check_floats(arrays, key_max_norm)
     if query_seq_lengths is None:
         return attention.run(arrays, options, softmax=softmax, key_max_norm=key_max_norm, implementation=implementation)
-    live = jnp.arange(query.shape[1]) < query_seq_lengths[:, None]  # [B, T]
+    live = jnp.arange(arrays.query.shape[1]) < query_seq_lengths[:, None]  # [B, T]
     live = live[:, :, None, None]
     # Zero queries fit any window: what stands beyond the lengths causes no recompute.
-    arrays = arrays._replace(query=jnp.where(live, query, 0))
+    arrays = arrays._replace(query=jnp.where(live, arrays.query, 0))
     out = attention.run(arrays, options, softmax=softmax, key_max_norm=key_max_norm, implementation=implementation)
     return jnp.where(live, out, 0)
 
@@ -157,8 +160,8 @@ def unchecked_decode_attention(
     _check_cache(arrays)
     if query.shape[1] != 1:
         raise ValueError(f"query must hold one token a sequence, [B, 1, N, H]; got {query.shape=}")
-    options = attention.Options(_scale(scale, query), False, local_window_size, logits_soft_cap)
-    _check_options(options, softmax, implementation)
+    options = _options(query, scale, False, local_window_size, logits_soft_cap)
+    _check_names(softmax, implementation)
     _check_integers(arrays, None)
     _check_floats(arrays, key_max_norm)
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
@@ -215,8 +218,46 @@ def flat_matmul(
     return matmul.run(implementation, out_dtype, w_order, x, w)
 
 
-def _scale(scale: float | None, query: jax.Array) -> float:
-    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+def _array(x: Any) -> Any:
+    """x, or an array of its numbers; not a traced one, so that they can be checked."""
+    return x if x is None or hasattr(x, "shape") else np.asarray(x)
+
+
+def _options(
+    query: jax.Array,
+    scale: float | None,
+    is_causal: bool,
+    local_window_size: int | tuple[int, int] | None,
+    logits_soft_cap: float | None,
+) -> attention.Options:
+    """The static arguments of a call, or an error that says which of them none can have."""
+    if not isinstance(is_causal, bool | np.bool_):
+        raise ValueError(f"is_causal must be True or False; got {is_causal!r}")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _number("scale", scale)
+    if logits_soft_cap is not None:
+        logits_soft_cap = _number("logits_soft_cap", logits_soft_cap)
+        if logits_soft_cap <= 0:
+            raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap}")
+    return attention.Options(scale, bool(is_causal), _window(local_window_size), logits_soft_cap)
+
+
+def _number(name: str, number: Any) -> float:
+    try:
+        found = float(number)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must be a finite number, known before the call is traced; got {number!r}")
+    return found
+
+
+def _window(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    both = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(both) != 2 or any(not isinstance(x, int | np.integer) or isinstance(x, bool) or x < 0 for x in both):
+        raise ValueError(f"local_window_size must be an integer w >= 0 or (left, right) of such; got {size!r}")
+    return min(int(both[0]), _WIDEST_WINDOW), min(int(both[1]), _WIDEST_WINDOW)
 
 
 def _check_cache(arrays: attention.Arrays) -> None:
@@ -229,13 +270,15 @@ def _check_cache(arrays: attention.Arrays) -> None:
         if array.ndim != 4:
             raise ValueError(f"{name} must have 4 axes {axes[name]}; got shape {array.shape}")
     batch, _, num_heads, head_dim = query.shape
+    if not head_dim or (table is not None and not key.shape[0]):
+        raise ValueError(f"expected a head dim, and pages in a pool, of at least 1; got {query.shape=}, {key.shape=}")
     if key.shape != value.shape or key.dtype != value.dtype:
         raise ValueError(
             f"key and value must have one shape {axes['key']} and dtype; got {key.dtype} of {key.shape} and "
             f"{value.dtype} of {value.shape}"
         )
     quantised = " or ".join(QUANTISED_DTYPES)
-    takes_query = jnp.issubdtype(query.dtype, jnp.floating) and query.dtype.name not in QUANTISED_DTYPES
+    takes_query = jnp.issubdtype(query.dtype, jnp.floating) and query.dtype.itemsize > 1
     if not takes_query or key.dtype.name not in (query.dtype.name, *QUANTISED_DTYPES):
         raise ValueError(
             f"query, key and value must share one floating-point dtype, or key and value be {quantised}; "
@@ -260,17 +303,10 @@ def _check_cache(arrays: attention.Arrays) -> None:
         raise ValueError(f"key_scale and value_scale must be {expected}; got {forms[0]} and {forms[1]}")
 
 
-def _check_options(
-    options: attention.Options, softmax: UnifiedMax | None, implementation: AttentionImplementation | None
-) -> None:
-    """Raises on static arguments that no call can have."""
+def _check_names(softmax: UnifiedMax | None, implementation: AttentionImplementation | None) -> None:
     if softmax is not None and not isinstance(softmax, UnifiedMax):
         raise ValueError(f"softmax must be None or a UnifiedMax; got {softmax!r}")
     _check_name("implementation", implementation, AttentionImplementation)
-    if options.logits_soft_cap is not None and not options.logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap must be positive; got {options.logits_soft_cap}")
-    if options.local_window_size is not None and min(options.local_window_size) < 0:
-        raise ValueError(f"local_window_size must not be negative; got {options.local_window_size}")
 
 
 def _check_integers(arrays: attention.Arrays, query_seq_lengths: jax.Array | None) -> None:
@@ -285,10 +321,31 @@ def _check_integers(arrays: attention.Arrays, query_seq_lengths: jax.Array | Non
             continue
         if integers.shape != (batch,) or not jnp.issubdtype(integers.dtype, jnp.integer):
             raise ValueError(f"{name} must be [B={batch}] integers; got {integers.shape} of {integers.dtype}")
-        if limit is not None and not isinstance(integers, jax.core.Tracer) and integers.size:
+        if limit is not None and _is_known(integers) and integers.size:
             low, high = np.asarray(integers).min(), np.asarray(integers).max()  # jnp would trace it inside jit
             if low < 0 or high > limit:
                 raise ValueError(f"{name} must lie in 0..{limit}; got {low}..{high}")
+
+
+def _check_pages(arrays: attention.Arrays) -> None:
+    """Raises if a page that holds live keys is not in the pool, as far as table and lengths are known."""
+    table, lengths = arrays.page_table, arrays.lengths
+    if table is None or not _is_known(table) or not (lengths is None or _is_known(lengths)):
+        return
+    pages = np.asarray(table)
+    live = arrays.capacity if lengths is None else np.asarray(lengths)[:, None]
+    wrong = (pages < 0) | (pages >= arrays.key.shape[0])
+    wrong &= np.arange(pages.shape[1]) * arrays.key.shape[1] < live
+    if wrong.any():
+        sequence, page = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"page_table must name pages 0..{arrays.key.shape[0] - 1} for live keys; got {pages[sequence, page]} as "
+            f"page {page} of sequence {sequence}"
+        )
+
+
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
 
 
 def _check_floats(arrays: attention.Arrays, key_max_norm: jax.Array | None) -> None:

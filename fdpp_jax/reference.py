@@ -55,6 +55,17 @@ def dot_product_attention(
     key, value = _contiguous(key, key_scale, page_table), _contiguous(value, value_scale, page_table)
     _, capacity, num_kv_heads, _ = key.shape
     by_head = (num_kv_heads, num_heads // num_kv_heads)
+    mask = _attention_mask(
+        query_length,
+        capacity,
+        lengths=lengths,
+        query_offset=query_offset,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+    )[:, None, None]  # [B or 1, 1, 1, T, S]
+    live_key = mask.any(axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
+    # 0 * NaN would be NaN: of the values here, of the keys in the gradient.
+    key, value = (jnp.where(live_key, x, 0) for x in (key, value))
     precision = _precision(key.dtype)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts",
@@ -66,14 +77,6 @@ def dot_product_attention(
     scores *= scale
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    mask = _attention_mask(
-        query_length,
-        capacity,
-        lengths=lengths,
-        query_offset=query_offset,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-    )[:, None, None]  # [B or 1, 1, 1, T, S]
     scores = jnp.where(mask, scores, -jnp.inf)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *by_head, 1, 1)
     if phi is None:
@@ -87,8 +90,6 @@ def dot_product_attention(
     den = weights.sum(axis=-1)  # [B, K, G, T]
     if sink is not None:
         den += jnp.exp(sink - shift)[..., 0]
-    live_key = mask.any(axis=(1, 2, 3))  # [B or 1, S]
-    value = jnp.where(live_key[:, :, None, None], value, 0)  # 0 * NaN would be NaN
     num = jnp.einsum(
         "bkgts,bskh->btkgh", weights, value.astype(jnp.float32), precision=lax.Precision.HIGHEST
     )  # [B, T, K, G, H]

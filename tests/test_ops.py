@@ -1,6 +1,7 @@
 """The public ops: answers, recompute, transformations and errors, on whatever device there is."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -119,8 +120,11 @@ def test_vmap_folds_into_the_batch():
 
 
 @pytest.mark.slow
-def test_scan_and_gradient():
+@pytest.mark.parametrize("phi", [6.0, 300.0, -300.0])
+def test_scan_and_gradient(phi):
+    """NaN beyond the lengths, and of rows that left the window, is in no gradient."""
     query, key, value, lengths = decode_inputs("float32", lengths=(100, 7))
+    dirty = key, value
     key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)
 
     def loss(query, key, value, attention, **arguments):
@@ -129,12 +133,12 @@ def test_scan_and_gradient():
     grad = jax.grad(loss, argnums=(0, 1, 2))
     with jax.default_matmul_precision("highest"):  # a GPU would multiply jax.nn's float32 as TF32
         theirs = grad(query, key, value, jax.nn.dot_product_attention)
-    ours = grad(query, key, value, fdpp_jax.dot_product_attention, softmax=UnifiedMax())
+    ours = grad(query, *dirty, fdpp_jax.dot_product_attention, softmax=UnifiedMax(phi))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 if jax.default_backend() == "gpu" else 1e-5)
 
     def step(carry, _):
-        return fdpp_jax.dot_product_attention(carry, key, value, softmax=UnifiedMax()), None
+        return fdpp_jax.dot_product_attention(carry, key, value, softmax=UnifiedMax(phi)), None
 
     assert jnp.isfinite(jax.lax.scan(step, query, length=3)[0]).all()
 
@@ -221,7 +225,20 @@ TABLE = jnp.zeros((2, 3), jnp.int32)
         ((QUERY, KEY, KEY, {"implementation": "cuda"}), "mosaic_gpu, triton, xla; got 'cuda'"),
         ((QUERY, KEY, KEY, {"softmax": 6.0}), "None or a UnifiedMax; got 6.0"),
         ((QUERY, KEY, KEY, {"logits_soft_cap": 0.0}), "must be positive; got 0.0"),
-        ((QUERY, KEY, KEY, {"local_window_size": -1}), "must not be negative"),
+        ((QUERY, KEY, KEY, {"logits_soft_cap": math.inf}), "logits_soft_cap must be a finite number, .* got inf"),
+        ((QUERY, KEY, KEY, {"scale": "wide"}), "scale must be a finite number, .* got 'wide'"),
+        ((QUERY, KEY, KEY, {"is_causal": "no"}), "is_causal must be True or False; got 'no'"),
+        *(
+            ((QUERY, KEY, KEY, {"local_window_size": size}), "integer w >= 0 or .left, right. of such; got")
+            for size in (-1, 3.5, True, (1, 2, 3), (), (4, -1), (None, 0))
+        ),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": [3, 17]}), r"must lie in 0..16; got 3..17"),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": 3}), r"must be \[B=2\] integers; got \(\)"),
+        ((QUERY.tolist(), KEY, KEY, {}), "one floating-point dtype"),
+        ((QUERY.astype(jnp.float8_e5m2),) + 2 * (KEY.astype(jnp.float8_e5m2),) + ({},), "one floating-point dtype"),
+        ((QUERY[..., :0], KEY[..., :0], KEY[..., :0], {}), "head dim, .* of at least 1"),
+        ((QUERY, KEY[:0], KEY[:0], {"page_table": TABLE}), "pages in a pool, of at least 1"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE + 2}), r"pages 0..1 for live keys; got 2 as page 0 of sequence 0"),
         ((QUERY, KEY, KEY, {"query_offset": jnp.zeros(2)}), r"query_offset must be \[B=2\] integers; got .* float32"),
         ((QUERY, KEY, KEY, {"sinks": jnp.zeros(2)}), r"sinks must be \[N=4\] of floating point; got float32 of \(2,\)"),
         ((QUERY, KEY, KEY, {"sinks": jnp.zeros(4, int)}), r"sinks must be \[N=4\] of floating point; got int32"),
@@ -254,6 +271,21 @@ def test_attention_says_what_is_wrong(arguments, message):
     *arrays, keywords = arguments
     with pytest.raises(ValueError, match=message):
         fdpp_jax.dot_product_attention(*arrays, **keywords)
+
+
+def test_a_window_as_wide_as_can_be_hides_nothing():
+    query, key, value, lengths = decode_inputs("float32", lengths=(100, 7))
+    arguments = dict(key_value_seq_lengths=lengths, query_offset=lengths - 1)
+    plain = fdpp_jax.dot_product_attention(query, key, value, **arguments)
+    for size in (2**31 - 1, 2**40, (2**31 - 1, 0)):
+        out = fdpp_jax.dot_product_attention(query, key, value, local_window_size=size, **arguments)
+        np.testing.assert_array_equal(out, plain)
+
+
+def test_only_pages_of_live_keys_must_be_in_the_pool():
+    table, lengths = TABLE.at[:, 1:].set(99), [16, 3]
+    out = fdpp_jax.dot_product_attention(QUERY, KEY, KEY, page_table=table, key_value_seq_lengths=lengths)
+    assert out.shape == QUERY.shape
 
 
 def test_lengths_known_inside_jit_are_checked_too():
