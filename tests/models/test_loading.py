@@ -152,10 +152,38 @@ def test_all_damaged_tensors_are_listed_at_once(single: pathlib.Path) -> None:
     ]
 
 
-def test_a_long_list_is_cut(single: pathlib.Path) -> None:
-    edit_config(single, hidden_size=32, num_hidden_layers=9)
-    with pytest.raises(ValueError, match=r"\.\.\. and \d+ more$"):
+def test_layers_that_are_wrong_alike_share_a_line_and_nothing_is_left_out(single: pathlib.Path) -> None:
+    edit_config(single, num_hidden_layers=40)  # of which 2 are there
+
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("mlp.", "ffn.")] = tensors.pop(name)
+        tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((160, 64), np.float32)
+        tensors["model.layers.10.mlp.up_proj.weight"] = np.zeros((64, 160), np.float32)
+        for layer in range(2):
+            for expert in (0, 1, 2, 10):
+                tensors[f"model.layers.{layer}.experts.{expert}.w"] = np.zeros(3, np.float32)
+
+    edit(single, rename)
+    with pytest.raises(ValueError, match="is not the checkpoint its config") as error:
         models.load(single)
+    layer = "  - tensor model.layers"
+    assert str(error.value).splitlines()[1:] == [
+        f"{layer}.0..39.mlp.down_proj.weight [64, 160] is missing",
+        f"{layer}.0..39.mlp.gate_proj.weight [160, 64] is missing",
+        f"{layer}.0..6,8..9,11..39.mlp.up_proj.weight [160, 64] is missing",
+        f"{layer}.2..39.input_layernorm.weight [64] is missing",
+        f"{layer}.2..39.post_attention_layernorm.weight [64] is missing",
+        f"{layer}.2..39.self_attn.k_proj.weight [64, 64] is missing",
+        f"{layer}.2..39.self_attn.o_proj.weight [64, 128] is missing",
+        f"{layer}.2..39.self_attn.q_proj.weight [128, 64] is missing",
+        f"{layer}.2..39.self_attn.v_proj.weight [64, 64] is missing",
+        f"{layer}.10.mlp.up_proj.weight: expected shape [160, 64], got [64, 160]",
+        f"{layer}.0..1.experts.0..2,10.w [3] is unknown to the config",
+        f"{layer}.0..1.ffn.down_proj.weight [64, 160] is unknown to the config",
+        f"{layer}.0..1.ffn.gate_proj.weight [160, 64] is unknown to the config",
+        f"{layer}.0..1.ffn.up_proj.weight [160, 64] is unknown to the config",
+    ]
 
 
 def test_missing_and_truncated_shards_are_listed_at_once(sharded: pathlib.Path) -> None:
