@@ -25,7 +25,7 @@ from fdpp_jax.models.layers import Linear
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja")
 # Mistral publishes its weights a second time, in a format of its own.
 _HUB_IGNORED = ("*/*", "consolidated*.safetensors")
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")

@@ -270,7 +270,9 @@ def test_hub_id_is_downloaded(single: pathlib.Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = models.load("some-org/Some-Llama-3.2-1B", jnp.float32)
     assert model.config.hidden_size == 64
-    assert calls == [("some-org/Some-Llama-3.2-1B", ["*.json", "*.safetensors", "tokenizer.model"])]
+    assert calls == [
+        ("some-org/Some-Llama-3.2-1B", ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"])
+    ]
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
