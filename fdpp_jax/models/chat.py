@@ -5,7 +5,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fdpp_jax.models.fields import BOOL, INDEX, NUMBER, read_field
 from fdpp_jax.models.loading import list_files, read_optional_json, resolve
+from fdpp_jax.models.tokenizer import special_token
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 Message = Mapping[str, str]
 
@@ -23,21 +27,18 @@ def sampling_defaults(path_or_hub_id: str | pathlib.Path) -> SamplingDefaults:
     """Reads generation_config.json: greedy without one, or where it does not sample.
 
     Raises:
-      ValueError: No such checkpoint, malformed JSON, or a number where none is expected.
+      ValueError: No such checkpoint, malformed JSON, or a field of the wrong kind.
     """
     directory = resolve(path_or_hub_id)
-    settings = read_optional_json(directory, "generation_config.json")
-    if not settings.get("do_sample", False):
+    settings, path = read_optional_json(directory, "generation_config.json"), directory / "generation_config.json"
+    if not read_field(settings, "do_sample", BOOL, path):
         return SamplingDefaults()
-    for name in ("temperature", "top_k", "top_p"):
-        value = settings.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"expected a number for {name} in {directory / 'generation_config.json'}, got {value!r}")
-    top_k, top_p = settings.get("top_k"), settings.get("top_p")
+    temperature = read_field(settings, "temperature", NUMBER, path)
+    top_k, top_p = read_field(settings, "top_k", INDEX, path), read_field(settings, "top_p", NUMBER, path)
     return SamplingDefaults(
-        temperature=float(settings.get("temperature", 1.0)),
-        top_k=int(top_k) if top_k else None,  # 0 stands for none
-        top_p=None if top_p in (None, 1, 1.0) else float(top_p),
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=top_k or None,  # 0 stands for none
+        top_p=None if top_p in (None, 1) else float(top_p),
     )
 
 
@@ -66,7 +67,7 @@ def chat_text(path_or_hub_id: str | pathlib.Path, messages: Sequence[Message]) -
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-    special = {name: _text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {name: special_token(directory, name) or "" for name in _SPECIAL_TOKENS}
     try:
         template = environment.from_string(_template(directory, settings))
         return template.render(messages=list(messages), add_generation_prompt=True, **special)
@@ -87,11 +88,6 @@ def _template(directory: pathlib.Path, settings: Mapping[str, Any]) -> str:
             f"found neither in {directory}: {list_files(directory)}"
         )
     return template
-
-
-def _text(token: str | Mapping[str, Any] | None) -> str:
-    """A special token, which tokenizer_config.json gives as text or as {"content": text, ...}."""
-    return str(token["content"]) if isinstance(token, Mapping) else token or ""
 
 
 def _refuse(message: str) -> None:

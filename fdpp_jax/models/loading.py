@@ -21,6 +21,7 @@ from flax import nnx
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.families import causal_lm, config_from_hf
+from fdpp_jax.models.fields import OBJECT, TEXT, field_problems, read_field
 from fdpp_jax.models.layers import Linear
 
 _INDEX = "model.safetensors.index.json"
@@ -220,11 +221,11 @@ def _open_shards(
 def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]:
     """The index's map from tensor to shard (empty without an index), and the names of all shards."""
     if (directory / _INDEX).is_file():
-        weight_map = read_json(directory, _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(
-                f"expected a weight_map from tensors to shards in {directory / _INDEX}, got {weight_map!r}"
-            )
+        weight_map = read_field(read_json(directory, _INDEX), "weight_map", OBJECT, directory / _INDEX)
+        if not weight_map:
+            raise ValueError(f"expected a weight_map from tensors to shards in {directory / _INDEX}, got {weight_map}")
+        if problems := field_problems(weight_map, dict.fromkeys(weight_map, TEXT)):
+            raise ValueError(f"{directory / _INDEX} is malformed:\n" + "\n".join(f"  - {p}" for p in problems))
         return weight_map, sorted(set(weight_map.values()))
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:

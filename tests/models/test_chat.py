@@ -71,6 +71,8 @@ def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
         ({"do_sample": True}, SamplingDefaults(1.0)),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}, SamplingDefaults(0.6, 50, 0.9)),
         ({"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}, SamplingDefaults(0.7)),
+        ({"do_sample": True, "temperature": None, "top_p": None, "top_k": None}, SamplingDefaults(1.0)),
+        ({"do_sample": None, "temperature": 0.7}, SamplingDefaults()),
     ],
 )
 def test_sampling_defaults(tmp_path, settings, expected):
@@ -79,7 +81,17 @@ def test_sampling_defaults(tmp_path, settings, expected):
     assert sampling_defaults(tmp_path) == expected
 
 
-def test_a_malformed_default_names_file_and_field(tmp_path):
-    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": "high"}')
-    with pytest.raises(ValueError, match=r"expected a number for top_p in .*generation_config.json, got 'high'"):
+@pytest.mark.parametrize(
+    ("settings", "field", "expected"),
+    [
+        ({"do_sample": "yes"}, "do_sample", "true or false, got 'yes'"),
+        ({"do_sample": True, "temperature": True}, "temperature", "a number, got True"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature", "a number, got nan"),
+        ({"do_sample": True, "top_p": "high"}, "top_p", "a number, got 'high'"),
+        ({"do_sample": True, "top_k": 50.5}, "top_k", "an integer of at least 0, got 50.5"),
+    ],
+)
+def test_a_malformed_default_names_file_and_field(tmp_path, settings, field, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"expected {field} in .*generation_config\.json to be {expected}$"):
         sampling_defaults(tmp_path)

@@ -215,10 +215,20 @@ def test_index_and_shards_disagree(sharded: pathlib.Path) -> None:
         models.load(sharded)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', "not json"])
-def test_malformed_index(sharded: pathlib.Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"expected a JSON object in .*index\.json, got list"),
+        ("{}", r"expected a weight_map from tensors to shards in .*index\.json, got None"),
+        ('{"weight_map": {}}', r"expected a weight_map from tensors to shards in .*index\.json, got {}"),
+        ('{"weight_map": ["a"]}', r"expected weight_map in .*index\.json to be an object, got \['a'\]"),
+        ('{"weight_map": {"a": "b", "c": 5}}', r"index\.json is malformed:\n  - expected c to be text, got 5$"),
+        ("not json", r"index\.json is not valid JSON"),
+    ],
+)
+def test_malformed_index(sharded: pathlib.Path, content: str, message: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json"):
+    with pytest.raises(ValueError, match=message):
         models.load(sharded)
 
 
@@ -294,6 +304,8 @@ def test_config_of_transformers_4_and_5() -> None:
     assert LlamaConfig.from_hf(old).rope_scaling == RopeScaling("linear", factor=2.0)
     assert LlamaConfig.from_hf(old).num_key_value_heads == 32
     assert LlamaConfig.from_hf(old).head_dim == 128
+    nulls = dict.fromkeys(("head_dim", "rope_parameters", "quantization_config", "attention_bias", "mlp_bias"))
+    assert LlamaConfig.from_hf(HF_CONFIG | nulls) == config
 
 
 @pytest.mark.parametrize(
@@ -314,8 +326,20 @@ def test_config_of_transformers_4_and_5() -> None:
         ({"hidden_size": 0}, "expected hidden_size to be a positive integer, got 0"),
         ({"vocab_size": "32000"}, "expected vocab_size to be a positive integer, got '32000'"),
         ({"num_attention_heads": 0}, "expected num_attention_heads to be a positive integer, got 0"),
-        ({"num_key_value_heads": -8}, "expected num_key_value_heads to be a positive integer, got -8"),
+        ({"num_key_value_heads": -8}, "expected num_key_value_heads to be a positive integer or null, got -8"),
         ({"head_dim": 33}, "head_dim must be even"),
+        ({"head_dim": "64"}, "expected head_dim to be a positive integer or null, got '64'"),
+        ({"architectures": 5}, r"architectures \['LlamaForCausalLM'\], got 'llama' and 5"),
+        ({"rms_norm_eps": "x"}, "expected rms_norm_eps to be a positive number, got 'x'"),
+        ({"rms_norm_eps": None}, "expected rms_norm_eps to be a positive number, got None"),
+        ({"max_position_embeddings": 1.5}, "expected max_position_embeddings to be a positive integer, got 1.5"),
+        ({"tie_word_embeddings": "no"}, "expected tie_word_embeddings to be true or false or null, got 'no'"),
+        ({"quantization_config": "awq"}, "expected quantization_config to be an object or null, got 'awq'"),
+        ({"rope_parameters": [1]}, r"expected rope_parameters to be an object or null, got \[1\]"),
+        ({"rope_theta": "x"}, "expected rope_theta to be a positive number, got 'x'"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "expected factor to be a positive number, got '4'"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "'linear' needs factor, which is missing"),
+        ({"rope_scaling": {"type": ["linear"]}}, r"expected rope_type to be text, got \['linear'\]"),
     ],
 )
 def test_unsupported_configs(changes: dict[str, Any], message: str) -> None:

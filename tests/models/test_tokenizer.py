@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_decode_drops_special_tokens(tmp_path: pathlib.Path) -> None:
 )
 def test_eos_ids(tmp_path: pathlib.Path, files: Any, eos_ids: tuple[int, ...]) -> None:
     assert load_tokenizer(write(tmp_path, **files)).eos_ids == eos_ids
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "expected"),
+    [
+        ("generation_config", "eos_token_id", "2", "a token's id or a list of them"),
+        ("generation_config", "eos_token_id", [1, None], "a token's id or a list of them"),
+        ("config", "eos_token_id", True, "a token's id or a list of them"),
+        ("config", "eos_token_id", -1, "a token's id or a list of them"),
+        ("tokenizer_config", "add_bos_token", "no", "true or false"),
+        ("tokenizer_config", "eos_token", 2, 'text or {"content": text}'),
+        ("tokenizer_config", "eos_token", {"text": "</s>"}, 'text or {"content": text}'),
+    ],
+)
+def test_malformed_settings_name_file_and_field(
+    tmp_path: pathlib.Path, file: str, field: str, value: Any, expected: str
+) -> None:
+    message = f"{file}.json to be {expected}, got {value!r}"
+    with pytest.raises(ValueError, match=f"^expected {field} in .*{re.escape(message)}$"):
+        load_tokenizer(write(tmp_path, **{file: {field: value}}))
 
 
 def test_vocabulary_larger_than_the_models(tmp_path: pathlib.Path) -> None:
