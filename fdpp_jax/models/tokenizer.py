@@ -10,10 +10,14 @@ import tokenizers
 from fdpp_jax.models.fields import BOOL, INDEX, TEXT, Kind, read_field
 from fdpp_jax.models.loading import list_files, read_optional_json, resolve
 
-# ChatGLM's own tokens, which its code numbers from the end of the SentencePiece vocabulary on, and those of them
-# that every text starts with.
-_CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+# ChatGLM3's own tokens, which its code numbers from the end of the SentencePiece vocabulary on. ChatGLM2 has the first
+# five, and rows of its embedding for the others as well.
+_CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_CHATGLM_ROLES)
+# What every text starts with; "sop" alone is in "philosopher" too.
 _CHATGLM_PREFIX = ("[gMASK]", "sop")
+# With whose turn an answer is over.
+_CHATGLM_TURNS = ("<|user|>", "<|observation|>")
 _SETTINGS = "tokenizer_config.json"
 _EOS_IDS = Kind(
     "a token's id or a list of them",
@@ -91,7 +95,7 @@ class _TokenizerJson:
 class _SentencePiece:
     """What tokenizer.model holds, the tokens a text may name, and how many the checkpoint's code adds behind it."""
 
-    def __init__(self, processor: Any, *, named: Mapping[str, int], num_added: int):
+    def __init__(self, processor: Any, *, named: Mapping[str, Sequence[int]], num_added: int):
         self._processor = processor
         self._named = named
         self._num_added = num_added
@@ -106,7 +110,7 @@ class _SentencePiece:
         # SentencePiece spells <s> and </s> in a text out; chat templates mean the tokens, as tokenizer.json reads them.
         ids: list[int] = []
         for part in self._pattern.split(text):
-            ids += [self._named[part]] if part in self._named else self._processor.encode(part)
+            ids += self._named[part] if part in self._named else self._processor.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -171,16 +175,21 @@ def _from_sentencepiece(directory: pathlib.Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
     bos, eos = processor.bos_id(), processor.eos_id()  # -1: the file has none
     if read_optional_json(directory, "config.json").get("model_type") == "chatglm":
-        backend = _SentencePiece(processor, named={}, num_added=len(_CHATGLM_TOKENS))
-        prefix = [processor.vocab_size() + _CHATGLM_TOKENS.index(token) for token in _CHATGLM_PREFIX]
+        added = {token: processor.vocab_size() + i for i, token in enumerate(_CHATGLM_TOKENS)}
+        prefix = [added[token] for token in _CHATGLM_PREFIX]
+        named = {role: [added[role]] for role in _CHATGLM_ROLES}
+        named["".join(_CHATGLM_PREFIX)] = prefix
+        backend = _SentencePiece(processor, named=named, num_added=len(added))
+        turns = tuple(added[token] for token in _CHATGLM_TURNS)
     else:
-        named = {processor.id_to_piece(i): i for i in (bos, eos) if i >= 0}
+        named = {processor.id_to_piece(i): [i] for i in (bos, eos) if i >= 0}
         backend = _SentencePiece(processor, named=named, num_added=0)
         prefix = [bos] if _add_bos(directory) is not False and bos >= 0 else []
+        turns = ()
     eos_ids = _eos_ids(directory)
     if eos_ids is None:
         eos_ids = (eos,) if eos >= 0 else ()
-    return Tokenizer(backend, prefix=prefix, eos_ids=eos_ids)
+    return Tokenizer(backend, prefix=prefix, eos_ids=tuple(dict.fromkeys(eos_ids + turns)))
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -> None:
