@@ -222,14 +222,16 @@ def _add_bos(directory: pathlib.Path) -> bool | None:
 
 
 def special_token(directory: pathlib.Path, name: str) -> str | None:
-    """The text of a special token such as bos_token, None where tokenizer_config.json names none.
+    """The text of a special token such as bos_token, None where the checkpoint names none.
 
     Raises:
       ValueError: It is neither text nor {"content": text, ...}.
     """
-    token = read_field(read_optional_json(directory, _SETTINGS), name, _TOKEN, directory / _SETTINGS)
-    text: str | None = token["content"] if isinstance(token, dict) else token
-    return text
+    for file in (_SETTINGS, "special_tokens_map.json"):  # the second is all that old checkpoints have
+        token = read_field(read_optional_json(directory, file), name, _TOKEN, directory / file)
+        if token is not None:
+            return str(token["content"] if isinstance(token, dict) else token)
+    return None
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, name: str) -> int:

@@ -42,6 +42,12 @@ def test_a_template_of_its_own_comes_first_and_knows_special_tokens(tmp_path):
         chat_text(directory, [{"role": "system", "content": ""}])
 
 
+def test_a_special_token_may_be_in_a_file_of_its_own(tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<bos>"}, "eos_token": "<old>"}')
+    directory = _checkpoint(tmp_path, "{{ bos_token }}{{ eos_token }}", bos_token=None, eos_token="<eos>")
+    assert chat_text(directory, USER) == "<bos><eos>"
+
+
 def test_the_default_among_named_templates(tmp_path):
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages | length }}"}]
     assert chat_text(_checkpoint(tmp_path, chat_template=named), USER) == "1"

@@ -67,6 +67,7 @@ def test_decode_drops_special_tokens(tmp_path: pathlib.Path) -> None:
         ({"generation_config": {"eos_token_id": [1, 4]}, "config": {"eos_token_id": 5}}, (1, 4)),
         ({"config": {"eos_token_id": 5}, "tokenizer_config": {"eos_token": "</s>"}}, (5,)),
         ({"generation_config": {}, "config": {}, "tokenizer_config": {"eos_token": "</s>"}}, (1,)),
+        ({"special_tokens_map": {"eos_token": {"content": "</s>", "lstrip": False}}}, (1,)),
         ({}, ()),
     ],
 )
