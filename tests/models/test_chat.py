@@ -54,11 +54,43 @@ def test_the_default_among_named_templates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[0].__class__.__mro__ }}", "{% set _ = messages.append(1) %}", "{{ unknown.field }}", "{%"]
+    "template",
+    [
+        "{{ messages[0].__class__.__mro__ }}",
+        "{% set _ = messages.append(1) %}",
+        "{{ unknown.field }}",
+        "{%",
+        "{{ 1 / 0 }}",
+        "{{ messages + 'x' }}",
+        "{{ messages | tojson(indent=[]) }}",
+        "{% generation %}",
+    ],
 )
 def test_a_hostile_or_broken_template_is_one_error(tmp_path, template):
     with pytest.raises(ValueError, match="does not take these messages"):
         chat_text(_checkpoint(tmp_path, template), USER)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% if tools is not none or documents is not none %}tools{% else %}none{% endif %}", "none"),
+        ("{{ {'<b>': \"d'\u00e9&\"} | tojson }}", '{"<b>": "d\'\u00e9&"}'),
+        ("{{ {'b': 1, 'a': [2]} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":[2],"b":1}'),
+        ("{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}!", "<Hi>!"),
+        ("{% for m in messages * 3 %}{{ m.content }}{% break %}{% endfor %}", "Hi"),
+    ],
+)
+def test_what_transformers_gives_a_template(tmp_path, template, expected):
+    assert chat_text(_checkpoint(tmp_path, template), USER) == expected
+
+
+@pytest.mark.parametrize("template", [5, ["{{ messages }}"], [{"name": "default"}]])
+def test_a_malformed_template_names_file_and_field(tmp_path, template):
+    with pytest.raises(
+        ValueError, match=r"^expected chat_template in .*tokenizer_config\.json to be text or a list of"
+    ):
+        chat_text(_checkpoint(tmp_path, chat_template=template), USER)
 
 
 def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
