@@ -357,6 +357,14 @@ def test_chat_fills_in_the_template_and_defaults_come_from_the_checkpoint(capsys
     assert sampled != _generate(capsys, str(directory), *argv, "--temperature", "0")[0]
 
 
+@pytest.mark.parametrize("flags", [["--top-p", "0.99"], ["--top-k", "100"]])
+def test_a_filter_alone_samples_at_temperature_1(capsys, checkpoint, flags):
+    argv = ["--prompt", "x", "--max-new-tokens", "8", *flags]
+    text = _generate(capsys, checkpoint, *argv)[0]
+    assert text == _generate(capsys, checkpoint, *argv, "--temperature", "1")[0]
+    assert text != _generate(capsys, checkpoint, *argv, "--temperature", "0")[0]
+
+
 def test_sampling_follows_the_seed(capsys, checkpoint):
     argv = ["--prompt", "x", "--max-new-tokens", "8", "--temperature", "2", "--top-k", "50", "--top-p", "0.9"]
     texts = [_generate(capsys, checkpoint, *argv, "--seed", seed)[0] for seed in ("1", "1", "2")]
