@@ -91,6 +91,21 @@ def test_plan_of_a_directory(capsys, tmp_path):
     assert "[1, 64] @ [64, 96]" in out
 
 
+@pytest.mark.parametrize("name", ["tiny", "llama-2-7b"])
+def test_a_directory_that_is_named_goes_before_a_preset(capsys, monkeypatch, tmp_path, checkpoint, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / name)
+    code, out, _ = _run(capsys, "plan", "--model", name, "--device", "H200")
+    assert code == 0
+    assert "[1, 160] @ [160, 64]" in out
+    code, out, err = _run(capsys, "generate", "--model", name, "--prompt", "a", "--max-new-tokens", "1")
+    assert code == 0, err
+    assert "[1, 160] @ [160, 64]" in out
+    # Where none is named, the default stays what --help says.
+    assert "[1, 4096] @ [4096, 32000]" in _run(capsys, "plan", "--device", "H200")[1]
+    assert "[1, 160] @ [160, 64]" not in _run(capsys, "generate", "--prompt", "a", "--max-new-tokens", "1")[1]
+
+
 def test_info_names_versions_device_and_kernels(capsys):
     code, out, _ = _run(capsys, "info")
     assert code == 0
@@ -159,7 +174,7 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.by_name("cpu"))
     code, _, err = _run(capsys, "bench", "decode", "--model", "llama-2-7b")
     assert code == 2
-    assert "needs a GPU, this is cpu; try --model tiny" in err
+    assert "needs a GPU, this is cpu; the bundled model, without --model, does not" in err
 
 
 @pytest.mark.parametrize(
