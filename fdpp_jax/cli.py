@@ -80,6 +80,7 @@ _EXAMPLES = """\
 examples:
   fdpp-jax generate --prompt "def "                     the bundled tiny model, on whatever device there is
   fdpp-jax generate --model ./Llama-2-7b-hf --prompt "The sea"
+  fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts
   fdpp-jax plan --model llama-2-7b --batch 8 --device A100
   fdpp-jax bench decode --model llama-2-7b --context 1024
   fdpp-jax info

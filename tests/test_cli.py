@@ -37,7 +37,7 @@ def _help(capsys, *argv):
 @pytest.mark.parametrize(
     "command",
     [
-        *([], ["generate"], ["tune"], ["plan"], ["info"]),
+        *([], ["generate"], ["calibrate"], ["tune"], ["plan"], ["info"]),
         *(["bench", "decode"], ["bench", "attention"], ["bench", "matmul"]),
     ],
 )
@@ -45,6 +45,11 @@ def test_every_help_has_examples(capsys, command):
     text = _help(capsys, *command)
     assert "examples:" in text
     assert " ".join(["fdpp-jax", *command]) in text.split("examples:")[1]
+
+
+def test_the_help_has_an_example_of_each_command_that_takes_a_model(capsys):
+    examples = _help(capsys).split("examples:")[1]
+    assert all(f"fdpp-jax {name} " in examples for name in ("generate", "calibrate", "plan", "bench"))
 
 
 def test_help_needs_no_jax():
