@@ -6,18 +6,16 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 import argparse
 import dataclasses
 import os
+import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fdpp_jax
-from fdpp_jax import cli_bench, cli_calibrate, cli_generate, cli_tune
-from fdpp_jax.cli_types import output_file
+from fdpp_jax import cli_bench, cli_calibrate, cli_generate, cli_tune, cli_types
 
 if TYPE_CHECKING:
-    import pathlib
-
     from fdpp_jax.config import AttentionPlan, AttentionShape, LayerPlan, LayerShape, MatmulPlan, MatmulShape
     from fdpp_jax.device import Device
     from fdpp_jax.models import DecoderConfig
@@ -31,6 +29,7 @@ _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _STREAM_CHUNK = 8  # tokens between two lines of communication with the device: lively, and still cheap
 _DTYPES = ("bfloat16", "float16", "float32")
 _BUNDLED = "tiny"
+_PLANNED = "llama-2-7b"
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
@@ -81,6 +80,7 @@ _EXAMPLES = """\
 examples:
   fdpp-jax generate --prompt "def "                     the bundled tiny model, on whatever device there is
   fdpp-jax generate --model ./Llama-2-7b-hf --prompt "The sea"
+  fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts
   fdpp-jax plan --model llama-2-7b --batch 8 --device A100
   fdpp-jax bench decode --model llama-2-7b --context 1024
   fdpp-jax info
@@ -118,9 +118,10 @@ def _add_generate(commands: Any) -> None:
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        default=_BUNDLED,
+        type=cli_types.model,
         metavar="DIR-OR-HUB-ID",
-        help='checkpoint in Hugging Face format (default: "tiny", the bundled one)',
+        help='checkpoint in Hugging Face format; a directory goes before a hub id, and before "tiny", the bundled one '
+        "(default: the bundled one)",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
 
@@ -146,7 +147,7 @@ def _add_plan(commands: Any) -> None:
         "  fdpp-jax plan --model llama-2-7b --batch 8 --context 4096 --device A100\n"
         "  fdpp-jax plan --model llama-3-8b --device H200\n",
     )
-    _add_model_shape(parser, default="llama-2-7b")
+    _add_model_shape(parser, default=_PLANNED)
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded together (default: 1)")
     parser.add_argument("--context", type=int, default=4096, help="slots of the KV cache (default: 4096)")
     parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")
@@ -163,7 +164,7 @@ def _add_bench(commands: Any) -> None:
         _bench_decode,
         "milliseconds a token of a model with random weights, beside plain XLA and the read floor",
         "  fdpp-jax bench decode --model llama-2-7b --batch 1 --context 1024\n"
-        "  fdpp-jax bench decode --model tiny --steps 16    sensible on a CPU too\n",
+        "  fdpp-jax bench decode --steps 16    the bundled tiny model: sensible on a CPU too\n",
     )
     _add_model_shape(decode, default=_BUNDLED)
     decode.add_argument("--batch", type=int, default=1, help="sequences decoded together (default: 1)")
@@ -200,7 +201,7 @@ def _add_bench(commands: Any) -> None:
     for kind in (decode, attention, matmul):
         kind.add_argument(
             "--json",
-            type=output_file,
+            type=cli_types.output_file,
             metavar="FILE",
             help="also write the numbers, with device, versions and commit",
         )
@@ -209,9 +210,10 @@ def _add_bench(commands: Any) -> None:
 def _add_model_shape(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--model",
-        default=default,
+        type=cli_types.model,
         metavar="PRESET-OR-DIR",
-        help=f'preset such as llama-2-7b, "tiny", or a directory with a config.json (default: {default})',
+        help='preset such as llama-2-7b, "tiny", or a directory with a config.json, which goes before a preset of its '
+        f"name (default: the preset {default})",
     )
 
 
@@ -233,7 +235,7 @@ def _generate(args: argparse.Namespace) -> None:
     from fdpp_jax import device, generation, models
 
     _keep_compiled()
-    directory = _checkpoint_directory(args.model)
+    directory = _checkpoint_directory(args.model or _BUNDLED)
     # The tokenizer first: a wrong one shows in a moment, weights take a while.
     tokenizer = models.load_tokenizer(directory, vocab_size=models.loading.read_config(directory).vocab_size)
     prompts = [cli_generate.prompt(args, prompt, directory, tokenizer) for prompt in args.prompt]
@@ -275,7 +277,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from fdpp_jax import device
 
     _keep_compiled()
-    directory = _checkpoint_directory(args.model)
+    directory = _checkpoint_directory(args.model or _BUNDLED)
     dtype = args.dtype or ("bfloat16" if device.current().is_gpu else "float32")
     tables, output = cli_calibrate.run_calibrate(args, directory, dtype)
     for title, columns, rows in tables:
@@ -284,7 +286,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    configs = {name: _model_config(name) for name in cli_tune.model_names(args)}
+    configs = {str(name): _model_config(name) for name in cli_tune.model_names(args)}
     from fdpp_jax import device
 
     tables, end = cli_tune.run_tune(args, configs, device.current())
@@ -303,10 +305,12 @@ def _keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(tuned_tables.cache_directory() / "xla"))
 
 
-def _checkpoint_directory(model: str) -> "pathlib.Path":
+def _checkpoint_directory(model: str | pathlib.Path) -> pathlib.Path:
     """The local directory of a checkpoint that has weights; a hub id is downloaded."""
     from fdpp_jax import models
 
+    if isinstance(model, pathlib.Path):
+        return model
     if model == _BUNDLED:
         return models.bundled_path()
     if model in models.PRESETS:
@@ -314,30 +318,28 @@ def _checkpoint_directory(model: str) -> "pathlib.Path":
     return models.resolve(model)
 
 
-def _model_config(model: str) -> "DecoderConfig":
+def _model_config(model: str | pathlib.Path) -> "DecoderConfig":
     """The shapes of a preset, of the bundled model or of a directory with a config.json."""
-    import pathlib
-
     from fdpp_jax import models
 
-    if model in models.PRESETS:
-        return models.PRESETS[model]
-    directory = models.bundled_path() if model == _BUNDLED else pathlib.Path(model)
-    if not directory.is_dir():
+    if isinstance(model, pathlib.Path):
+        return models.loading.read_config(model)
+    if model == _BUNDLED:
+        return models.loading.read_config(models.bundled_path())
+    if model not in models.PRESETS:
         known = ", ".join([_BUNDLED, *models.PRESETS])
         raise ValueError(f"unknown model {model!r}: neither a directory with a config.json nor one of {known}")
-    return models.loading.read_config(directory)
+    return models.PRESETS[model]
 
 
 def _plan(args: argparse.Namespace) -> None:
-    config = _model_config(args.model)
+    model = args.model or _PLANNED
+    config = _model_config(model)
     from fdpp_jax import device, models
 
     target = device.by_name(args.device) if args.device else device.current()
     plans = models.model_plans(config, batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
-    title = (
-        f"One decode step of {args.model} on {target.kind}: batch {args.batch}, context {args.context}, {args.dtype}"
-    )
+    title = f"One decode step of {model} on {target.kind}: batch {args.batch}, context {args.context}, {args.dtype}"
     _print_plans(plans, title)
 
 
@@ -386,9 +388,13 @@ def _bench_decode(args: argparse.Namespace) -> None:
     from fdpp_jax import device
 
     running = device.current()
-    config = _model_config(args.model)
-    if not running.is_gpu and args.model != _BUNDLED:
-        raise ValueError(f"bench decode --model {args.model} needs a GPU, this is {running.kind}; try --model tiny")
+    model = args.model or _BUNDLED
+    config = _model_config(model)
+    if not running.is_gpu and model != _BUNDLED:
+        raise ValueError(
+            f"bench decode --model {model} needs a GPU, this is {running.kind}; the bundled model, without --model, "
+            "does not"
+        )
     from fdpp_jax import benchmark
 
     _keep_compiled()

@@ -25,7 +25,12 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="new tokens (default: 64)")
-    parser.add_argument("--temperature", type=float, help="0 takes the best token (default: the checkpoint's, or 0)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0 takes the best token (default: 1 with --top-k or --top-p; without, all three as the checkpoint's "
+        "generation_config.json has them, which is 0 if it does not sample)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K best tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the best tokens of probability P")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
@@ -49,7 +54,8 @@ def sampling(args: argparse.Namespace, directory: "pathlib.Path") -> "SamplingDe
     flags = args.temperature, args.top_k, args.top_p
     if flags == (None, None, None):
         return models.sampling_defaults(directory)
-    return models.SamplingDefaults(args.temperature or 0.0, args.top_k, args.top_p)
+    temperature = 1.0 if args.temperature is None else args.temperature
+    return models.SamplingDefaults(temperature, args.top_k, args.top_p)
 
 
 def print_stream(

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fdpp_jax.cli_types import model
+
 if TYPE_CHECKING:
     from fdpp_jax.device import Device
     from fdpp_jax.models import DecoderConfig
@@ -34,8 +36,10 @@ def add_tune_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         action="append",
+        type=model,
         metavar="PRESET-OR-DIR",
-        help=f"tune its weights; more than one may be given (default: {', '.join(_DEFAULT_MODELS)})",
+        help="tune its weights; more than one may be given, and a directory of a preset's name goes first (default: "
+        f"{', '.join(_DEFAULT_MODELS)})",
     )
     parser.add_argument(
         "--weights",
@@ -61,7 +65,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def model_names(args: argparse.Namespace) -> Sequence[str]:
+def model_names(args: argparse.Namespace) -> Sequence[str | pathlib.Path]:
     """The models whose weights the flags ask for."""
     return args.model or (() if args.weights else _DEFAULT_MODELS)
 

@@ -37,7 +37,7 @@ def _help(capsys, *argv):
 @pytest.mark.parametrize(
     "command",
     [
-        *([], ["generate"], ["tune"], ["plan"], ["info"]),
+        *([], ["generate"], ["calibrate"], ["tune"], ["plan"], ["info"]),
         *(["bench", "decode"], ["bench", "attention"], ["bench", "matmul"]),
     ],
 )
@@ -45,6 +45,11 @@ def test_every_help_has_examples(capsys, command):
     text = _help(capsys, *command)
     assert "examples:" in text
     assert " ".join(["fdpp-jax", *command]) in text.split("examples:")[1]
+
+
+def test_the_help_has_an_example_of_each_command_that_takes_a_model(capsys):
+    examples = _help(capsys).split("examples:")[1]
+    assert all(f"fdpp-jax {name} " in examples for name in ("generate", "calibrate", "plan", "bench"))
 
 
 def test_help_needs_no_jax():
@@ -89,6 +94,21 @@ def test_plan_of_a_directory(capsys, tmp_path):
     code, out, _ = _run(capsys, "plan", "--model", str(tmp_path), "--device", "H200")
     assert code == 0
     assert "[1, 64] @ [64, 96]" in out
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama-2-7b"])
+def test_a_directory_that_is_named_goes_before_a_preset(capsys, monkeypatch, tmp_path, checkpoint, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / name)
+    code, out, _ = _run(capsys, "plan", "--model", name, "--device", "H200")
+    assert code == 0
+    assert "[1, 160] @ [160, 64]" in out
+    code, out, err = _run(capsys, "generate", "--model", name, "--prompt", "a", "--max-new-tokens", "1")
+    assert code == 0, err
+    assert "[1, 160] @ [160, 64]" in out
+    # Where none is named, the default stays what --help says.
+    assert "[1, 4096] @ [4096, 32000]" in _run(capsys, "plan", "--device", "H200")[1]
+    assert "[1, 160] @ [160, 64]" not in _run(capsys, "generate", "--prompt", "a", "--max-new-tokens", "1")[1]
 
 
 def test_info_names_versions_device_and_kernels(capsys):
@@ -159,7 +179,7 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.by_name("cpu"))
     code, _, err = _run(capsys, "bench", "decode", "--model", "llama-2-7b")
     assert code == 2
-    assert "needs a GPU, this is cpu; try --model tiny" in err
+    assert "needs a GPU, this is cpu; the bundled model, without --model, does not" in err
 
 
 @pytest.mark.parametrize(
@@ -355,6 +375,14 @@ def test_chat_fills_in_the_template_and_defaults_come_from_the_checkpoint(capsys
     sampled, _ = _generate(capsys, str(directory), *argv)
     assert sampled.startswith("s=a;u=b;")
     assert sampled != _generate(capsys, str(directory), *argv, "--temperature", "0")[0]
+
+
+@pytest.mark.parametrize("flags", [["--top-p", "0.99"], ["--top-k", "100"]])
+def test_a_filter_alone_samples_at_temperature_1(capsys, checkpoint, flags):
+    argv = ["--prompt", "x", "--max-new-tokens", "8", *flags]
+    text = _generate(capsys, checkpoint, *argv)[0]
+    assert text == _generate(capsys, checkpoint, *argv, "--temperature", "1")[0]
+    assert text != _generate(capsys, checkpoint, *argv, "--temperature", "0")[0]
 
 
 def test_sampling_follows_the_seed(capsys, checkpoint):

@@ -52,7 +52,7 @@ class ChatGLMConfig(DecoderConfig):
           ValueError: Not a ChatGLM, a required key is missing, or the checkpoint asks for something this model does
             not compute, as the quantized and the long-context ones do. All problems are listed at once.
         """
-        saved = _SAVED_ARCHITECTURE in (hf.get("architectures") or ())
+        saved = hf.get("architectures") == [_SAVED_ARCHITECTURE]
         architecture = _SAVED_ARCHITECTURE if saved else "ChatGLMModel"
         problems = common_problems(hf, "chatglm", architecture, sizes=_SIZES)
         refuse(problems or _problems(hf))
@@ -66,7 +66,7 @@ class ChatGLMConfig(DecoderConfig):
             head_dim=hf["kv_channels"],
             max_position_embeddings=hf.get("seq_length", 2048),
             layernorm_epsilon=hf.get("layernorm_epsilon", 1e-5),
-            add_qkv_bias=hf.get("add_qkv_bias", False),
+            add_qkv_bias=bool(hf.get("add_qkv_bias")),
         )
 
 

@@ -4,9 +4,41 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
+from fdpp_jax.models.fields import BOOL, INDEX, NUMBER, OBJECT, POSITIVE, SIZE, TEXT, TEXTS, Kind, field_problems
+
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _LAYER_TYPES = ("sliding_attention", "full_attention")
+# What a family may read beside its sizes. null: the default, or none; a null bool is false.
+_KINDS: dict[str, Kind] = {
+    "quantization_config": OBJECT.or_null,
+    "rope_scaling": OBJECT.or_null,
+    "rope_parameters": OBJECT.or_null,
+    "layer_types": TEXTS.or_null,
+    "num_key_value_heads": SIZE.or_null,
+    "head_dim": SIZE.or_null,
+    "max_position_embeddings": SIZE,
+    "seq_length": SIZE,
+    "max_window_layers": INDEX,
+    "rms_norm_eps": POSITIVE,
+    "layernorm_epsilon": POSITIVE,
+    "query_pre_attn_scalar": NUMBER,
+    "attn_logit_softcapping": NUMBER.or_null,
+    "final_logit_softcapping": NUMBER.or_null,
+    "attention_bias": BOOL.or_null,
+    "mlp_bias": BOOL.or_null,
+    "add_qkv_bias": BOOL.or_null,
+    "tie_word_embeddings": BOOL.or_null,
+    "use_sliding_window": BOOL.or_null,
+}
+_ROPE_KINDS: dict[str, Kind] = {
+    "rope_type": TEXT,
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "original_max_position_embeddings": SIZE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +87,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not _is_size(value):
-                raise ValueError(f"expected {field.name} to be a positive integer, got {value!r}")
+            if field.type is int and not SIZE.holds(value):
+                raise ValueError(f"expected {field.name} to be {SIZE.text}, got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
@@ -139,8 +171,8 @@ class LlamaConfig(DecoderConfig):
         problems = common_problems(hf, "llama", "LlamaForCausalLM")
         refuse(problems or activation_problems(hf, "hidden_act", "silu") + rope_problems(hf))
         hf = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **hf}
-        bias = hf.get("attention_bias", False)
-        return cls.of(hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf.get("mlp_bias", False))
+        bias = bool(hf.get("attention_bias"))
+        return cls.of(hf, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")))
 
     @classmethod
     def of(cls, hf: Mapping[str, Any], **fields: Any) -> Self:
@@ -158,7 +190,7 @@ class LlamaConfig(DecoderConfig):
             rms_norm_eps=hf["rms_norm_eps"],
             rope_theta=rope_theta(hf),
             rope_scaling=rope_scaling(hf),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings")),
             **fields,
         )
 
@@ -169,18 +201,12 @@ class LlamaConfig(DecoderConfig):
         return {"local_window_size": (self.sliding_window - 1, 0)}
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings: rope_theta and rope_scaling in transformers 4, one rope_parameters in transformers 5."""
-    rope: dict[str, Any] = {
-        "rope_theta": hf.get("rope_theta") or 10000.0,
-        "partial_rotary_factor": hf.get("partial_rotary_factor") or 1.0,
-    }
-    rope |= hf.get("rope_scaling") or {}
-    rope |= hf.get("rope_parameters") or {}
+    rope: dict[str, Any] = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    outside = {key: hf.get(key) for key in rope}
+    for settings in (outside, hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
+        rope |= {key: value for key, value in settings.items() if value is not None}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     return rope
 
@@ -213,17 +239,15 @@ def common_problems(
 ) -> list[str]:
     """Why no family could run this config.json, each with expected and got; the architecture alone if that is wrong."""
     got, architectures = hf.get("model_type"), hf.get("architectures")
-    if got != model_type or architecture not in (architectures or [architecture]):
+    ours = not architectures or (isinstance(architectures, list) and architecture in architectures)
+    if got != model_type or not ours:
         return [
             f"expected model_type {model_type!r} and architectures ['{architecture}'], got {got!r} and {architectures}"
         ]
     problems = [f"{key} is missing" for key in sizes if key not in hf]
-    problems += [
-        f"expected {key} to be a positive integer, got {hf[key]!r}"
-        for key in sizes
-        if key in hf and not _is_size(hf[key])
-    ]
-    if quantization := hf.get("quantization_config"):
+    problems += field_problems(hf, dict.fromkeys(sizes, SIZE) | _KINDS)
+    quantization = hf.get("quantization_config")
+    if isinstance(quantization, dict) and quantization:
         method = quantization.get("quant_method", "unknown")
         problems.append(f"expected unquantized weights, got a quantization_config (quant_method {method!r})")
     return problems
@@ -236,11 +260,9 @@ def activation_problems(hf: Mapping[str, Any], key: str, expected: str) -> list[
 
 
 def window_problems(hf: Mapping[str, Any]) -> list[str]:
-    """Why the sliding windows of sliding_window and layer_types cannot be run."""
+    """Why the sliding windows of sliding_window and layer_types cannot be run; kinds are `common_problems`' matter."""
     window, types, layers = hf.get("sliding_window"), hf.get("layer_types"), hf["num_hidden_layers"]
-    problems = []
-    if window is not None and not _is_size(window):
-        problems.append(f"expected sliding_window to be a positive integer or null, got {window!r}")
+    problems = field_problems(hf, {"sliding_window": SIZE.or_null})
     if types and (len(types) != layers or not set(types) <= set(_LAYER_TYPES)):
         problems.append(f"expected layer_types of {layers} out of {', '.join(_LAYER_TYPES)}, got {types}")
     if types and "sliding_attention" in types and window is None:
@@ -259,8 +281,10 @@ def refuse(problems: list[str]) -> None:
 
 
 def rope_problems(hf: Mapping[str, Any]) -> list[str]:
-    """Why the rotary settings cannot be run."""
+    """Why the rotary settings cannot be run; that they are objects is `common_problems`' matter."""
     rope = _rope(hf)
+    if problems := field_problems(rope, _ROPE_KINDS):
+        return problems
     rope_type = rope["rope_type"]
     if rope_type not in _ROPE_TYPES:
         return [f"expected a rope_type out of {', '.join(_ROPE_TYPES)}, got {rope_type!r}"]

@@ -57,7 +57,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
       ValueError: An unknown model_type, or what the family's own reader raises.
     """
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"expected a model_type out of {', '.join(FAMILIES)}, got {model_type!r}")
     return FAMILIES[model_type].read_config(hf)
 

@@ -73,7 +73,7 @@ class Gemma2Config(LlamaConfig):
         types = hf.get("layer_types") or _alternating(hf["num_hidden_layers"])
         hf = {**_DEFAULTS, **hf, "layer_types": types}
         refuse(_problems(hf))
-        bias = hf.get("attention_bias", False)
+        bias = bool(hf.get("attention_bias"))
         return cls.of(
             hf,
             qkv_bias=bias,

@@ -21,16 +21,17 @@ from flax import nnx
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.families import causal_lm, config_from_hf
+from fdpp_jax.models.fields import OBJECT, TEXT, field_problems, read_field
 from fdpp_jax.models.layers import Linear
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja")
 # Mistral publishes its weights a second time, in a format of its own.
 _HUB_IGNORED = ("*/*", "consolidated*.safetensors")
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _TENSOR_DTYPES = ("BF16", "F16", "F32", "F64")
-_MAX_PROBLEMS_SHOWN = 20
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 _MAX_LISTED = 10
 
 
@@ -144,7 +145,10 @@ def read_config(directory: pathlib.Path) -> DecoderConfig:
 def list_files(directory: pathlib.Path) -> str:
     """What a directory holds, or the beginning of it, for an error message."""
     names = sorted(entry.name for entry in directory.iterdir())
-    return ", ".join(_first(names, _MAX_LISTED, "{} more")) or "an empty directory"
+    num_more = len(names) - _MAX_LISTED
+    if num_more > 0:
+        names = [*names[:_MAX_LISTED], f"{num_more} more"]
+    return ", ".join(names) or "an empty directory"
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -192,35 +196,36 @@ def _open_shards(
             problems.append(f"shard {name} cannot be read, truncated perhaps: {error}")
             continue
         shards |= dict.fromkeys(shard.keys(), shard)
+    missing, misshaped, mistyped, unknown = [], [], [], []
     for name, shape in expected.items():
         if name not in shards:
             # What lies in a broken shard is not missing besides.
             if not broken or (weight_map and weight_map.get(name) not in broken):
-                problems.append(f"tensor {name} {list(shape)} is missing")
+                missing.append((name, f" {list(shape)} is missing"))
             continue
         header = shards[name].get_slice(name)
         if tuple(header.get_shape()) != shape:
-            problems.append(f"tensor {name}: expected shape {list(shape)}, got {header.get_shape()}")
+            misshaped.append((name, f": expected shape {list(shape)}, got {header.get_shape()}"))
         if header.get_dtype() not in _TENSOR_DTYPES:
-            problems.append(f"tensor {name}: expected one of {', '.join(_TENSOR_DTYPES)}, got {header.get_dtype()}")
-    problems += [
-        f"tensor {name} {shards[name].get_slice(name).get_shape()} is unknown to the config"
-        for name in shards.keys() - expected.keys()
-        if not name.endswith(model.implied_tensors)
-    ]
+            mistyped.append((name, f": expected one of {', '.join(_TENSOR_DTYPES)}, got {header.get_dtype()}"))
+    for name in shards.keys() - expected.keys():
+        if not name.endswith(model.implied_tensors):
+            unknown.append((name, f" {shards[name].get_slice(name).get_shape()} is unknown to the config"))
+    problems += [line for kind in (missing, misshaped, mistyped, unknown) for line in _tensor_lines(kind)]
     if problems:
-        raise ValueError(f"{directory} is not the checkpoint its config.json describes:\n{_bullets(problems)}")
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{directory} is not the checkpoint its config.json describes:\n{listed}")
     return shards
 
 
 def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]:
     """The index's map from tensor to shard (empty without an index), and the names of all shards."""
     if (directory / _INDEX).is_file():
-        weight_map = read_json(directory, _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(
-                f"expected a weight_map from tensors to shards in {directory / _INDEX}, got {weight_map!r}"
-            )
+        weight_map = read_field(read_json(directory, _INDEX), "weight_map", OBJECT, directory / _INDEX)
+        if not weight_map:
+            raise ValueError(f"expected a weight_map from tensors to shards in {directory / _INDEX}, got {weight_map}")
+        if problems := field_problems(weight_map, dict.fromkeys(weight_map, TEXT)):
+            raise ValueError(f"{directory / _INDEX} is malformed:\n" + "\n".join(f"  - {p}" for p in problems))
         return weight_map, sorted(set(weight_map.values()))
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
@@ -228,14 +233,36 @@ def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]
     return {}, names
 
 
-def _first(items: list[str], limit: int, rest: str) -> list[str]:
-    """The items, or the first of them and `rest` with how many more there are."""
-    num_more = len(items) - limit
-    return items if num_more <= 0 else [*items[:limit], rest.format(num_more)]
+def _tensor_lines(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each name and what is wrong with it; names that differ in a number alone, a layer's say, share one."""
+    names: dict[str, list[str]] = {}
+    for name, what in problems:
+        names.setdefault(what, []).append(name)
+    return sorted(f"tensor {name}{what}" for what, alike in names.items() for name in _collapse(alike))
 
 
-def _bullets(problems: list[str]) -> str:
-    return "\n".join(f"  - {problem}" for problem in _first(problems, _MAX_PROBLEMS_SHOWN, "... and {} more"))
+def _collapse(names: Iterable[str]) -> list[str]:
+    """layers.0.up, layers.1.up and layers.3.up as layers.0..1,3.up; so for each number in a name."""
+    rows = {tuple(name.split(".")) for name in names}
+    for place in range(max(map(len, rows))):
+        numbers: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        for row in tuple(rows):
+            if place < len(row) and _NUMBER.fullmatch(row[place]):
+                numbers.setdefault((row[:place], row[place + 1 :]), []).append(int(row[place]))
+                rows.remove(row)
+        rows |= {(*before, _runs(found), *after) for (before, after), found in numbers.items()}
+    return [".".join(row) for row in rows]
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 as 0..2,5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _with_progress[T](items: Iterable[T], title: str, progress: bool | None) -> Iterator[T]:

@@ -42,7 +42,7 @@ def qwen3_config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
         does not compute. All problems are listed at once.
     """
     hf = _checked({**_DEFAULTS, "head_dim": 128, **hf}, "qwen3", "Qwen3ForCausalLM")
-    bias = hf.get("attention_bias", False)
+    bias = bool(hf.get("attention_bias"))
     return LlamaConfig.of(hf, qkv_bias=bias, o_bias=bias, qk_norm=True, **_windows(hf))
 
 

@@ -7,12 +7,26 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from fdpp_jax.models.fields import BOOL, INDEX, TEXT, Kind, read_field
 from fdpp_jax.models.loading import list_files, read_optional_json, resolve
 
-# ChatGLM's own tokens, which its code numbers from the end of the SentencePiece vocabulary on, and those of them
-# that every text starts with.
-_CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+# ChatGLM3's own tokens, which its code numbers from the end of the SentencePiece vocabulary on. ChatGLM2 has the first
+# five, and rows of its embedding for the others as well.
+_CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_CHATGLM_ROLES)
+# What every text starts with; "sop" alone is in "philosopher" too.
 _CHATGLM_PREFIX = ("[gMASK]", "sop")
+# With whose turn an answer is over.
+_CHATGLM_TURNS = ("<|user|>", "<|observation|>")
+_SETTINGS = "tokenizer_config.json"
+_EOS_IDS = Kind(
+    "a token's id or a list of them",
+    lambda value: all(map(INDEX.holds, value)) if isinstance(value, list) else INDEX.holds(value),
+)
+_TOKEN = Kind(
+    'text or {"content": text}',
+    lambda value: TEXT.holds(value.get("content") if isinstance(value, dict) else value),
+)
 
 
 class _Backend(Protocol):
@@ -81,7 +95,7 @@ class _TokenizerJson:
 class _SentencePiece:
     """What tokenizer.model holds, the tokens a text may name, and how many the checkpoint's code adds behind it."""
 
-    def __init__(self, processor: Any, *, named: Mapping[str, int], num_added: int):
+    def __init__(self, processor: Any, *, named: Mapping[str, Sequence[int]], num_added: int):
         self._processor = processor
         self._named = named
         self._num_added = num_added
@@ -96,7 +110,7 @@ class _SentencePiece:
         # SentencePiece spells <s> and </s> in a text out; chat templates mean the tokens, as tokenizer.json reads them.
         ids: list[int] = []
         for part in self._pattern.split(text):
-            ids += [self._named[part]] if part in self._named else self._processor.encode(part)
+            ids += self._named[part] if part in self._named else self._processor.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -137,14 +151,14 @@ def _from_json(directory: pathlib.Path) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    settings = read_optional_json(directory, "tokenizer_config.json")
-    add_bos, eos_ids = settings.get("add_bos_token"), _eos_ids(directory)
+    add_bos, eos_ids = _add_bos(directory), _eos_ids(directory)
     if eos_ids is None:
-        token = settings.get("eos_token")
-        eos_ids = () if token is None else (_token_id(tokenizer, token, "eos_token"),)
+        eos_ids = (
+            () if special_token(directory, "eos_token") is None else (_token_id(tokenizer, directory, "eos_token"),)
+        )
     return Tokenizer(
         _TokenizerJson(tokenizer, add_special_tokens=add_bos is not False),
-        prefix=[_token_id(tokenizer, settings.get("bos_token"), "bos_token")] if add_bos else [],
+        prefix=[_token_id(tokenizer, directory, "bos_token")] if add_bos else [],
         eos_ids=eos_ids,
     )
 
@@ -161,17 +175,21 @@ def _from_sentencepiece(directory: pathlib.Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
     bos, eos = processor.bos_id(), processor.eos_id()  # -1: the file has none
     if read_optional_json(directory, "config.json").get("model_type") == "chatglm":
-        backend = _SentencePiece(processor, named={}, num_added=len(_CHATGLM_TOKENS))
-        prefix = [processor.vocab_size() + _CHATGLM_TOKENS.index(token) for token in _CHATGLM_PREFIX]
+        added = {token: processor.vocab_size() + i for i, token in enumerate(_CHATGLM_TOKENS)}
+        prefix = [added[token] for token in _CHATGLM_PREFIX]
+        named = {role: [added[role]] for role in _CHATGLM_ROLES}
+        named["".join(_CHATGLM_PREFIX)] = prefix
+        backend = _SentencePiece(processor, named=named, num_added=len(added))
+        turns = tuple(added[token] for token in _CHATGLM_TURNS)
     else:
-        named = {processor.id_to_piece(i): i for i in (bos, eos) if i >= 0}
+        named = {processor.id_to_piece(i): [i] for i in (bos, eos) if i >= 0}
         backend = _SentencePiece(processor, named=named, num_added=0)
-        add_bos = read_optional_json(directory, "tokenizer_config.json").get("add_bos_token", True)
-        prefix = [bos] if add_bos and bos >= 0 else []
+        prefix = [bos] if _add_bos(directory) is not False and bos >= 0 else []
+        turns = ()
     eos_ids = _eos_ids(directory)
     if eos_ids is None:
         eos_ids = (eos,) if eos >= 0 else ()
-    return Tokenizer(backend, prefix=prefix, eos_ids=eos_ids)
+    return Tokenizer(backend, prefix=prefix, eos_ids=tuple(dict.fromkeys(eos_ids + turns)))
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -> None:
@@ -189,16 +207,37 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.
 def _eos_ids(directory: pathlib.Path) -> tuple[int, ...] | None:
     """generation_config.json knows best (Llama 3 has three), then config.json; None where both are silent."""
     for name in ("generation_config.json", "config.json"):
-        eos = read_optional_json(directory, name).get("eos_token_id")
+        eos = read_field(read_optional_json(directory, name), "eos_token_id", _EOS_IDS, directory / name)
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return None
 
 
-def _token_id(tokenizer: tokenizers.Tokenizer, token: str | Mapping[str, Any] | None, what: str) -> int:
-    """Id of a special token, which tokenizer_config.json gives as text or as {"content": text, ...}."""
-    text = token["content"] if isinstance(token, Mapping) else token
-    token_id = None if text is None else tokenizer.token_to_id(text)
+def _add_bos(directory: pathlib.Path) -> bool | None:
+    """Whether a text starts with BOS; None where the checkpoint does not say."""
+    add_bos: bool | None = read_field(
+        read_optional_json(directory, _SETTINGS), "add_bos_token", BOOL, directory / _SETTINGS
+    )
+    return add_bos
+
+
+def special_token(directory: pathlib.Path, name: str) -> str | None:
+    """The text of a special token such as bos_token, None where the checkpoint names none.
+
+    Raises:
+      ValueError: It is neither text nor {"content": text, ...}.
+    """
+    for file in (_SETTINGS, "special_tokens_map.json"):  # the second is all that old checkpoints have
+        token = read_field(read_optional_json(directory, file), name, _TOKEN, directory / file)
+        if token is not None:
+            return str(token["content"] if isinstance(token, dict) else token)
+    return None
+
+
+def _token_id(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, name: str) -> int:
+    """Id of a special token."""
+    text = special_token(directory, name)
+    token_id: int | None = None if text is None else tokenizer.token_to_id(text)
     if token_id is None:
-        raise ValueError(f"tokenizer_config.json names {what} {text!r}, which tokenizer.json does not have")
+        raise ValueError(f"{directory} names {name} {text!r}, which tokenizer.json does not have")
     return token_id

@@ -42,17 +42,55 @@ def test_a_template_of_its_own_comes_first_and_knows_special_tokens(tmp_path):
         chat_text(directory, [{"role": "system", "content": ""}])
 
 
+def test_a_special_token_may_be_in_a_file_of_its_own(tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<bos>"}, "eos_token": "<old>"}')
+    directory = _checkpoint(tmp_path, "{{ bos_token }}{{ eos_token }}", bos_token=None, eos_token="<eos>")
+    assert chat_text(directory, USER) == "<bos><eos>"
+
+
 def test_the_default_among_named_templates(tmp_path):
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages | length }}"}]
     assert chat_text(_checkpoint(tmp_path, chat_template=named), USER) == "1"
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[0].__class__.__mro__ }}", "{% set _ = messages.append(1) %}", "{{ unknown.field }}", "{%"]
+    "template",
+    [
+        "{{ messages[0].__class__.__mro__ }}",
+        "{% set _ = messages.append(1) %}",
+        "{{ unknown.field }}",
+        "{%",
+        "{{ 1 / 0 }}",
+        "{{ messages + 'x' }}",
+        "{{ messages | tojson(indent=[]) }}",
+        "{% generation %}",
+    ],
 )
 def test_a_hostile_or_broken_template_is_one_error(tmp_path, template):
     with pytest.raises(ValueError, match="does not take these messages"):
         chat_text(_checkpoint(tmp_path, template), USER)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% if tools is not none or documents is not none %}tools{% else %}none{% endif %}", "none"),
+        ("{{ {'<b>': \"d'\u00e9&\"} | tojson }}", '{"<b>": "d\'\u00e9&"}'),
+        ("{{ {'b': 1, 'a': [2]} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":[2],"b":1}'),
+        ("{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}!", "<Hi>!"),
+        ("{% for m in messages * 3 %}{{ m.content }}{% break %}{% endfor %}", "Hi"),
+    ],
+)
+def test_what_transformers_gives_a_template(tmp_path, template, expected):
+    assert chat_text(_checkpoint(tmp_path, template), USER) == expected
+
+
+@pytest.mark.parametrize("template", [5, ["{{ messages }}"], [{"name": "default"}]])
+def test_a_malformed_template_names_file_and_field(tmp_path, template):
+    with pytest.raises(
+        ValueError, match=r"^expected chat_template in .*tokenizer_config\.json to be text or a list of"
+    ):
+        chat_text(_checkpoint(tmp_path, chat_template=template), USER)
 
 
 def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
@@ -71,6 +109,8 @@ def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
         ({"do_sample": True}, SamplingDefaults(1.0)),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}, SamplingDefaults(0.6, 50, 0.9)),
         ({"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}, SamplingDefaults(0.7)),
+        ({"do_sample": True, "temperature": None, "top_p": None, "top_k": None}, SamplingDefaults(1.0)),
+        ({"do_sample": None, "temperature": 0.7}, SamplingDefaults()),
     ],
 )
 def test_sampling_defaults(tmp_path, settings, expected):
@@ -79,7 +119,17 @@ def test_sampling_defaults(tmp_path, settings, expected):
     assert sampling_defaults(tmp_path) == expected
 
 
-def test_a_malformed_default_names_file_and_field(tmp_path):
-    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": "high"}')
-    with pytest.raises(ValueError, match=r"expected a number for top_p in .*generation_config.json, got 'high'"):
+@pytest.mark.parametrize(
+    ("settings", "field", "expected"),
+    [
+        ({"do_sample": "yes"}, "do_sample", "true or false, got 'yes'"),
+        ({"do_sample": True, "temperature": True}, "temperature", "a number, got True"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature", "a number, got nan"),
+        ({"do_sample": True, "top_p": "high"}, "top_p", "a number, got 'high'"),
+        ({"do_sample": True, "top_k": 50.5}, "top_k", "an integer of at least 0, got 50.5"),
+    ],
+)
+def test_a_malformed_default_names_file_and_field(tmp_path, settings, field, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"expected {field} in .*generation_config\.json to be {expected}$"):
         sampling_defaults(tmp_path)

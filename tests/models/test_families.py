@@ -175,7 +175,7 @@ def test_presets_have_the_published_size(name: str, billions: float) -> None:
     assert round(size / 1e9, 2) == billions
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "", None, 5])
 def test_unknown_model_type(model_type: str | None) -> None:
     with pytest.raises(ValueError, match=rf"^expected a model_type out of llama, .*, got {model_type!r}$"):
         config_from_hf({"model_type": model_type, "hidden_size": -1})
@@ -207,6 +207,17 @@ def test_problems_are_listed_at_once(name: str) -> None:
         "expected a rope_type out of default, linear, llama3, got 'yarn'",
         "expected sliding_window to be a positive integer or null, got 0",
         f"expected layer_types of {layers} out of sliding_attention, full_attention, got ['sliding_attention']",
+    ]
+
+
+def test_fields_of_the_wrong_kind_are_listed_at_once() -> None:
+    assert problems("qwen2.5-7b", layer_types=5, max_window_layers="20", use_sliding_window=1) == [
+        "expected layer_types to be a list of texts or null, got 5",
+        "expected max_window_layers to be an integer of at least 0, got '20'",
+        "expected use_sliding_window to be true or false or null, got 1",
+    ]
+    assert problems("mistral-7b-v0.1", sliding_window="4096") == [
+        "expected sliding_window to be a positive integer or null, got '4096'"
     ]
 
 

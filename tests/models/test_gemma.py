@@ -116,6 +116,10 @@ def test_problems_are_listed_at_once() -> None:
         "expected hidden_size to be a positive integer, got '2304'",
         "expected unquantized weights, got a quantization_config (quant_method 'awq')",
     ]
+    assert problems(query_pre_attn_scalar=None, attn_logit_softcapping="50") == [
+        "expected query_pre_attn_scalar to be a number, got None",
+        "expected attn_logit_softcapping to be a number or null, got '50'",
+    ]
     assert problems(
         hidden_activation="gelu",
         rope_scaling={"type": "yarn", "factor": 4.0},

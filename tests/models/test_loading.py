@@ -152,10 +152,38 @@ def test_all_damaged_tensors_are_listed_at_once(single: pathlib.Path) -> None:
     ]
 
 
-def test_a_long_list_is_cut(single: pathlib.Path) -> None:
-    edit_config(single, hidden_size=32, num_hidden_layers=9)
-    with pytest.raises(ValueError, match=r"\.\.\. and \d+ more$"):
+def test_layers_that_are_wrong_alike_share_a_line_and_nothing_is_left_out(single: pathlib.Path) -> None:
+    edit_config(single, num_hidden_layers=40)  # of which 2 are there
+
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("mlp.", "ffn.")] = tensors.pop(name)
+        tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((160, 64), np.float32)
+        tensors["model.layers.10.mlp.up_proj.weight"] = np.zeros((64, 160), np.float32)
+        for layer in range(2):
+            for expert in (0, 1, 2, 10):
+                tensors[f"model.layers.{layer}.experts.{expert}.w"] = np.zeros(3, np.float32)
+
+    edit(single, rename)
+    with pytest.raises(ValueError, match="is not the checkpoint its config") as error:
         models.load(single)
+    layer = "  - tensor model.layers"
+    assert str(error.value).splitlines()[1:] == [
+        f"{layer}.0..39.mlp.down_proj.weight [64, 160] is missing",
+        f"{layer}.0..39.mlp.gate_proj.weight [160, 64] is missing",
+        f"{layer}.0..6,8..9,11..39.mlp.up_proj.weight [160, 64] is missing",
+        f"{layer}.2..39.input_layernorm.weight [64] is missing",
+        f"{layer}.2..39.post_attention_layernorm.weight [64] is missing",
+        f"{layer}.2..39.self_attn.k_proj.weight [64, 64] is missing",
+        f"{layer}.2..39.self_attn.o_proj.weight [64, 128] is missing",
+        f"{layer}.2..39.self_attn.q_proj.weight [128, 64] is missing",
+        f"{layer}.2..39.self_attn.v_proj.weight [64, 64] is missing",
+        f"{layer}.10.mlp.up_proj.weight: expected shape [160, 64], got [64, 160]",
+        f"{layer}.0..1.experts.0..2,10.w [3] is unknown to the config",
+        f"{layer}.0..1.ffn.down_proj.weight [64, 160] is unknown to the config",
+        f"{layer}.0..1.ffn.gate_proj.weight [160, 64] is unknown to the config",
+        f"{layer}.0..1.ffn.up_proj.weight [160, 64] is unknown to the config",
+    ]
 
 
 def test_missing_and_truncated_shards_are_listed_at_once(sharded: pathlib.Path) -> None:
@@ -187,10 +215,20 @@ def test_index_and_shards_disagree(sharded: pathlib.Path) -> None:
         models.load(sharded)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', "not json"])
-def test_malformed_index(sharded: pathlib.Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"expected a JSON object in .*index\.json, got list"),
+        ("{}", r"expected a weight_map from tensors to shards in .*index\.json, got None"),
+        ('{"weight_map": {}}', r"expected a weight_map from tensors to shards in .*index\.json, got {}"),
+        ('{"weight_map": ["a"]}', r"expected weight_map in .*index\.json to be an object, got \['a'\]"),
+        ('{"weight_map": {"a": "b", "c": 5}}', r"index\.json is malformed:\n  - expected c to be text, got 5$"),
+        ("not json", r"index\.json is not valid JSON"),
+    ],
+)
+def test_malformed_index(sharded: pathlib.Path, content: str, message: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json"):
+    with pytest.raises(ValueError, match=message):
         models.load(sharded)
 
 
@@ -242,7 +280,9 @@ def test_hub_id_is_downloaded(single: pathlib.Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = models.load("some-org/Some-Llama-3.2-1B", jnp.float32)
     assert model.config.hidden_size == 64
-    assert calls == [("some-org/Some-Llama-3.2-1B", ["*.json", "*.safetensors", "tokenizer.model"])]
+    assert calls == [
+        ("some-org/Some-Llama-3.2-1B", ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"])
+    ]
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +304,8 @@ def test_config_of_transformers_4_and_5() -> None:
     assert LlamaConfig.from_hf(old).rope_scaling == RopeScaling("linear", factor=2.0)
     assert LlamaConfig.from_hf(old).num_key_value_heads == 32
     assert LlamaConfig.from_hf(old).head_dim == 128
+    nulls = dict.fromkeys(("head_dim", "rope_parameters", "quantization_config", "attention_bias", "mlp_bias"))
+    assert LlamaConfig.from_hf(HF_CONFIG | nulls) == config
 
 
 @pytest.mark.parametrize(
@@ -284,8 +326,20 @@ def test_config_of_transformers_4_and_5() -> None:
         ({"hidden_size": 0}, "expected hidden_size to be a positive integer, got 0"),
         ({"vocab_size": "32000"}, "expected vocab_size to be a positive integer, got '32000'"),
         ({"num_attention_heads": 0}, "expected num_attention_heads to be a positive integer, got 0"),
-        ({"num_key_value_heads": -8}, "expected num_key_value_heads to be a positive integer, got -8"),
+        ({"num_key_value_heads": -8}, "expected num_key_value_heads to be a positive integer or null, got -8"),
         ({"head_dim": 33}, "head_dim must be even"),
+        ({"head_dim": "64"}, "expected head_dim to be a positive integer or null, got '64'"),
+        ({"architectures": 5}, r"architectures \['LlamaForCausalLM'\], got 'llama' and 5"),
+        ({"rms_norm_eps": "x"}, "expected rms_norm_eps to be a positive number, got 'x'"),
+        ({"rms_norm_eps": None}, "expected rms_norm_eps to be a positive number, got None"),
+        ({"max_position_embeddings": 1.5}, "expected max_position_embeddings to be a positive integer, got 1.5"),
+        ({"tie_word_embeddings": "no"}, "expected tie_word_embeddings to be true or false or null, got 'no'"),
+        ({"quantization_config": "awq"}, "expected quantization_config to be an object or null, got 'awq'"),
+        ({"rope_parameters": [1]}, r"expected rope_parameters to be an object or null, got \[1\]"),
+        ({"rope_theta": "x"}, "expected rope_theta to be a positive number, got 'x'"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "expected factor to be a positive number, got '4'"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "'linear' needs factor, which is missing"),
+        ({"rope_scaling": {"type": ["linear"]}}, r"expected rope_type to be text, got \['linear'\]"),
     ],
 )
 def test_unsupported_configs(changes: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fdpp_jax.models import load_tokenizer
+from fdpp_jax.models import chat_text, load_tokenizer
 
 VOCAB = {"<s>": 0, "</s>": 1, "<unk>": 2, "def": 3, "return": 4, "x": 5}
 
@@ -66,11 +67,32 @@ def test_decode_drops_special_tokens(tmp_path: pathlib.Path) -> None:
         ({"generation_config": {"eos_token_id": [1, 4]}, "config": {"eos_token_id": 5}}, (1, 4)),
         ({"config": {"eos_token_id": 5}, "tokenizer_config": {"eos_token": "</s>"}}, (5,)),
         ({"generation_config": {}, "config": {}, "tokenizer_config": {"eos_token": "</s>"}}, (1,)),
+        ({"special_tokens_map": {"eos_token": {"content": "</s>", "lstrip": False}}}, (1,)),
         ({}, ()),
     ],
 )
 def test_eos_ids(tmp_path: pathlib.Path, files: Any, eos_ids: tuple[int, ...]) -> None:
     assert load_tokenizer(write(tmp_path, **files)).eos_ids == eos_ids
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "expected"),
+    [
+        ("generation_config", "eos_token_id", "2", "a token's id or a list of them"),
+        ("generation_config", "eos_token_id", [1, None], "a token's id or a list of them"),
+        ("config", "eos_token_id", True, "a token's id or a list of them"),
+        ("config", "eos_token_id", -1, "a token's id or a list of them"),
+        ("tokenizer_config", "add_bos_token", "no", "true or false"),
+        ("tokenizer_config", "eos_token", 2, 'text or {"content": text}'),
+        ("tokenizer_config", "eos_token", {"text": "</s>"}, 'text or {"content": text}'),
+    ],
+)
+def test_malformed_settings_name_file_and_field(
+    tmp_path: pathlib.Path, file: str, field: str, value: Any, expected: str
+) -> None:
+    message = f"{file}.json to be {expected}, got {value!r}"
+    with pytest.raises(ValueError, match=f"^expected {field} in .*{re.escape(message)}$"):
+        load_tokenizer(write(tmp_path, **{file: {field: value}}))
 
 
 def test_vocabulary_larger_than_the_models(tmp_path: pathlib.Path) -> None:
@@ -130,15 +152,18 @@ def write_sentencepiece(folder: pathlib.Path, model: bytes, **files: Any) -> pat
 
 
 @pytest.mark.parametrize(
-    ("files", "prefix", "vocab_size"),
+    ("files", "prefix", "vocab_size", "eos_ids"),
     [
-        ({}, [1], 300),
-        ({"config": {"model_type": "llama"}, "tokenizer_config": {"add_bos_token": True}}, [1], 300),
-        ({"tokenizer_config": {"add_bos_token": False}}, [], 300),
-        ({"config": {"model_type": "chatglm"}}, [301, 303], 305),  # [gMASK] sop of [MASK] [gMASK] [sMASK] sop eop
+        ({}, [1], 300, (2,)),
+        ({"config": {"model_type": "llama"}, "tokenizer_config": {"add_bos_token": True}}, [1], 300, (2,)),
+        ({"tokenizer_config": {"add_bos_token": False}}, [], 300, (2,)),
+        # [gMASK] sop of [MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>
+        ({"config": {"model_type": "chatglm"}}, [301, 303], 309, (2, 306, 308)),
     ],
 )
-def test_sentencepiece(tmp_path: pathlib.Path, files: Any, prefix: list[int], vocab_size: int) -> None:
+def test_sentencepiece(
+    tmp_path: pathlib.Path, files: Any, prefix: list[int], vocab_size: int, eos_ids: tuple[int, ...]
+) -> None:
     model = sentencepiece_model()
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path, model, **files))
     text = "def fox(\u6f22) \U0001f98a"  # neither of the last two is in the training text
@@ -148,7 +173,7 @@ def test_sentencepiece(tmp_path: pathlib.Path, files: Any, prefix: list[int], vo
     assert tokenizer.decode([*ids, 2]) == text
     assert tokenizer.decode(prefix) == ""
     assert tokenizer.vocab_size == vocab_size
-    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.eos_ids == eos_ids
 
 
 def test_sentencepiece_decodes_what_is_no_piece(tmp_path: pathlib.Path) -> None:
@@ -161,6 +186,25 @@ def test_sentencepiece_text_may_name_bos_and_eos(tmp_path: pathlib.Path) -> None
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path, sentencepiece_model()))
     turns = [tokenizer.encode(text) for text in ("the dog", "the fox")]
     assert tokenizer.encode("<s>the dog</s><s>the fox") == [*turns[0], 2, *turns[1]]
+
+
+def test_the_text_of_chatglm3_s_template(tmp_path: pathlib.Path) -> None:
+    config = {"model_type": "chatglm", "eos_token_id": [2, 306]}
+    template = (
+        "{% for m in messages %}{% if loop.first %}[gMASK]sop{% endif %}<|{{ m['role'] }}|>\n {{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    model = sentencepiece_model()
+    folder = write_sentencepiece(
+        tmp_path, model, config=config, tokenizer_config={"chat_template": template, "add_bos_token": False}
+    )
+    messages = [{"role": "system", "content": "the fox"}, {"role": "user", "content": "philosopher sop [MASK] eop"}]
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model).encode
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(chat_text(folder, messages), add_special_tokens=False)
+    assert ids == [301, 303, 305, *pieces("\n the fox"), 306, *pieces("\n philosopher sop [MASK] eop"), 307]
+    assert tokenizer.encode("[gMASK]sop<|user|>") == [301, 303, 306]  # not twice
+    assert tokenizer.eos_ids == (2, 306, 308)
 
 
 def test_sentencepiece_without_bos_and_eos(tmp_path: pathlib.Path) -> None:
@@ -177,9 +221,9 @@ def test_sentencepiece_eos_ids_of_the_config(tmp_path: pathlib.Path) -> None:
 
 def test_sentencepiece_vocabulary_counts_the_added_tokens(tmp_path: pathlib.Path) -> None:
     folder = write_sentencepiece(tmp_path, sentencepiece_model(), config={"model_type": "chatglm"})
-    assert load_tokenizer(folder, vocab_size=305).vocab_size == 305
-    with pytest.raises(ValueError, match="has 305 tokens, the model's vocabulary only 304"):
-        load_tokenizer(folder, vocab_size=304)
+    assert load_tokenizer(folder, vocab_size=309).vocab_size == 309
+    with pytest.raises(ValueError, match="has 309 tokens, the model's vocabulary only 308"):
+        load_tokenizer(folder, vocab_size=308)
 
 
 def test_tokenizer_json_goes_before_sentencepiece(tmp_path: pathlib.Path) -> None:
