@@ -207,7 +207,7 @@ def _tables(recorded: "Calibration") -> list[Table]:
                 level,
                 f"{phi[0]:.2f}" if level == "model" else f"{phi[0]:.2f} .. {phi[1]:.2f}",
                 f"{judgement.margin_nats:.1f}",
-                f"{judgement.recompute_rate:.2%}",
+                f"{judgement.recompute_rate:.4%}",
                 "unified max" if judgement.fits else "refused",
                 judgement.reason,
             )
@@ -236,8 +236,8 @@ def add_softmax_flags(parser: argparse.ArgumentParser) -> None:
         "--softmax",
         choices=("auto", "unified", "bound", "online"),
         default="auto",
-        help="auto: unified, with a calibrated phi where there is one; unified: one phi for all; bound: phi from "
-        "|q| max|k|; online: running max (default: auto)",
+        help="auto: unified with a calibrated phi where one fits, without a calibration what suits the family; "
+        "unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: auto)",
     )
     parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
 
@@ -251,20 +251,28 @@ def choose_softmax(
       ValueError: The checkpoint's calibration is malformed or of another model.
     """
     from fdpp_jax import calibration
+    from fdpp_jax.models.loading import read_config
     from fdpp_jax.unified_max import UnifiedMax
 
     if name == "online":
         return None, "online, as asked"
     if name == "bound":
         return UnifiedMax.bound(), "bound, as asked"
-    default = UnifiedMax()
     if phi is not None or name == "unified":
-        policy = default if phi is None else UnifiedMax(phi)
+        policy = UnifiedMax() if phi is None else UnifiedMax(phi)
         return policy, f"unified, phi {policy.phi:g}, as asked"
     found = calibration.find(directory)
     if found is None:
-        return default, f"unified, phi {default.phi:g}, the default: no {calibration.FILE_NAME} beside the checkpoint"
-    judgement = found.judge(dtype=dtype)
-    if not judgement.fits:
-        return None, f"online, since no phi fits {calibration.FILE_NAME}: {judgement.reason}"
-    return found.unified_max(dtype=dtype), f"unified, phi {judgement.phi:.2f}, calibrated: {judgement.reason}"
+        uncalibrated, why = read_config(directory).uncalibrated_softmax(dtype)
+        advice = f"no {calibration.FILE_NAME} beside the checkpoint, which `fdpp-jax calibrate` would write"
+        taken = "online" if uncalibrated is None else f"unified, phi {uncalibrated.phi:g}"
+        return uncalibrated, f"{taken}, {why}: {advice}"
+    for level in calibration.LEVELS:
+        judgement = found.judge(level, dtype=dtype)
+        if judgement.fits:
+            low, high = judgement.phi.min(), judgement.phi.max()
+            taken = (
+                f"phi {low:.2f}" if level == "model" else f"a phi each {level} ({low:.2f} .. {high:.2f}), none for all"
+            )
+            return found.unified_max(level, dtype=dtype), f"unified, {taken}, calibrated: {judgement.reason}"
+    return None, f"online, since no phi fits {calibration.FILE_NAME}: {found.judge(dtype=dtype).reason}"

@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 import tokenizers.decoders
@@ -74,8 +75,11 @@ def test_calibrate_then_generate_takes_it(capsys, checkpoint, texts, tmp_path):
 def test_which_softmax_generate_takes(checkpoint):
     choose = functools.partial(cli_calibrate.choose_softmax, directory=checkpoint, dtype="bfloat16")
     path = checkpoint / calibration.FILE_NAME
-    default = (UnifiedMax(), "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint")
-    assert choose("auto", None) == default
+    policy, why = choose("auto", None)
+    assert policy == UnifiedMax()
+    assert why.startswith(
+        "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint, which `fdpp-jax"
+    )
     assert calibration.load_for(checkpoint) is None
 
     calibration_of([[-10.0] * 4] * 2, [[30.0] * 4] * 2).save(path)
@@ -91,12 +95,37 @@ def test_which_softmax_generate_takes(checkpoint):
     assert why.startswith("online, since no phi fits fdpp_calibration.json: ln den from -10.0 to 30.0")
     assert calibration.load_for(checkpoint, dtype="float16") is None
 
+    apart = [[-200.0] * 4, [200.0] * 4]  # the layers
+    calibration_of(apart, apart).save(path)
+    policy, why = choose("auto", None)
+    np.testing.assert_allclose(policy.phi, [[[-200.0]], [[200.0]]])
+    assert why.startswith(
+        "unified, a phi each layer (-200.00 .. 200.00), none for all, calibrated: layer 0: ln den from"
+    )
+    apart = [[-200.0, -200.0, 200.0, 200.0]] * 2  # the heads
+    calibration_of(apart, apart).save(path)
+    policy, why = choose("auto", None)
+    np.testing.assert_allclose(policy.phi, np.array(apart)[:, None])
+    assert why.startswith("unified, a phi each head (-200.00 .. 200.00), none for all, calibrated: layer 0, head 0: ln")
+
     calibration_of([[0.0]], [[1.0]]).save(path)
     with pytest.raises(ValueError, match=r"\(layers, heads\) = \(2, 4\), got \(1, 1\)"):
         choose("auto", None)
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"fdpp_calibration\.json is not a calibration: format is missing"):
         choose("auto", None)
+
+
+def test_what_a_family_is_known_for_stands_in_for_a_calibration():
+    policy, why = cli_calibrate.choose_softmax("auto", None, FIXTURE.parent / "opt", "bfloat16")
+    assert policy is None
+    assert why.startswith(
+        "online, OPT's scores are known to spread too far for one phi (OPT-6.7B: -496.8 .. 363.5): no"
+    )
+    assert why.endswith("which `fdpp-jax calibrate` would write")
+    policy, why = cli_calibrate.choose_softmax("auto", None, FIXTURE.parent / "gemma2", "bfloat16")
+    assert policy == UnifiedMax(-34.0)  # 5 + ln 128 - 44.4, and up
+    assert why.startswith("unified, phi -34, with scores capped at 5 no row of 128 keys exceeds the window: no fdpp")
 
 
 def test_ctrl_c_leaves_a_file_that_the_same_command_goes_on_with(capsys, monkeypatch, checkpoint, texts, tmp_path):
