@@ -25,7 +25,7 @@ from flax import nnx
 import fdpp_jax
 from fdpp_jax import score_stats, unified_max
 from fdpp_jax.models.decoder import CausalLM
-from fdpp_jax.models.loading import read_config, read_json, resolve
+from fdpp_jax.models.loading import fingerprint, read_config, read_json, resolve
 from fdpp_jax.score_stats import BIN_NATS, LOWEST_NATS, Stats
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -78,6 +78,7 @@ class Calibration:
       num_tokens: Query positions recorded, and so the rows of each head.
       versions: Of the packages that recorded it.
       data: What was recorded, in words.
+      weights: `models.loading.fingerprint` of the checkpoint; empty: of no checkpoint.
       date: ISO date; None: the day of saving.
     """
 
@@ -88,6 +89,7 @@ class Calibration:
     num_tokens: int
     versions: Mapping[str, str]
     data: str = ""
+    weights: str = ""
     date: str | None = None
 
     @property
@@ -173,6 +175,7 @@ class Calibration:
             "num_tokens": self.num_tokens,
             "versions": dict(self.versions),
             "data": self.data,
+            "weights": self.weights,
             "date": self.date or datetime.date.today().isoformat(),
             "lowest_bin_nats": LOWEST_NATS,
             "bin_nats": BIN_NATS,
@@ -199,7 +202,7 @@ class Calibration:
             for name, size in sizes.items():
                 if size < 1:
                     raise ValueError(f"{name} must be at least 1, got {size}")
-            texts = {name: score_stats.field(content, name, str) for name in ("dtype", "data", "date")}
+            texts = {name: score_stats.field(content, name, str) for name in ("dtype", "data", "weights", "date")}
             if texts["dtype"] not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype must be bfloat16, float16 or float32, got {texts['dtype']!r}")
             versions = score_stats.field(content, "versions", dict)
@@ -335,6 +338,10 @@ def find(path_or_hub_id: str | pathlib.Path) -> Calibration | None:
     expected, got = (config.num_hidden_layers, config.num_attention_heads), (found.num_layers, found.num_heads)
     if got != expected:
         raise ValueError(f"{path} must be of the model beside it: (layers, heads) = {expected}, got {got}")
+    if found.weights and found.weights != (weights := fingerprint(directory)):
+        raise ValueError(
+            f"{path} must be of the weights beside it, {weights}, got {found.weights}: calibrate anew or remove it"
+        )
     return found
 
 

@@ -355,10 +355,11 @@ def test_each_layer_takes_its_own_phi_and_no_value_recompiles(model):
 def test_a_file_holds_all_of_it(model, tmp_path):
     found = fdpp_jax.calibrate(model, [random_tokens(2, 16)])
     path = tmp_path / "fdpp_calibration.json"
-    dataclasses.replace(found, data="some text", date="2026-11-23").save(path)
+    dataclasses.replace(found, data="some text", weights="0123456789abcdef", date="2026-11-23").save(path)
     loaded = Calibration.load(path)
     assert same(found, loaded)
     assert (loaded.data, loaded.date, loaded.dtype, loaded.max_keys) == ("some text", "2026-11-23", "float32", 512)
+    assert loaded.weights == "0123456789abcdef"
     assert loaded.versions["fdpp-jax"] == fdpp_jax.__version__
     assert loaded.stats.scores.counts.dtype == np.int64
     assert loaded.unified_max() == found.unified_max()
