@@ -2,11 +2,15 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import tokenizers.decoders
 import tokenizers.models
@@ -154,6 +158,68 @@ def test_ctrl_c_leaves_a_file_that_the_same_command_goes_on_with(capsys, monkeyp
     assert len(calls) == 2 + 2
     assert parts.read_text() == whole.read_text()
     assert not (tmp_path / "parts.json.partial").exists()
+
+
+def other_weights(checkpoint):
+    """Another checkpoint of the same shapes, in its place."""
+    weights = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    safetensors.numpy.save_file({name: x * 2 for name, x in weights.items()}, checkpoint / "model.safetensors")
+
+
+def test_sigterm_leaves_one_too_that_other_weights_do_not_go_on_with(capsys, monkeypatch, checkpoint, texts, tmp_path):
+    def killed(*arguments):
+        result = record(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    record, calls, before = calibration._record, [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(calibration, "_record", killed)
+    command = calibrate_command(checkpoint, texts, "--output", tmp_path / "o.json")
+    code, _, err = run(capsys, *command)
+    assert code == 130
+    assert "o.json.partial has the first 2; the same command goes on" in err
+    assert signal.getsignal(signal.SIGTERM) is before
+    other_weights(checkpoint)
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert "o.json.partial holds another run" in err
+    assert len(calls) == 2
+
+
+def test_generate_refuses_a_calibration_of_other_weights(capsys, checkpoint, texts):
+    assert run(capsys, *calibrate_command(checkpoint, texts))[0] == 0
+    path = checkpoint / calibration.FILE_NAME
+    assert calibration.find(checkpoint).weights == calibration.Calibration.load(path).weights != ""
+    other_weights(checkpoint)
+    code, out, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "The ")
+    assert (code, out) == (2, "")
+    assert f"{path} must be of the weights beside it, " in err
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_run(capsys, monkeypatch, checkpoint, texts, tmp_path):
+    monkeypatch.setattr(calibration, "_record", None)
+    path = checkpoint / calibration.FILE_NAME
+    path.mkdir()
+    code, _, err = run(capsys, *calibrate_command(checkpoint, texts))
+    assert (code, err) == (2, f"fdpp-jax: error: expected a file, got the directory {path}; name another --output\n")
+    path.rmdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != checkpoint)
+    code, _, err = run(capsys, *calibrate_command(checkpoint, texts))
+    assert (code, err) == (2, f"fdpp-jax: error: no permission to write {path}; name another --output\n")
+    path.touch()  # is writable, but the partial file beside it is not
+    code, _, err = run(capsys, *calibrate_command(checkpoint, texts))
+    assert (code, err) == (2, f"fdpp-jax: error: no permission to write {path}.partial; name another --output\n")
+
+
+def test_a_plot_that_matplotlib_cannot_write_is_refused(capsys, monkeypatch, checkpoint, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(calibration, "_record", None)
+    for name, kind in (("x.foo", "foo"), ("x", "")):
+        code, _, err = run(capsys, *calibrate_command(checkpoint, texts, "--plot", tmp_path / name))
+        assert code == 2
+        assert re.search(rf"--plot must end in one of .*, pdf, .*, png, .*; got '{kind}' in .*{name}\n", err)
 
 
 def test_plot_is_a_png(capsys, monkeypatch, checkpoint, texts, tmp_path):
