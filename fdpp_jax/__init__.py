@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdpp_jax import heuristics, models
+    from fdpp_jax import calibration, heuristics, models
     from fdpp_jax.calibration import Calibration, calibrate
     from fdpp_jax.generation import generate
     from fdpp_jax.ops import dot_product_attention, flat_matmul
@@ -17,6 +17,7 @@ __all__ = [
     "UnifiedMax",
     "__version__",
     "calibrate",
+    "calibration",
     "dot_product_attention",
     "flat_matmul",
     "generate",
@@ -33,7 +34,7 @@ _HOME = {
     "flat_matmul": "ops",
     "generate": "generation",
 }
-_ROOMS = ("heuristics", "models")
+_ROOMS = ("calibration", "heuristics", "models")
 
 
 def __getattr__(name: str) -> Any:

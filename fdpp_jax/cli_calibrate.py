@@ -8,11 +8,12 @@ import importlib
 import importlib.util
 import itertools
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fdpp_jax.cli_types import output_file
+from fdpp_jax.cli_types import output_file, unwritable_because
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,8 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
 
     Raises:
       ValueError: The flags, the data or a partial file do not fit.
-      KeyboardInterrupt: Ctrl-C; what was recorded so far is in a partial file, with which the same command goes on.
+      KeyboardInterrupt: Ctrl-C or SIGTERM; what was recorded so far is in a partial file, with which the same command
+        goes on.
     """
     for name in ("samples", "batch", "length"):
         value = getattr(args, name)
@@ -71,9 +73,16 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'fdpp-jax[plots]'")
+    if args.plot and (kind := pathlib.Path(args.plot).suffix[1:].lower()) not in (kinds := _plot_kinds()):
+        raise ValueError(f"--plot must end in one of {', '.join(kinds)}; got {kind!r} in {args.plot}")
     from fdpp_jax import calibration, models
-    from fdpp_jax.models.loading import read_config
+    from fdpp_jax.models.loading import fingerprint, read_config
 
+    output = pathlib.Path(args.output) if args.output else directory / calibration.FILE_NAME
+    partial = output.with_name(output.name + ".partial")
+    for path in (output, partial):
+        if reason := unwritable_because(path):
+            raise ValueError(f"{reason}; name another --output")
     config = read_config(directory)
     length = args.length or min(_DEFAULT_LENGTH, config.max_position_embeddings)
     tokenizer = models.load_tokenizer(directory, vocab_size=config.vocab_size)
@@ -81,18 +90,17 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
     digest = hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()[:16]
     data = f"{len(tokens)} pieces of {length} tokens from {pathlib.Path(args.data).name}, sha256 {digest}"
 
-    output = pathlib.Path(args.output) if args.output else directory / calibration.FILE_NAME
-    partial = output.with_name(output.name + ".partial")
+    weights = fingerprint(directory)
     resumed = calibration.Calibration.load(partial) if partial.is_file() else None
-    if resumed is not None and (resumed.data, resumed.dtype) != (data, dtype):
+    if resumed is not None and (resumed.data, resumed.dtype, resumed.weights) != (data, dtype, weights):
         raise ValueError(
-            f"{partial} holds another run, of {resumed.data} in {resumed.dtype}; this one is of {data} in {dtype}: "
-            "remove it or name another --output"
+            f"{partial} holds another run, of {resumed.data} in {resumed.dtype} with weights {resumed.weights}; this "
+            f"one is of {data} in {dtype} with weights {weights}: remove it or name another --output"
         )
     model = models.load(directory, dtype=dtype)
     done = 0 if resumed is None else resumed.num_sequences
     recorded = resumed
-    with _bar(len(tokens), done) as advance:
+    with _bar(len(tokens), done) as advance, _sigterm_as_ctrl_c():
 
         def progress(calibration: "Calibration") -> None:
             nonlocal recorded
@@ -105,11 +113,11 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
         except KeyboardInterrupt:
             if recorded is None:
                 raise
-            dataclasses.replace(recorded, data=data).save(partial)
+            dataclasses.replace(recorded, data=data, weights=weights).save(partial)
             raise KeyboardInterrupt(
                 f"{partial} has the first {recorded.num_sequences}; the same command goes on"
             ) from None
-    recorded = dataclasses.replace(recorded, data=data)
+    recorded = dataclasses.replace(recorded, data=data, weights=weights)
     recorded.save(output)
     partial.unlink(missing_ok=True)
     if args.plot:
@@ -183,6 +191,16 @@ def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
         yield lambda completed: progress.update(task, completed=completed)
 
 
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Schedulers end a job with SIGTERM, which would leave no partial file."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _tables(recorded: "Calibration") -> list[Table]:
     from fdpp_jax.calibration import LEVELS
 
@@ -207,7 +225,7 @@ def _tables(recorded: "Calibration") -> list[Table]:
                 level,
                 f"{phi[0]:.2f}" if level == "model" else f"{phi[0]:.2f} .. {phi[1]:.2f}",
                 f"{judgement.margin_nats:.1f}",
-                f"{judgement.recompute_rate:.2%}",
+                f"{judgement.recompute_rate:.4%}",
                 "unified max" if judgement.fits else "refused",
                 judgement.reason,
             )
@@ -220,6 +238,11 @@ def _tables(recorded: "Calibration") -> list[Table]:
             verdicts,
         ),
     ]
+
+
+def _plot_kinds() -> list[str]:
+    """What matplotlib can write, as ends of file names."""
+    return sorted(importlib.import_module("matplotlib.figure").Figure().canvas.get_supported_filetypes())
 
 
 def _save_plot(recorded: "Calibration", path: str) -> None:
@@ -236,8 +259,8 @@ def add_softmax_flags(parser: argparse.ArgumentParser) -> None:
         "--softmax",
         choices=("auto", "unified", "bound", "online"),
         default="auto",
-        help="auto: unified, with a calibrated phi where there is one; unified: one phi for all; bound: phi from "
-        "|q| max|k|; online: running max (default: auto)",
+        help="auto: unified with a calibrated phi where one fits, without a calibration what suits the family; "
+        "unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: auto)",
     )
     parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
 
@@ -251,20 +274,28 @@ def choose_softmax(
       ValueError: The checkpoint's calibration is malformed or of another model.
     """
     from fdpp_jax import calibration
+    from fdpp_jax.models.loading import read_config
     from fdpp_jax.unified_max import UnifiedMax
 
     if name == "online":
         return None, "online, as asked"
     if name == "bound":
         return UnifiedMax.bound(), "bound, as asked"
-    default = UnifiedMax()
     if phi is not None or name == "unified":
-        policy = default if phi is None else UnifiedMax(phi)
+        policy = UnifiedMax() if phi is None else UnifiedMax(phi)
         return policy, f"unified, phi {policy.phi:g}, as asked"
     found = calibration.find(directory)
     if found is None:
-        return default, f"unified, phi {default.phi:g}, the default: no {calibration.FILE_NAME} beside the checkpoint"
-    judgement = found.judge(dtype=dtype)
-    if not judgement.fits:
-        return None, f"online, since no phi fits {calibration.FILE_NAME}: {judgement.reason}"
-    return found.unified_max(dtype=dtype), f"unified, phi {judgement.phi:.2f}, calibrated: {judgement.reason}"
+        uncalibrated, why = read_config(directory).uncalibrated_softmax(dtype)
+        advice = f"no {calibration.FILE_NAME} beside the checkpoint, which `fdpp-jax calibrate` would write"
+        taken = "online" if uncalibrated is None else f"unified, phi {uncalibrated.phi:g}"
+        return uncalibrated, f"{taken}, {why}: {advice}"
+    for level in calibration.LEVELS:
+        judgement = found.judge(level, dtype=dtype)
+        if judgement.fits:
+            low, high = judgement.phi.min(), judgement.phi.max()
+            taken = (
+                f"phi {low:.2f}" if level == "model" else f"a phi each {level} ({low:.2f} .. {high:.2f}), none for all"
+            )
+            return found.unified_max(level, dtype=dtype), f"unified, {taken}, calibrated: {judgement.reason}"
+    return None, f"online, since no phi fits {calibration.FILE_NAME}: {found.judge(dtype=dtype).reason}"

@@ -1,6 +1,7 @@
 """Types of command-line arguments that several commands share."""
 
 import argparse
+import os
 import pathlib
 
 
@@ -15,9 +16,18 @@ def model(text: str) -> str | pathlib.Path:
 
 def output_file(text: str) -> str:
     """A file that can be written, which is better known before the work than after it."""
-    path = pathlib.Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file, got the directory {path}")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no directory {path.parent} to write {path.name} to")
+    if reason := unwritable_because(pathlib.Path(text)):
+        raise argparse.ArgumentTypeError(reason)
     return text
+
+
+def unwritable_because(path: pathlib.Path) -> str | None:
+    """Why a file cannot be written, if it cannot."""
+    if path.is_dir():
+        return f"expected a file, got the directory {path}"
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        return f"no directory {path.parent} to write {path.name} to"
+    if not os.access(path if path.exists() else directory, os.W_OK):
+        return f"no permission to write {path}"
+    return None

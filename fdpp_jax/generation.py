@@ -28,7 +28,7 @@ from fdpp_jax.unified_max import UnifiedMax
 
 _MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
-_MIN_STEPS_OF_DRIFT = 64  # fewer steps do not tell how often a phi fails
+_STEPS_OF_DRIFT = 64  # how often phi fails is judged over the latest so many steps, or a chunk if that has more
 _MAX_BLOCK = 8  # launches of so many decode steps queue up before the host looks whether to go on
 
 
@@ -93,8 +93,9 @@ def generate(
       top_p: Sample among the fewest best tokens whose probabilities reach top_p only.
       key: PRNG key; None: jax.random.key(0).
       softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone.
-      max_recompute_rate: If more than this share of the steps redid a row, the first 64 or later, the rest runs with
-        online softmax, after a warning and one compilation: a phi that does not fit costs more than it saves. 1: never.
+      max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is
+        left runs with online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
+        that a short call lacks count as good ones. 1: never.
 
     Returns:
       The tokens, how many count, and what it took.
@@ -105,8 +106,8 @@ def generate(
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
     options = temperature, top_k, top_p, key, softmax, max_recompute_rate
-    # Between two chunks the GPU waits for some 5 ms. Drift is looked for there, after this many steps at the earliest.
-    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options, chunk_size=_MIN_STEPS_OF_DRIFT)
+    # Between two chunks the GPU waits for some 5 ms. Drift is looked for there.
+    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options, chunk_size=_STEPS_OF_DRIFT)
     while True:
         try:
             next(chunks)
@@ -245,7 +246,9 @@ def _run(
     yield StreamChunk(new_tokens[:, :1].copy(), np.asarray(loop.lengths))
 
     num_tokens, decode_seconds, online_from, decode_chunk = 1, 0.0, None, None
-    while num_tokens < max_new_tokens and not np.asarray(loop.finished).all():
+    judged = 0, 0  # steps that are known to be without drift, and of these the redone ones
+    is_over = max_new_tokens == 1 or bool(np.asarray(loop.finished).all())
+    while not is_over:
         started = time.perf_counter()
         num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
         chunk_args = (weights, loop, num_steps, sampling, eos, softmax)
@@ -259,8 +262,16 @@ def _run(
         decode_seconds += time.perf_counter() - started
         yield StreamChunk(new_tokens[:, num_tokens : num_tokens + steps].copy(), np.asarray(loop.lengths))
         num_tokens += steps
-        if softmax is not None and _has_drifted(loop, num_tokens - 1, max_recompute_rate):
-            softmax, online_from, decode_chunk = None, num_tokens - 1, None
+        is_over = num_tokens == max_new_tokens or bool(np.asarray(loop.finished).all())
+        if softmax is not None:
+            done = num_tokens - 1, int(loop.recomputed_steps)
+            recent, redone = done[0] - judged[0], done[1] - judged[1]
+            if redone > max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
+                _warn_of_drift(softmax, recent, redone, is_over)
+                if not is_over:
+                    softmax, online_from, decode_chunk = None, num_tokens - 1, None
+            elif recent >= _STEPS_OF_DRIFT:
+                judged = done
 
     return GenerationResult(
         tokens=new_tokens,
@@ -275,17 +286,14 @@ def _run(
     )
 
 
-def _has_drifted(loop: _Loop, num_steps: int, max_recompute_rate: float) -> bool:
-    """Whether too many steps redid a row, which is warned of."""
-    redone = int(loop.recomputed_steps)
-    if num_steps < _MIN_STEPS_OF_DRIFT or redone <= max_recompute_rate * num_steps:
-        return False
+def _warn_of_drift(softmax: UnifiedMax, steps: int, redone: int, is_over: bool) -> None:
+    rest = "" if is_over else ": the rest runs with online softmax"
+    instead = "softmax=None" if softmax.is_bound else "UnifiedMax.bound()"
     warnings.warn(
-        f"{redone} of {num_steps} decode steps left the safe window of unified-max softmax: the rest runs with online "
-        "softmax. Calibrate phi (fdpp_jax.calibrate), or use UnifiedMax.bound()",
+        f"{redone} of the latest {steps} decode steps left the safe window of unified-max softmax{rest}. Calibrate phi "
+        f"on text like this (fdpp_jax.calibrate), or use {instead}",
         stacklevel=2,
     )
-    return True
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -49,12 +49,39 @@ class Distribution:
         low, high = LOWEST_NATS + BIN_NATS * first, LOWEST_NATS + BIN_NATS * (last + 1)
         return np.clip(low, self.low, self.high), np.clip(high, self.low, self.high)
 
-    def share_outside(self, low: np.ndarray, high: np.ndarray) -> float:
-        """The share of all values below low or above high, to a bin; both broadcast to [L, N]."""
-        centres = LOWEST_NATS + BIN_NATS * (np.arange(_NUM_BINS) + 0.5)
-        centres = np.clip(centres, self.low[..., None], self.high[..., None])  # [L, N, bins]
-        outside = (centres < low[..., None]) | (centres > high[..., None])
-        return float(self.counts[outside].sum() / self.counts.sum())
+    def pooled(self, axes: tuple[int, ...]) -> "Distribution":
+        """That of all layers (axis 0) or heads (axis 1) together, as axes of 1."""
+        return Distribution(
+            self.counts.sum(axis=axes, keepdims=True),
+            self.low.min(axis=axes, keepdims=True),
+            self.high.max(axis=axes, keepdims=True),
+        )
+
+    def densest_range(self, width: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The range of at most width nats that leaves the fewest values out.
+
+        Where all of them fit, it is exact; else it has whole bins, and of equally good ranges is the middle one.
+
+        Returns:
+          (low, high, number of values left out), [L, N] each.
+        """
+        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
+        left_out = np.zeros(low.shape, np.int64)
+        num_bins = max(1, int(width / BIN_NATS))
+        for at in zip(*np.nonzero(high - low > width), strict=True):
+            counts = self.counts[at].copy()
+            total = counts.sum()
+            counts[[0, -1]] = 0  # the outermost bins have no end
+            sums = np.concatenate([[0], counts.cumsum()])
+            inside = sums[num_bins:] - sums[:-num_bins]  # of the bins from each on
+            best = np.flatnonzero(inside == inside.max())
+            start = best[len(best) // 2]
+            left_out[at] = total - inside[start]
+            bins = start + np.flatnonzero(counts[start : start + num_bins])
+            if bins.size:
+                low[at] = max(low[at], LOWEST_NATS + BIN_NATS * bins[0])
+                high[at] = min(high[at], LOWEST_NATS + BIN_NATS * (bins[-1] + 1))
+        return low, high, left_out
 
 
 @jax.tree_util.register_dataclass

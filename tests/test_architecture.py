@@ -160,6 +160,7 @@ def test_public_names_are_there_and_nothing_else():
         "UnifiedMax",
         "__version__",
         "calibrate",
+        "calibration",
         "dot_product_attention",
         "flat_matmul",
         "generate",
@@ -171,6 +172,11 @@ def test_public_names_are_there_and_nothing_else():
         assert getattr(fdpp_jax, name) is not None
     with pytest.raises(AttributeError, match="module 'fdpp_jax' has no attribute 'calibrat'"):
         fdpp_jax.calibrat  # noqa: B018
+
+
+def test_rooms_that_are_public_need_no_import_of_their_own():
+    for call in ("calibration.load_for", "heuristics.plan_matmul", "models.load"):
+        assert _python(f"import fdpp_jax; fdpp_jax.{call}") == ""
 
 
 def test_plans_need_no_backend():

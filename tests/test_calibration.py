@@ -225,13 +225,70 @@ def test_a_range_wider_than_the_window_is_refused_with_the_reason():
     assert found.unified_max() is None
     judgement = found.judge()
     assert judgement.reason == (
-        "ln den from -496.8 to 363.5 spans 860.3 nats, the window of bfloat16 88.7: 771.6 too few"
+        "ln den from -496.8 to 363.5 spans 860.3 nats, the window of bfloat16 88.7: 771.6 too few, the best phi leaves "
+        "2 of 4 rows (0.5) outside"
     )
-    assert judgement.recompute_rate == 1
+    assert judgement.recompute_rate == 0.5
+    assert judgement.margin_nats == pytest.approx(-771.6 / 2, abs=0.1)
     assert found.unified_max("layer").phi.ravel().tolist() == pytest.approx([-473.4, 346.75], abs=1e-4)
     partly = calibration_of([[-496.8, 0.0]], [[363.5, 1.0]])
     assert partly.unified_max("head") is None
-    assert partly.judge("head").recompute_rate == 0.5
+    assert partly.judge("head").recompute_rate == 0.25
+
+
+def one_head_of(counts, low, high, **options):
+    """A calibration of one head with `counts` rows in the bins [keys, in nats]."""
+    values = np.zeros(4000, np.int64)
+    for nats, count in counts.items():
+        values[int((nats + 1000) / 0.5)] = count
+    rows = Distribution(values[None, None], np.array([[low]], np.float32), np.array([[high]], np.float32))
+    found = calibration_of([[0.0]], [[0.0]], **options)
+    return dataclasses.replace(found, stats=score_stats.Stats(rows, rows, rows), num_tokens=int(values.sum()))
+
+
+@pytest.mark.parametrize(("outlier", "end"), [(-300.0, -300.0), (300.0, 300.2), (-1000.0, -1234.0)])
+def test_an_outlier_is_redone_and_moves_no_phi(outlier, end):
+    """The others lie in -10 .. 30."""
+    found = one_head_of({-10.0: 1, 0.0: 999_996, 29.5: 2, outlier: 1}, min(end, -10.0), max(end, 30.0))
+    judgement = found.judge()
+    assert (judgement.phi, judgement.recompute_rate) == (10.0, 1e-6)
+    assert judgement.margin_nats == pytest.approx(64 * math.log(2) - 20)
+    rest = "88.7: 1 of 1,000,000 rows (1e-06) will be redone, the others have 24.4 to spare at either end"
+    assert judgement.reason.endswith(rest)
+    assert found.unified_max() == UnifiedMax(10.0)
+
+
+def test_one_row_in_ten_thousand_may_be_outside():
+    assert one_head_of({0.0: 9999, 200.0: 1}, 0.0, 200.0).judge().fits
+    refused = one_head_of({0.0: 9998, 200.0: 2}, 0.0, 200.0).judge()
+    assert (refused.fits, refused.recompute_rate) == (False, 2e-4)
+    assert refused.margin_nats == pytest.approx((128 * math.log(2) - 200) / 2)
+    np.testing.assert_allclose(refused.phi, 0.25)
+
+
+def test_of_equally_good_ranges_the_middle_one_is_taken():
+    """The window of bfloat16 has room for 177 bins: for any 88.5 of these 200 nats."""
+    found = one_head_of(dict.fromkeys(np.arange(-100, 100, 0.5), 1), -100.0, 100.0)
+    assert float(found.judge().phi) == pytest.approx(0, abs=0.5)
+    assert found.judge().recompute_rate == 1 - 177 / 400
+
+
+@pytest.mark.parametrize("spread", [20, 60, 200])
+def test_a_finer_level_never_leaves_more_outside(spread):
+    rng = np.random.default_rng(spread)
+    values = rng.normal(0, spread, (3, 4, 1)) + rng.standard_t(2, (3, 4, 500)) * spread / 4  # [L, N, rows]
+    counts = np.apply_along_axis(lambda x: np.histogram(x.clip(-999.9, 999.9), 4000, (-1000, 1000))[0], -1, values)
+    rows = Distribution(counts, values.min(axis=-1), values.max(axis=-1))
+    found = dataclasses.replace(calibration_of([[0]], [[0]]), stats=score_stats.Stats(rows, rows, rows))
+    judged = [found.judge(level) for level in calibration.LEVELS]
+    rates = [judgement.recompute_rate for judgement in judged]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > rates[2]
+    bottom, top = found.window()
+    for judgement in judged:  # what is promised holds for the values themselves
+        phi = judgement.phi.reshape(judgement.phi.shape + (1,) * (3 - judgement.phi.ndim))
+        outside = np.mean((values - phi < bottom) | (values - phi > top))
+        assert outside <= judgement.recompute_rate <= outside + 0.02
 
 
 def test_the_window_is_that_of_the_dtype_and_the_capacity():
@@ -298,10 +355,11 @@ def test_each_layer_takes_its_own_phi_and_no_value_recompiles(model):
 def test_a_file_holds_all_of_it(model, tmp_path):
     found = fdpp_jax.calibrate(model, [random_tokens(2, 16)])
     path = tmp_path / "fdpp_calibration.json"
-    dataclasses.replace(found, data="some text", date="2026-11-23").save(path)
+    dataclasses.replace(found, data="some text", weights="0123456789abcdef", date="2026-11-23").save(path)
     loaded = Calibration.load(path)
     assert same(found, loaded)
     assert (loaded.data, loaded.date, loaded.dtype, loaded.max_keys) == ("some text", "2026-11-23", "float32", 512)
+    assert loaded.weights == "0123456789abcdef"
     assert loaded.versions["fdpp-jax"] == fdpp_jax.__version__
     assert loaded.stats.scores.counts.dtype == np.int64
     assert loaded.unified_max() == found.unified_max()
@@ -374,7 +432,7 @@ def test_perplexity_of_held_out_text_never_depends_on_phi(dtype, rounding):
     found = fdpp_jax.calibrate(model, [np.array(pieces)])
     phi = found.unified_max().phi
     policies = {"online": None, "bound": UnifiedMax.bound(), "calibrated": UnifiedMax(phi)}
-    policies |= {f"{off:+}": UnifiedMax(phi + off) for off in (20, 40, 60, 120)}
+    policies |= {f"{off:+}": UnifiedMax(phi + off) for off in (20, 40, 60, 120, -60)}
     held_out = start + ids[1][600:900]
     measured = {name: perplexity(model, held_out, policy) for name, policy in policies.items()}
     print({name: (round(ppl, 5), round(rate, 4)) for name, (ppl, rate) in measured.items()})
@@ -386,4 +444,4 @@ def test_perplexity_of_held_out_text_never_depends_on_phi(dtype, rounding):
     assert [rates[name] for name in ("online", "calibrated", "+20")] == [0] * 3
     assert rates["bound"] < 0.02
     assert 0 < rates["+40"] < 1
-    assert [rates[name] for name in ("+60", "+120")] == [1] * 2
+    assert [rates[name] for name in ("+60", "+120", "-60")] == [1] * 3

@@ -363,7 +363,10 @@ def test_a_phi_that_fails_too_often_is_warned_of(capsys, checkpoint):
     argv = ["generate", "--model", str(checkpoint), "--prompt", "class ", "--max-new-tokens", "80", "--phi", "500"]
     assert cli.main(argv) == 0
     err = capsys.readouterr().err
-    assert "fdpp-jax: warning: 64 of 64 decode steps left the safe window" in err
+    assert "fdpp-jax: warning: 8 of the latest 8 decode steps left the safe window" in err
+    assert cli.main([*argv[:-3], "8", "--phi", "500"]) == 0
+    err = capsys.readouterr().err
+    assert "fdpp-jax: warning: 7 of the latest 7 decode steps left the safe window" in err
 
 
 def test_chat_fills_in_the_template_and_defaults_come_from_the_checkpoint(capsys, checkpoint, tmp_path):

@@ -122,33 +122,103 @@ def test_a_phi_far_off_costs_time_only(request, model, phi, how):
     if how is not None:
         request.getfixturevalue(how)
     online = generate(model, PROMPTS, max_new_tokens=20)
-    result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi))
+    result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi), max_recompute_rate=1.0)
     assert result.tokens.tolist() == online.tokens.tolist()
     assert result.recomputed_steps == result.decode_steps == 19
     assert online.recomputed_steps == 0
 
 
+# Drift.
+
+
+@pytest.fixture(scope="module")
+def longer():
+    """A model with 256 positions."""
+    return random_model(dataclasses.replace(CONFIG, max_position_embeddings=256), jnp.float32)
+
+
 @pytest.mark.parametrize(("rate", "online_from"), [(0.1, 64), (0.999, 64), (1.0, None)])
-def test_a_phi_that_fails_too_often_gives_way_to_online_softmax(rate, online_from):
+def test_a_phi_that_fails_too_often_gives_way_to_online_softmax(longer, rate, online_from):
     steps = 80
-    model = random_model(dataclasses.replace(CONFIG, max_position_embeddings=128), jnp.float32)
-    online = generate(model, PROMPTS, max_new_tokens=1 + steps)
+    online = generate(longer, PROMPTS, max_new_tokens=1 + steps)
     arguments = dict(max_new_tokens=1 + steps, softmax=UnifiedMax(200.0), max_recompute_rate=rate)
     if online_from is None:
-        result = generate(model, PROMPTS, **arguments)
+        result = generate(longer, PROMPTS, **arguments)
     else:
-        with pytest.warns(UserWarning, match="64 of 64 decode steps left the safe window"):
-            result = generate(model, PROMPTS, **arguments)
+        with pytest.warns(
+            UserWarning, match="64 of the latest 64 decode steps .*: the rest runs with online"
+        ) as caught:
+            result = generate(longer, PROMPTS, **arguments)
+        assert len(caught) == 1
     assert result.online_from == online_from
     assert result.recomputed_steps == (online_from or steps)
     assert result.tokens.tolist() == online.tokens.tolist()
+
+
+@pytest.mark.parametrize("steps", [7, 63, 64])
+def test_a_call_that_ends_first_is_warned_of_too(longer, steps):
+    """7 of 64 are more than a tenth, whatever the others would have done; 63 are the steps of 64 tokens."""
+    with pytest.warns(
+        UserWarning, match=rf"{steps} of the latest {steps} .* softmax\. Calibrate .*bound\(\)"
+    ) as caught:
+        result = generate(longer, PROMPTS, max_new_tokens=1 + steps, softmax=UnifiedMax(200.0))
+    assert len(caught) == 1
+    assert (result.recomputed_steps, result.online_from) == (steps, None)
+    few = generate(longer, PROMPTS, max_new_tokens=7, softmax=UnifiedMax(200.0))  # may pass
+    assert (few.recomputed_steps, few.online_from) == (6, None)
+
+
+def test_good_steps_long_ago_do_not_count(longer, monkeypatch):
+    """Steps fail from the 128th on; from the 142nd on they are a tenth of all."""
+    step_of = generation.decode_step
+
+    def drifting(model, tokens, cache, softmax):
+        logits, after, redone = step_of(model, tokens, cache, softmax)
+        return logits, after, redone if softmax is None else cache.lengths[0] >= PROMPTS.shape[1] + 127
+
+    decode_chunk = generation._decode_chunk.__wrapped__
+    fresh = jax.jit(lambda *args: decode_chunk(*args), static_argnums=(0, 1, 2), donate_argnums=4)  # own cache
+    monkeypatch.setattr(generation, "decode_step", drifting)
+    monkeypatch.setattr(generation, "_decode_chunk", fresh)
+    with pytest.warns(UserWarning, match="8 of the latest 8 decode steps"):
+        _, result = _drain(stream(longer, PROMPTS, max_new_tokens=161, chunk_size=8, softmax=UnifiedMax()))
+    assert result.online_from == 136
+
+
+def test_the_switch_compiles_one_program(longer):
+    def misses(**arguments):
+        before = generation._compile.cache_info().misses
+        with pytest.warns(UserWarning, match="the rest runs with online softmax"):
+            generate(longer, PROMPTS, max_new_tokens=81, **arguments)
+        return generation._compile.cache_info().misses - before
+
+    generation._compile.cache_clear()
+    assert misses(softmax=UnifiedMax(200.0)) == 3  # prefill, and the loop with either softmax
+    assert misses(softmax=UnifiedMax(-200.0)) == 0
+    generate(longer, PROMPTS, max_new_tokens=81)  # is what the rest ran
+    assert generation._compile.cache_info().misses == 3
+
+
+def test_a_bound_that_fails_is_not_advised(longer):
+    """Large queries and keys, whose bound is far above their scores."""
+    graphdef, weights = nnx.split(longer)
+
+    def grown(path, x):
+        return x * 300 if "qkv_proj" in map(str, (getattr(key, "key", key) for key in path)) else x
+
+    wild = nnx.merge(graphdef, jax.tree.map_with_path(grown, weights))
+    with pytest.warns(UserWarning, match=r"online softmax\. Calibrate .*, or use softmax=None") as caught:
+        result = generate(wild, PROMPTS, max_new_tokens=81, softmax=UnifiedMax.bound())
+    assert len(caught) == 1
+    assert result.online_from == 64
+    assert result.tokens.tolist() == generate(wild, PROMPTS, max_new_tokens=81).tokens.tolist()
 
 
 def test_a_phi_of_each_layer_and_head(model):
     online = generate(model, PROMPTS, max_new_tokens=20)
     fails = jnp.array([[[0.0]], [[200.0]]])  # in the second layer, always
     for phi, redone in ((fails, 19), (jnp.zeros((2, 1, 4)), 0)):
-        result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi))
+        result = generate(model, PROMPTS, max_new_tokens=20, softmax=UnifiedMax(phi), max_recompute_rate=1.0)
         assert result.tokens.tolist() == online.tokens.tolist()
         assert result.recomputed_steps == redone
 
@@ -159,7 +229,9 @@ def test_same_shapes_compile_nothing(model):
     misses = generation._compile.cache_info().misses
     for phi in (7.0, 200, jnp.float32(3)):
         changed = arguments | {"temperature": 0.5 + float(phi) / 1000}
-        result = generate(model, PROMPTS + 1, **changed, softmax=UnifiedMax(phi), key=jax.random.key(int(phi)))
+        result = generate(
+            model, PROMPTS + 1, **changed, softmax=UnifiedMax(phi), key=jax.random.key(int(phi)), max_recompute_rate=1.0
+        )
         assert result.compile_seconds == 0.0
     # Another length within the bucket and the capacity is the same program too.
     generate(model, PROMPTS[:, :3] + 1, **arguments | {"max_new_tokens": 30}, softmax=UnifiedMax())

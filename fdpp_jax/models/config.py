@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
 from fdpp_jax.models.fields import BOOL, INDEX, NUMBER, OBJECT, POSITIVE, SIZE, TEXT, TEXTS, Kind, field_problems
+from fdpp_jax.unified_max import UnifiedMax
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -121,6 +122,11 @@ class DecoderConfig:
     def unfused_because(self) -> str | None:
         """Why `pallas.fused_layer` does not compute a layer, if it does not."""
         return "the fused layer is that of LLaMA"
+
+    def uncalibrated_softmax(self, dtype: str) -> tuple[UnifiedMax | None, str]:
+        """What to decode with in dtype until scores are recorded, None for online softmax, and why."""
+        del dtype
+        return UnifiedMax(), "the default"
 
     def attention_options(self, layer: int) -> AttentionOptions:
         """How a layer's attention differs from the plain one."""

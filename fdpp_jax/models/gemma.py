@@ -24,6 +24,7 @@ from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, RMSNorm
 from fdpp_jax.models.llama import MLP, Attention
 from fdpp_jax.models.rotary import rotation_at
+from fdpp_jax.unified_max import UnifiedMax, window
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {
@@ -88,6 +89,13 @@ class Gemma2Config(LlamaConfig):
     @property
     def unfused_because(self) -> str | None:
         return "the fused layer knows no norms after a product, and no GELU"
+
+    def uncalibrated_softmax(self, dtype: str) -> tuple[UnifiedMax | None, str]:
+        cap, keys = self.attn_logit_softcapping, self.max_position_embeddings
+        if cap is None or dtype == "float16":
+            return super().uncalibrated_softmax(dtype)
+        phi = float(math.ceil(cap + math.log(keys) - math.log(window(dtype, keys)[1])))
+        return UnifiedMax(phi), f"with scores capped at {cap:g} no row of {keys} keys exceeds the window"
 
     def attention_options(self, layer: int) -> AttentionOptions:
         options = super().attention_options(layer)

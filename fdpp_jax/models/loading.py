@@ -6,6 +6,7 @@ moves. Then one tensor at a time goes through host memory; parts are fused on th
 
 import contextlib
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -140,6 +141,30 @@ def read_config(directory: pathlib.Path) -> DecoderConfig:
       ValueError: The file is missing or malformed, or of no model that we have.
     """
     return config_from_hf(read_json(directory, "config.json"))
+
+
+def fingerprint(directory: pathlib.Path) -> str:
+    """16 hex digits that tell a checkpoint's weights from others: a hash of 64 bytes amid each tensor, and its name.
+
+    Raises:
+      ValueError: There are no shards, or one is missing or malformed.
+    """
+    tensors = {}
+    for name in _shard_names(directory)[1]:
+        try:
+            with (directory / name).open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, (directory / name).stat().st_size)))
+                header.pop("__metadata__", None)
+                for tensor, entry in header.items():
+                    begin, end = entry["data_offsets"]
+                    middle = (begin + end) // 2
+                    file.seek(8 + size + middle)
+                    tensors[tensor] = file.read(min(64, end - middle))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{directory / name} is not a shard of safetensors: {error}") from error
+    content = b"".join(tensor.encode() + sample for tensor, sample in sorted(tensors.items()))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def list_files(directory: pathlib.Path) -> str:

@@ -46,7 +46,7 @@ def prompts(tokenizer):
 def test_float32_tokens_are_the_same_everywhere(tokenizer, softmax):
     model = models.load(models.bundled_path(), dtype=jnp.float32)
     tokens, lengths = prompts(tokenizer)
-    result = fdpp_jax.generate(model, tokens, lengths, max_new_tokens=48, softmax=softmax)
+    result = fdpp_jax.generate(model, tokens, lengths, max_new_tokens=48, softmax=softmax, max_recompute_rate=1.0)
     assert result.tokens.tolist() == list(GREEDY.values())
     assert result.recomputed_steps == (result.decode_steps if softmax == UnifiedMax(-200.0) else 0)
 
@@ -112,7 +112,7 @@ def test_kernels_decode_it_in_bfloat16(tokenizer, phi, batch):
     model = models.load(models.bundled_path(), dtype=jnp.bfloat16)
     tokens, lengths = (array[:batch] for array in prompts(tokenizer))
     softmax = None if phi is None else UnifiedMax(phi)
-    result = fdpp_jax.generate(model, tokens, lengths, max_new_tokens=48, softmax=softmax)
+    result = fdpp_jax.generate(model, tokens, lengths, max_new_tokens=48, softmax=softmax, max_recompute_rate=1.0)
     plans = models.model_plans(model.config, batch=batch, capacity=result.cache_capacity, device=device.current())
     assert [plan.implementation for _, _, plan in plans] == ["flat", "mosaic_gpu", "fused", "flat"]
     assert result.recomputed_steps == (result.decode_steps if phi == -200.0 else 0)

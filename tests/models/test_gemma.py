@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdpp_jax import models, unified_max
+from fdpp_jax import UnifiedMax, models, unified_max
 from fdpp_jax.models import PRESETS, config_from_hf
 from fdpp_jax.models.gemma import Gemma2Config
 from fdpp_jax.models.layers import RMSNorm
@@ -193,6 +193,10 @@ def test_embeddings_are_scaled_in_the_models_dtype() -> None:
 def test_a_cap_rules_out_overflow_but_not_underflow() -> None:
     """What Gemma2Config says of phi."""
     cap, keys, phi = 50.0, 8192, 15.0
+    config = PRESETS["gemma-2-9b"]
+    assert config.uncalibrated_softmax("bfloat16")[0] == config.uncalibrated_softmax("float32")[0] == UnifiedMax(phi)
+    for changed, dtype in ((config, "float16"), (dataclasses.replace(config, attn_logit_softcapping=None), "bfloat16")):
+        assert changed.uncalibrated_softmax(dtype) == (UnifiedMax(), "the default")
     den_min, den_max = unified_max.window(jnp.bfloat16, keys)
     assert keys * math.exp(cap - phi) < den_max
     assert keys * math.exp(-cap - phi) < den_min < math.exp(-44.3)

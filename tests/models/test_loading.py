@@ -112,6 +112,23 @@ def test_biases_are_loaded(single: pathlib.Path) -> None:
     )
 
 
+def test_a_fingerprint_is_of_the_weights_and_not_of_their_shards(sharded: pathlib.Path) -> None:
+    expected = models.loading.fingerprint(sharded)
+    shards = list(sharded.glob("*.safetensors"))
+    assert len(shards) > 1
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for path in (*shards, sharded / "model.safetensors.index.json"):
+        path.unlink()
+    save_file(tensors, sharded / "model.safetensors")
+    assert models.loading.fingerprint(sharded) == expected
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, sharded / "model.safetensors")
+    assert models.loading.fingerprint(sharded) != expected
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1"):
+        (sharded / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a shard of safetensors"):
+            models.loading.fingerprint(sharded)
+
+
 def test_harmless_extra_tensors_are_ignored(single: pathlib.Path) -> None:
     edit(
         single,
