@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CALIBRATE_EXAMPLES = """\
   fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts             then generate finds it beside the checkpoint
   fdpp-jax calibrate --data README.md --samples 8 --output tiny.json     the bundled model, on whatever device there is
-  fdpp-jax calibrate --data ./texts --length 2048 --plot scores.png
+  fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts --length 2048 --plot scores.png
 """
 _DEFAULT_LENGTH = 512
 
@@ -78,6 +78,8 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
     from fdpp_jax import calibration, models
     from fdpp_jax.models.loading import fingerprint, read_config
 
+    if not args.output and directory == models.bundled_path():
+        raise ValueError("the bundled model lies in the installed package, where nothing is written: name an --output")
     output = pathlib.Path(args.output) if args.output else directory / calibration.FILE_NAME
     partial = output.with_name(output.name + ".partial")
     for path in (output, partial):

@@ -253,3 +253,9 @@ def test_data_without_text_is_refused(capsys, checkpoint, texts, tmp_path):
         code, _, err = run(capsys, *calibrate_command(checkpoint, data))
         assert code == 2
         assert message in err
+
+
+def test_nothing_is_written_beside_the_bundled_model(capsys, texts):
+    code, _, err = run(capsys, "calibrate", "--data", texts)
+    assert code == 2
+    assert "where nothing is written: name an --output" in err
