@@ -40,7 +40,7 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE-OR-DIR",
         help="a text file, or a directory of them, as they will be decoded",
     )
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="pieces of the text (default: 64)")
+    parser.add_argument("--samples", type=int, default=256, metavar="N", help="pieces of the text (default: 256)")
     parser.add_argument(
         "--length",
         type=int,
