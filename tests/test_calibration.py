@@ -420,7 +420,7 @@ def test_a_file_that_is_no_json_or_not_there(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("bfloat16", 2**-8)])
 def test_perplexity_of_held_out_text_never_depends_on_phi(dtype, rounding):
     """Decode steps of the bundled model, calibrated on one file that it never saw, on another."""
     model = models.load(models.bundled_path(), dtype=jnp.dtype(dtype))

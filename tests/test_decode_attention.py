@@ -204,6 +204,29 @@ def test_recomputes_in_a_second_launch_only_the_groups_that_failed(case):
     check(case, out[failed], expected[failed])
 
 
+def test_one_infinite_sum_flags_its_row_and_is_redone():
+    """The denominator is safe, and one value times e^(s - phi) is not: whoever redoes rows looks at a part of them."""
+    case = Case(2, 136, 4, 2, 64, tiles(64, 2, 2))
+    inputs = case.inputs(0, (136, 70))
+    inputs["value"] = inputs["value"].at[1, 3, 1, 17].set(3e38)
+    expected, log_sum = case.expected(inputs)
+    phi = log_sum[:, 0] - 20
+    failed = np.array([[False] * 4, [False, False, True, True]])
+    for config in (case.config, dataclasses.replace(case.config, combine="launch")):
+        flagged = dataclasses.replace(case, config=config).run(inputs, phi)
+        np.testing.assert_array_equal(np.isnan(flagged[:, 0]), np.repeat(failed[..., None], 64, axis=-1))
+    check(case, case.run(inputs, None, prior=flagged), expected)
+    check(case, case.run(inputs, phi, recompute=True), expected)
+
+
+def test_lengths_beyond_the_capacity_see_all_keys():
+    """Under jit nobody checks them; a last tile that is not full has no keys of zeros."""
+    case = Case(2, 67, 4, 2, 64, tiles(64, 2, 2))
+    inputs = case.inputs(0, (67, 67))
+    expected, _ = case.expected(inputs)
+    check(case, case.run(inputs | {"lengths": jnp.array([68, 10**9])}, 1.5), expected)
+
+
 def test_queries_far_beyond_the_keys_see_none_or_the_last():
     """query_offset is the caller's, and may be anywhere."""
     case = Case(3, 136, 2, 1, 64, tiles(64, 2, 2), 2, local_window_size=(200, 0), **DRAFT)

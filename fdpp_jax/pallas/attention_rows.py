@@ -345,12 +345,11 @@ class Rows:
             self._store(num, 1.0 / den)
             return jnp.bool_(False)
         den_min, den_max = unified_max.window(self.smem.p.dtype, self.facts.capacity)
-        if self.is_again is None:
-            is_safe = (den >= den_min) & (den <= den_max)
-            self._store(num + (num - num), jnp.where(is_safe, 1.0 / den, jnp.nan))  # an infinite sum becomes NaN too
-            return jnp.bool_(False)
         checked = den + (num - num).sum(axis=0)  # NaN where a value as large as 1e18 made a sum infinite
         is_safe = (checked >= den_min) & (checked <= den_max)
+        if self.is_again is None:  # the whole row becomes NaN, for whoever looks at a part of it
+            self._store(num, jnp.where(is_safe, 1.0 / den, jnp.nan))
+            return jnp.bool_(False)
         failed = self._any(jnp.where(self._sees_key(), jnp.where(is_safe, 0.0, 1.0), 0.0))
         failed &= jnp.logical_not(self.is_again)
         pl.when(jnp.logical_not(failed))(lambda: self._store(num, 1.0 / den))

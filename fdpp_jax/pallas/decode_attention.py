@@ -77,7 +77,7 @@ def decode_attention(
       key: [B, S, K, H], or with a page table the pool [num_pages, page_size, K, H]; K divides N. The query's dtype,
         or, where H is a multiple of 64, int8 or float8_e4m3fn with scales.
       value: As key.
-      lengths: [B] int32 live keys, 0..S. What lies beyond is not used, NaN included.
+      lengths: [B] int32 live keys; all S where there are more. What lies beyond is not used, NaN included.
       phi: float32 in natural-log units, one for all rows [] or [B, N]; None for online softmax.
       scale: Factor on the scores.
       config: Tiles, splits and stages.
@@ -127,6 +127,7 @@ def decode_attention(
         x = jnp.broadcast_to(x[:, None], (x.shape[0], query_length, num_heads))
         return padded(by_group(x).astype(jnp.float32), rows - live_rows)
 
+    capacity = key.shape[1] * (1 if page_table is None else page_table.shape[1])
     if dead_keys := -key.shape[1] % 8:  # TMA reads tiles of 8 keys; a capacity that is a multiple of 8 saves this copy
         key, value = (jnp.pad(x, ((0, 0), (0, dead_keys), (0, 0), (0, 0))) for x in (key, value))
     out_rows = ring.loadable_rows(live_rows)
@@ -174,7 +175,7 @@ def decode_attention(
         batch=batch,
         query_length=query_length,
         group=group,
-        capacity=key.shape[1] * (1 if page_table is None else page_table.shape[1]),
+        capacity=capacity,
         chunk=chunk,
         is_causal=is_causal,
         window=local_window_size,
@@ -313,7 +314,8 @@ def _combine(
     if sinks is not None:
         den += jnp.exp2(sinks - shift)
     if phi is not None:
-        den = jnp.where(unified_max.leaves_window(den, facts.capacity, dtype), jnp.nan, den)
+        checked = den + (num - num).sum(axis=-1)
+        den = jnp.where(unified_max.leaves_window(checked, facts.capacity, dtype), jnp.nan, den)
     position = 0 if offset is None else offset[:, None]
     token = jnp.arange(facts.live_rows) // facts.group
     low, high = bounds(lengths[:, None], position, token, facts)  # [B, live rows], or [B, 1]

@@ -97,7 +97,7 @@ class Share:
         if self._only is not None:
             return self._only
         sequence, facts = self.sequence(i), self.facts
-        length = self.gmem.lengths[sequence]
+        length = jnp.minimum(self.gmem.lengths[sequence], facts.capacity)  # beyond it, TMA would read keys of zeros
         offset = self.gmem.offset[sequence] if hasattr(self.gmem, "offset") else 0
         low, _ = bounds(length, offset, 0, facts)
         _, high = bounds(length, offset, facts.query_length - 1, facts)
