@@ -69,7 +69,7 @@ class Case:
     @property
     def log_window(self):
         """Logarithms of the least and the largest safe denominator, as the kernel counts the keys."""
-        return np.log(unified_max.window(self.dtype, round_up(self.capacity, self.page_size or 8)))
+        return np.log(unified_max.window(self.dtype, round_up(self.capacity, self.page_size or 1)))
 
     @property
     def group(self):

@@ -9,10 +9,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import oracle
 import pytest
 from matplotlib.figure import Figure
 
-from fdpp_jax import bench_attention, benchmark, device, heuristics, timing
+from fdpp_jax import bench_attention, benchmark, device, heuristics, reference, timing
 from fdpp_jax.bench_attention import TABLE, attention_case
 from fdpp_jax.config import MatmulShape
 from fdpp_jax.models import PRESETS, LlamaConfig
@@ -168,6 +169,24 @@ def test_the_candidates_of_a_gpu_lower(monkeypatch):
     for name in ("unified max", "public op"):
         text = jax.jit(candidates[name].step).trace(x, kv).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.label)
+def test_what_is_timed_on_a_gpu_is_right(case):
+    """Of the whole table: the kernels as planned, the ablations, and each recompute, though no row needs one."""
+    running = device.current()
+    plan = heuristics.plan_attention(case.shape, running)
+    candidates = bench_attention._candidates(case, plan, running, quick=False, places=bench_attention._PLACES)
+    x, kv = bench_attention._inputs(case)
+    arrays = x | kv
+    expected = jax.jit(functools.partial(reference.dot_product_attention, scale=case.shape.head_dim**-0.5))(**arrays)
+    assert {"unified max", "public op", "public op, launch", "public op, cond"} < set(candidates)
+    for name, candidate in candidates.items():
+        if not candidate.is_peer:
+            out = jax.jit(candidate.step)(x, kv)
+            error = oracle.relative_error(out, expected)
+            assert error < oracle.TOLERANCE[case.shape.dtype], name
 
 
 @pytest.mark.parametrize("w_order", ["kn", "nk"])
