@@ -115,16 +115,17 @@ class DecodeAttentionConfig:
     """Tiles of `pallas.decode_attention`: keys a tile, CTAs a key/value head, depth of the TMA ring.
 
     The `num_splits` CTAs of a head share the live tiles of up to MAX_CHUNK sequences evenly; with combine="launch" each
-    sequence has so many of its own.
+    sequence has so many of its own. `unused_smem_bytes` keep more CTAs from sharing an SM than are planned to.
     """
 
     block_kv: int
     num_splits: int
     num_stages: int
     combine: Combine = "kernel"
+    unused_smem_bytes: int = 0
 
     def smem_bytes(self, shape: AttentionShape) -> int:
-        """Shared memory one CTA asks for: the ring, the query, the next sequence's, and the weights p."""
+        """Shared memory one CTA asks for: the ring, the query, the next one, the weights p, what is unused."""
         head_dim, rows = shape.padded_head_dim, shape.rows
         num_queries = 2 if shape.batch > 1 and self.combine == "kernel" else 1
         ring = self.num_stages * 2 * self.block_kv * head_dim * shape.kv_itemsize
@@ -133,7 +134,7 @@ class DecodeAttentionConfig:
         if shape.scales == "token":  # those of 4 heads are loaded together
             ring += self.num_stages * 2 * self.block_kv * 4 * 4
         operands = rows * (num_queries * head_dim + self.block_kv) * 2
-        return ring + operands + reduction_bytes(rows) + _ATTENTION_SMEM_RESERVE
+        return ring + operands + reduction_bytes(rows) + _ATTENTION_SMEM_RESERVE + self.unused_smem_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,32 +58,33 @@ _BLOCK_KV = 64
 # shares (9.0 us with two an SM and 1024 keys, 8.5 with one; 20.7 and 20.1 with 4096) and the launch before has ended:
 # else two would take an SM that is free early. Where a head has more, adding up more shares costs what that saves, and
 # a CTA alone on its SM takes tiles of 128 keys: 36.4 us with 16 such CTAs a head, 36.8 with tiles of 64 (B 8, 32/8
-# heads, 4096 keys). 8-bit caches want two an SM, and tiles of 128 where a share
-# has many of them: 71 us against 79 (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
+# heads, 4096 keys). 8-bit caches want two an SM, and tiles of 128 where a share has many of them: 71 us against 79
+# (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
 _FEW_SPLITS = 8
 _MAX_TILES_ALONE = 16
 _MANY_WIDE_TILES = 16
 # Loads in flight an SM. Memory is busy with a third of it; with twice as many, loads queue up, and the first and the
 # last tiles come later: 9.4 us against 9.1 (B 1, 32/8 heads, 4096 keys), 23.8 against 22.3 with mixed lengths.
-# All on an H200, 2026-11-23.
 _BYTES_IN_FLIGHT = 96 * 1024
+# A fused layer's CTAs end one by one. The first SMs to be free would take one attention CTA more than planned, where it
+# fits, and the last none: 4.24 ms a step, 3.94 where it does not (16 layers of Llama-2-7B, B 32), 2.29 and 2.25 (B 8).
+# One sequence is 1 % faster where it does. The margin is for what `smem_bytes` has too much.
+_SMEM_MARGIN = 4 * 1024
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
 _MAX_K_SPLITS = 8  # CTAs that a column block is shared by
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
 # A tile of the flat kernel: 64 x 128, 128 x 128 and two CTAs an SM are slower for most weights and rows (H200).
 _FLAT_BLOCK_N, _FLAT_BLOCK_K = 64, 256
 _MAX_STAGES = 8
-# 8 rows are 9 to 12 % faster in a fused step than with a launch for each product; 16 rows 8 and 7 %, 32 rows 4 and 5 %
-# (8 layers of Llama-2-7B and Llama-3-8B, H200, 2026-11-23). More were not tried with such rings of x.
+# 8 rows are 9 to 12 % faster in a fused step than with a launch for each product, 16 rows 8 and 7 %, 32 rows 4 and 5 %
+# (Llama-2-7B and Llama-3-8B, H200). More were not tried with such rings of x.
 _MAX_FUSED_ROWS = 32
-# While the grid waits, which takes some 5 us, each CTA's ring takes in 160 KiB, and memory does not stand still. Other
-# tiles, deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
+# While the grid waits, some 5 us, each CTA's ring takes in 160 KiB, and memory does not stand still. Other tiles,
+# deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
 _FUSED_BLOCK_K = 256
 _SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that has less
 _FUSED_MAX_STAGES = 5
-# Tiles of x in their ring, loaded two by two where they are as small as those of 8 rows. A ring of two halves starves:
-# 2.53 ms with 2 tiles at 32 rows, 2.03 with 4 or 5; 1.63 with 2 pairs at 16 rows, 1.48 with 3, 1.47 with 4 or 6 single
-# ones; 1.214 with 2 fours at 8 rows, 1.204 with 3 pairs, 1.24 with single ones (8 layers of Llama-2-7B).
+# Tiles of x in their ring, of which two halves would starve (docs/performance.md); two by two where they have 8 rows.
 _FUSED_X_TILES = 6
 _FUSED_X_BYTES = 64 * 1024
 _MIN_STAGES = 2
@@ -291,11 +292,15 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
 def _with_stages(
     block_kv: int, num_splits: int, ctas_per_sm: int, shape: AttentionShape, device: Device
 ) -> DecodeAttentionConfig:
-    """As many stages as keep enough loads in flight and fit, at least two."""
+    """As many stages as keep enough loads in flight and fit, at least two. After a fused layer no CTA more may fit."""
     stage_bytes = 2 * block_kv * shape.padded_head_dim * shape.kv_itemsize
     num_stages = min(_MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * stage_bytes)))
     config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, _MIN_STAGES))
-    return with_stages_that_fit(config, shape, device.smem_bytes_shared(ctas_per_sm))
+    config = with_stages_that_fit(config, shape, device.smem_bytes_shared(ctas_per_sm))
+    if shape.is_appended and shape.batch > 1:  # an SM that is free early would take CTAs meant for others
+        least = device.smem_bytes_shared(ctas_per_sm + 1) + _SMEM_MARGIN
+        config = dataclasses.replace(config, unused_smem_bytes=max(0, least - config.smem_bytes(shape)))
+    return config
 
 
 def with_stages_that_fit[C: DecodeAttentionConfig | FlatMatmulConfig | GemvConfig | FusedLayerConfig](

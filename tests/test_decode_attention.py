@@ -27,7 +27,7 @@ CASES = {  # batch, capacity, heads, kv heads, head dim; lengths
     "64 rows, wide tiles": (Case(1, 300, 64, 1, 128, tiles(128, 2, 2)), (290,)),
     "splits without keys": (Case(1, 512, 2, 2, 64, tiles(64, 8, 2)), (63,)),
     "splits without keys between others": (Case(1, 512, 2, 1, 64, tiles(64, 8, 2)), (129,)),
-    "ragged": (Case(5, 320, 4, 2, 64, tiles(64, 3, 2), is_appended=True), (310, 0, 64, 129, 320)),
+    "ragged": (Case(5, 320, 4, 2, 64, tiles(64, 3, 2, "kernel", 4096), is_appended=True), (310, 0, 64, 129, 320)),
     "two chunks": (Case(34, 128, 2, 1, 64, tiles(64, 2, 2)), tuple(x * 17 % 80 for x in range(34))),
     "length 0": (Case(3, 72, 2, 2, 64, tiles(64, 2, 2), has_sinks=True, **HALF), (0, 5, 72)),
     "draft of 4": (Case(2, 200, 4, 2, 80, tiles(64, 2, 2), 4, **DRAFT), (190, 3)),

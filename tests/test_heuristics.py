@@ -61,8 +61,13 @@ def _check_shares(shape, config, gpu):
     assert 1 <= config.num_splits <= min(num_tiles, 128)
     assert 2 <= config.num_stages <= 8
     assert config.smem_bytes(shape) <= gpu.smem_bytes
+    per_sm = -(-num_ctas // gpu.num_sms)
     if config.num_splits > 1:  # a CTA waits for others, and should not for one that has no place yet
-        assert config.smem_bytes(shape) <= gpu.smem_bytes_shared(-(-num_ctas // gpu.num_sms))
+        assert config.smem_bytes(shape) <= gpu.smem_bytes_shared(per_sm)
+    if not shape.is_appended or shape.batch == 1:
+        assert config.unused_smem_bytes == 0
+    elif per_sm <= 2:  # none takes the place of another
+        assert config.smem_bytes(shape) > gpu.smem_bytes_shared(per_sm + 1)
     if config.num_splits < min(num_tiles // 2, 128):  # with wide tiles, of narrow ones there are twice as many
         assert num_ctas > 3 / 8 * gpu.num_sms
     if shape.page_size is not None:
@@ -394,6 +399,7 @@ _ATTENTION = st.builds(
     head_dim=st.sampled_from(heuristics.ATTENTION_HEAD_DIMS),
     dtype=st.sampled_from(["bfloat16", "float16"]),
     page_size=st.sampled_from([None, 16, 64, 256]),
+    is_appended=st.booleans(),
     quantised=st.sampled_from(_QUANTISED),
 )
 _MATMUL = st.builds(

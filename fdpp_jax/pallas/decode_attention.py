@@ -169,6 +169,8 @@ def decode_attention(
             key, config, padded_dim, query.dtype, paged=page_table is not None, token_scales=token_scales
         ),
     )
+    if config.unused_smem_bytes:
+        scratch["unused"] = plgpu.SMEM((config.unused_smem_bytes,), jnp.int8)
     facts = Facts(
         config=config,
         scale=scale,
