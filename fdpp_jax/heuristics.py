@@ -45,10 +45,10 @@ MAX_QUERY_LENGTH = 16
 # wgmma's large operand has 64 rows, the swizzle 64 elements.
 MATMUL_BLOCKS_N = (64, 128)
 MATMUL_BLOCKS_K = (64, 128, 256)
-# The paper's M1, from which on the flat kernel beats gemv: 2 unless measured. At M = 1 on an H200 flat takes 12.7 us
-# for 4096 x 4096 and 29.6 for 4096 x 12288, gemv 13.4 and 30.4 (best configs of one sweep each, 2026-11-23).
+# The paper's M1, from which on the flat kernel beats gemv: 2 unless measured.
 _MIN_FLAT_ROWS = {"H200": 1}
 ATTENTION_HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_SOFT_CAP = 1000.0  # tanh is 1 - 2 / (e^2x + 1), off by up to 3e-7 of the cap
 
 _KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
 _KERNEL_DTYPES = ("bfloat16", "float16")
@@ -362,6 +362,8 @@ def _attention_shape_refusal(shape: AttentionShape) -> str | None:
         return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
     if shape.scales == "token" and shape.num_kv_heads % 4:
         return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
+    if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
+        return f"the decode kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
     if shape.batch < 1 or shape.capacity < 1:
         return f"the decode kernel needs a sequence and a key, got B = {shape.batch}, S = {shape.capacity}"
     return None
@@ -376,9 +378,7 @@ def _layer_shape_refusal(shape: LayerShape) -> str | None:
         return f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}"
     sizes = shape.hidden_size, shape.intermediate_size
     if any(size % _SWIZZLE_COLUMNS for size in sizes):
-        return (
-            f"the fused layer takes sizes that are multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
-        )
+        return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
     return None
 
 
