@@ -394,7 +394,8 @@ def _line(record: dict[str, Any]) -> str:
     )
 
 
-def _provenance() -> dict[str, Any]:
+def provenance(device: str = "cuda") -> dict[str, Any]:
+    """Device, versions, date and commit of a run."""
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -409,14 +410,15 @@ def _provenance() -> dict[str, Any]:
     except OSError:
         commit = ""
     return {
-        "device": torch.cuda.get_device_name(0),
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else device,
         "versions": versions,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "commit": commit or None,
     }
 
 
-def _say(text: str, stream: Any = None) -> None:
+def say(text: str, stream: Any = None) -> None:
+    """A line to stdout, or to the stream, at once."""
     stream = sys.stdout if stream is None else stream
     stream.write(text + "\n")
     stream.flush()
@@ -437,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def fail(why: str) -> int:
-        _say(f"attention_peers: error: {why}", sys.stderr)
+        say(f"attention_peers: error: {why}", sys.stderr)
         return 2
 
     if importlib.util.find_spec("torch") is None:
@@ -451,17 +453,17 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         return fail("torch finds no CUDA device")
     if importlib.util.find_spec("flashinfer") is None:
-        _say("attention_peers: flashinfer is not installed: its kernels are left out", sys.stderr)
+        say("attention_peers: flashinfer is not installed: its kernels are left out", sys.stderr)
         names = [name for name in names if not name.startswith("FlashInfer")]
         if not names:
             return 2
-    result = {**_provenance(), "attention_peers": []}
+    result = {**provenance(), "attention_peers": []}
     for case in cases:
         record = _measure(case, names)
         torch.cuda.empty_cache()
-        _say(_line(record))
+        say(_line(record))
         for name, why in record["failures"].items():
-            _say(f"  {name} does not run: {why}")
+            say(f"  {name} does not run: {why}")
         result["attention_peers"].append(record)
         if args.json is not None:
             pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

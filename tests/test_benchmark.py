@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow  # many small programs to compile
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 PEERS_SCRIPT = BENCHMARKS / "attention_peers.py"
+E2E_SCRIPT = BENCHMARKS / "e2e_peers.py"
 TINY = functools.partial(attention_case, 2, 4, 2, 64, head_dim=16, dtype="float32")
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -299,16 +300,35 @@ def test_the_peers_time_the_same_table():
     assert [case.live_bytes for case in cases if case.scales != "token"] == ours
 
 
-def test_the_peers_say_what_is_missing():
-    done = subprocess.run(
-        [sys.executable, PEERS_SCRIPT, "--help"], capture_output=True, text=True, timeout=60, check=False
-    )
+def test_the_peers_decode_the_same_models(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    models = _script(E2E_SCRIPT).MODELS
+    for name in ("llama-2-7b", "llama-2-13b", "llama-3-8b"):
+        theirs, ours = models[name], PRESETS[name]
+        sizes = theirs.hidden_size, theirs.intermediate_size, theirs.num_layers, theirs.num_heads, theirs.num_kv_heads
+        assert sizes == (
+            ours.hidden_size,
+            ours.intermediate_size,
+            ours.num_hidden_layers,
+            ours.num_attention_heads,
+            ours.num_key_value_heads,
+        )
+        assert (theirs.vocab_size, theirs.head_dim, theirs.qkv_size) == (ours.vocab_size, ours.head_dim, ours.qkv_size)
+        record = json.loads((BENCHMARKS / "results" / f"h200-decode-{name}-batch1-context1024.json").read_text())
+        expected = record["bytes"]["weights"] + record["bytes"]["keys_and_values"]
+        assert theirs.bytes_read(1024 - 32) == pytest.approx(expected, rel=1e-4)  # but for the norms
+
+
+@pytest.mark.parametrize("script", [PEERS_SCRIPT, E2E_SCRIPT], ids=lambda script: script.stem)
+def test_the_peers_say_what_is_missing(script):
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60, check=False)
+    done = run([sys.executable, script, "--help"])
     assert done.returncode == 0
     assert "examples:" in done.stdout
     if importlib.util.find_spec("torch") is None:
-        done = subprocess.run([sys.executable, PEERS_SCRIPT], capture_output=True, text=True, timeout=60, check=False)
+        done = run([sys.executable, script])
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "attention_peers: error: torch is not installed\n"
+        assert done.stderr == f"{script.stem}: error: torch is not installed\n"
 
 
 def test_the_plot_shows_the_recorded_speeds():
