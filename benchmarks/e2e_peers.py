@@ -297,13 +297,14 @@ def main(argv: list[str] | None = None) -> int:
     if not names:
         return fail(f"no peer's name holds {args.peers!r}")
     if args.batch < 1 or args.steps < 1 or args.context <= args.steps:
-        return fail(f"expected a batch and steps of at least 1 and context above steps, got {vars(args)}")
+        given = f"batch={args.batch}, steps={args.steps}, context={args.context}"
+        return fail(f"expected a batch and steps of at least 1 and context above steps, got {given}")
     if importlib.util.find_spec("torch") is None:
         return fail("torch is not installed")
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        return fail("torch finds no CUDA device")
+        return fail("torch finds no CUDA device; --model tiny --device cpu shows that the script runs")
     if importlib.util.find_spec("transformers") is None:
         attention_peers.say("e2e_peers: transformers is not installed: it is left out", sys.stderr)
         names = [name for name in names if name != "transformers"]
