@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdpp_jax import device, heuristics, reference, unified_max
+from fdpp_jax import device, heuristics, limits, reference, unified_max
 from fdpp_jax.config import (
     AttentionImplementation,
     AttentionPlan,
@@ -88,7 +88,7 @@ def plan(shape: AttentionShape, implementation: AttentionImplementation | None) 
         return planned
     if implementation == "xla":
         return heuristics.plan_xla_attention(shape, here, "named by the caller")
-    refusal = heuristics.refuse_mosaic_attention(shape, here)
+    refusal = limits.refuse_mosaic_attention(shape, here)
     if implementation == "triton":
         refusal = "there are no Triton kernels yet"
     raise NotImplementedError(f"{implementation=} cannot run this call: {refusal}")
@@ -142,7 +142,7 @@ def run(
         return _checked_kernel(options, config, recompute, arrays)
     if planned.config == XlaAttentionConfig("cudnn"):
         return run_cudnn(arrays, options)
-    if softmax is None or shape.query_length > heuristics.MAX_QUERY_LENGTH:  # prefill has no splits
+    if softmax is None or shape.query_length > limits.MAX_QUERY_LENGTH:  # prefill has no splits
         return run_reference(arrays, options)
     return _checked_reference(options, with_phi(arrays, options, softmax, key_max_norm, in_kernel=False))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax import device, heuristics, matmul, models, ops, timing
+from fdpp_jax import device, heuristics, limits, matmul, models, ops, timing
 from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
 from fdpp_jax.device import Device
 from fdpp_jax.generation import decode_compiler_options, decode_step
@@ -53,12 +53,12 @@ def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidat
     candidates: dict[str, Candidate] = {}
     kernels: tuple[MatmulImplementation, ...] = ("gemv", "flat")
     for name in kernels:
-        if heuristics.refuse_kernel_matmul(shape, running, name) is None:
+        if limits.refuse_kernel_matmul(shape, running, name) is None:
             label = f"ours, {name}" + (" (planned)" if name == planned else "")
             candidates[label] = Candidate(
                 functools.partial(ops.flat_matmul, w_order=shape.w_order, implementation=name)
             )
-    if heuristics.refuse_kernel_matmul(shape, running, "flat") is None:
+    if limits.refuse_kernel_matmul(shape, running, "flat") is None:
         config = heuristics.flat_matmul_config(shape, running)
         padded = dataclasses.replace(shape, m=64)
         unsplit = dataclasses.replace(config, num_ctas=-(-shape.n // config.block_n))

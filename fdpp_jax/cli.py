@@ -436,7 +436,7 @@ def _info(args: argparse.Namespace) -> None:
 
     import jax
 
-    from fdpp_jax import device, heuristics
+    from fdpp_jax import device, limits
     from fdpp_jax.config import AttentionShape, MatmulShape
 
     del args
@@ -457,9 +457,9 @@ def _info(args: argparse.Namespace) -> None:
 
     attention = AttentionShape(1, 1, 1024, 32, 32, 128)
     refusals = {
-        "decode attention (mosaic_gpu)": heuristics.refuse_mosaic_attention(attention, running),
-        "flat matmul (flat)": heuristics.refuse_kernel_matmul(MatmulShape(8, 4096, 4096), running, "flat"),
-        "gemv (gemv)": heuristics.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), running, "gemv"),
+        "decode attention (mosaic_gpu)": limits.refuse_mosaic_attention(attention, running),
+        "flat matmul (flat)": limits.refuse_kernel_matmul(MatmulShape(8, 4096, 4096), running, "flat"),
+        "gemv (gemv)": limits.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), running, "gemv"),
     }
     rows = [(name, "yes" if refusal is None else f"no: {refusal}") for name, refusal in refusals.items()]
     _print_table("Kernels", ("kernel", "available"), [*rows, ("XLA (xla)", "yes")])

@@ -87,16 +87,16 @@ def run_tune(
     started = time.monotonic()
     if args.budget is not None and not 0 < args.budget < math.inf:
         raise ValueError(f"--budget must be positive, got {args.budget:g}")
-    from fdpp_jax import heuristics, timing, tuned_tables, tuning
+    from fdpp_jax import limits, timing, tuned_tables, tuning
     from fdpp_jax.config import MatmulShape
 
     weights = [weight for name, config in configs.items() for weight in tuning.weights_of(name, config)]
     weights = tuning.distinct(weights + [tuning.Weight(k, n, "weight") for k, n in args.weights or ()])
-    refusal = heuristics.refuse_kernel_matmul(MatmulShape(8, 4096, 4096), running, "flat")
+    refusal = limits.refuse_kernel_matmul(MatmulShape(8, 4096, 4096), running, "flat")
     if refusal is not None:
         raise ValueError(f"there is nothing to tune here: {refusal}")
     for weight in weights:
-        if (refusal := heuristics.refuse_kernel_matmul(weight.shape(8, args.dtype), running, "flat")) is not None:
+        if (refusal := limits.refuse_kernel_matmul(weight.shape(8, args.dtype), running, "flat")) is not None:
             raise ValueError(f"there is nothing to tune in {weight}: {refusal}")
 
     directory = pathlib.Path(args.output) if args.output else tuned_tables.user_directory()
@@ -160,7 +160,7 @@ def _bar(total: int, done: int) -> "Iterator[tuple[Callable[[], None], Callable[
 
 def _weights_table(weights: "Sequence[Weight]", dtype: str, table: "Table") -> CliTable:
     from fdpp_jax import tuning
-    from fdpp_jax.heuristics import MAX_FLAT_ROWS
+    from fdpp_jax.limits import MAX_FLAT_ROWS
     from fdpp_jax.tuned_tables import config_text
 
     rows = []

@@ -16,12 +16,10 @@ import functools
 from typing import Any
 
 from fdpp_jax import device as device_lib
-from fdpp_jax import tuned_tables
+from fdpp_jax import limits, tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
     MAX_COUNTERS,
-    PAGE_SIZES,
-    QUANTISED_DTYPES,
     UNIT_WIDTH,
     AttentionPlan,
     AttentionShape,
@@ -37,23 +35,10 @@ from fdpp_jax.config import (
     XlaAttentionConfig,
 )
 from fdpp_jax.device import Device
+from fdpp_jax.limits import BLOCK_KV, MATMUL_BLOCKS_K, MAX_FLAT_ROWS, MAX_K_SPLITS, MAX_STAGES, MIN_STAGES
 
-# The paper's M2: the kernel's rows are the N operand of wgmma, and beyond 64 cuBLAS wastes no rows any more.
-MAX_FLAT_ROWS = 64
-MAX_ATTENTION_ROWS = 64
-MAX_QUERY_LENGTH = 16
-# wgmma's large operand has 64 rows, the swizzle 64 elements.
-MATMUL_BLOCKS_N = (64, 128)
-MATMUL_BLOCKS_K = (64, 128, 256)
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured.
 _MIN_FLAT_ROWS = {"H200": 1}
-ATTENTION_HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_SOFT_CAP = 1000.0  # tanh is 1 - 2 / (e^2x + 1), off by up to 3e-7 of the cap
-
-_KERNEL_ARCH = "sm_90"  # wgmma exists on Hopper only
-_KERNEL_DTYPES = ("bfloat16", "float16")
-_ALIGNMENT = 16  # 16-bit elements: TMA reads whole swizzle widths along the last axes, the narrowest has 32 bytes
-_BLOCK_KV = 64
 # A head that would get fewer CTAs gets twice as many, two an SM, which even out better, unless one sequence has short
 # shares (9.0 us with two an SM and 1024 keys, 8.5 with one; 20.7 and 20.1 with 4096) and the launch before has ended:
 # else two would take an SM that is free early. Where a head has more, adding up more shares costs what that saves, and
@@ -71,23 +56,16 @@ _BYTES_IN_FLIGHT = 96 * 1024
 # One sequence is 1 % faster where it does. The margin is for what `smem_bytes` has too much.
 _SMEM_MARGIN = 4 * 1024
 _MAX_KV_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
-_MAX_K_SPLITS = 8  # CTAs that a column block is shared by
 _MIN_BLOCKS_PER_SPLIT = 4  # a shorter split is over before its ring is full
 # A tile of the flat kernel: 64 x 128, 128 x 128 and two CTAs an SM are slower for most weights and rows (H200).
 _FLAT_BLOCK_N, _FLAT_BLOCK_K = 64, 256
-_MAX_STAGES = 8
-# 8 rows are 9 to 12 % faster in a fused step than with a launch for each product, 16 rows 8 and 7 %, 32 rows 4 and 5 %
-# (Llama-2-7B and Llama-3-8B, H200). More were not tried with such rings of x.
-_MAX_FUSED_ROWS = 32
 # While the grid waits, some 5 us, each CTA's ring takes in 160 KiB, and memory does not stand still. Other tiles,
 # deeper rings, fewer loads in flight and prefetches to L2 were slower: docs/performance.md.
 _FUSED_BLOCK_K = 256
-_SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that has less
 _FUSED_MAX_STAGES = 5
 # Tiles of x in their ring, of which two halves would starve (docs/performance.md); two by two where they have 8 rows.
 _FUSED_X_TILES = 6
 _FUSED_X_BYTES = 64 * 1024
-_MIN_STAGES = 2
 
 
 @functools.cache
@@ -105,11 +83,11 @@ def plan_attention(shape: AttentionShape, device: Device | str) -> AttentionPlan
       ValueError: The device is unknown.
     """
     device = device_lib.resolve(device)
-    refusal = refuse_mosaic_attention(shape, device)
+    refusal = limits.refuse_mosaic_attention(shape, device)
     if refusal is None:
         config = decode_attention_config(shape, device)
         return AttentionPlan("mosaic_gpu", config, _split_reason(shape, device, config), recompute="kernel")
-    if device.is_gpu and device.arch != _KERNEL_ARCH and _attention_shape_refusal(shape) is None:
+    if device.is_gpu and device.arch != limits.KERNEL_ARCH and limits.refuse_attention_shape(shape) is None:
         config = decode_attention_config(shape, device)
         refusal += f"; the rule here would be: decode kernel, {_split_reason(shape, device, config)}"
     return plan_xla_attention(shape, device, refusal)
@@ -117,7 +95,7 @@ def plan_attention(shape: AttentionShape, device: Device | str) -> AttentionPlan
 
 def plan_xla_attention(shape: AttentionShape, device: Device | str, why: str) -> AttentionPlan:
     """The best attention without a kernel of ours; `why` it is asked for joins the reason."""
-    why_not_cudnn = _cudnn_refusal(shape, device_lib.resolve(device))
+    why_not_cudnn = limits.refuse_cudnn(shape, device_lib.resolve(device))
     if why_not_cudnn is None:
         return AttentionPlan("xla", XlaAttentionConfig("cudnn"), f"cuDNN; {why}")
     return AttentionPlan("xla", XlaAttentionConfig("reference"), f"float32 reference: {why_not_cudnn}; {why}")
@@ -158,7 +136,7 @@ def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
       ValueError: The device is unknown.
     """
     device = device_lib.resolve(device)
-    refusal = _device_refusal(device) or _layer_shape_refusal(shape)
+    refusal = limits.refuse_fused_layer(shape, device)
     if refusal is not None:
         return LayerPlan("unfused", None, refusal)
     config = fused_layer_config(shape, device)
@@ -188,7 +166,7 @@ def _tuned_plan(
 
     Not cached here: tables may change under a running process, and are cached by `tuned_tables` until they do.
     """
-    if shape.m < 1 or _device_refusal(device) or _matmul_shape_refusal(shape):
+    if shape.m < 1 or limits.refuse_device(device) or limits.refuse_matmul_shape(shape):
         return None
     match = tuned_tables.lookup(shape, device.kind)
     if match is None:
@@ -199,7 +177,7 @@ def _tuned_plan(
     config = match.entry.configs.get(chosen)
     if config is None:
         return None
-    refusal = refuse_matmul_config(shape, device, config)
+    refusal = limits.refuse_matmul_config(shape, device, config)
     if refusal is None:
         return MatmulPlan(chosen, config, match.reason)
     if match.is_exact:
@@ -214,53 +192,13 @@ def _rule_plan(shape: MatmulShape, device: Device) -> MatmulPlan:
     if shape.m > MAX_FLAT_ROWS:
         return MatmulPlan("xla", None, f"rule: M = {shape.m} > {MAX_FLAT_ROWS} fills cuBLAS's tiles ({bound})")
     config = rule_matmul_config(shape, device, implementation)
-    refusal = refuse_kernel_matmul(shape, device, implementation)
+    refusal = limits.refuse_kernel_matmul(shape, device, implementation)
     if refusal is None:
         measured = ", measured faster than gemv" if min_flat_rows == shape.m == 1 else ""
         return MatmulPlan(implementation, config, f"rule: M = {shape.m}{measured}, {_shares(config, shape)} ({bound})")
-    if device.is_gpu and device.arch != _KERNEL_ARCH and _matmul_shape_refusal(shape) is None:
+    if device.is_gpu and device.arch != limits.KERNEL_ARCH and limits.refuse_matmul_shape(shape) is None:
         refusal += f"; the rule here would be: {implementation}, {_shares(config, shape)} ({bound})"
     return MatmulPlan("xla", None, refusal)
-
-
-def refuse_mosaic_attention(shape: AttentionShape, device: Device | str) -> str | None:
-    """Why the Mosaic decode kernel cannot compute `shape` on `device`, or None if it can."""
-    device = device_lib.resolve(device)
-    return _device_refusal(device) or _attention_shape_refusal(shape) or _smem_refusal(shape, device)
-
-
-def refuse_kernel_matmul(shape: MatmulShape, device: Device | str, implementation: MatmulImplementation) -> str | None:
-    """Why the kernel `implementation` ("gemv" or "flat") cannot compute `shape` on `device`, or None if it can."""
-    if implementation == "xla":
-        return None
-    if implementation == "gemv" and shape.m != 1:
-        return f"gemv takes one row, got M = {shape.m}"
-    if not 1 <= shape.m <= MAX_FLAT_ROWS:
-        return f"{implementation} takes 1 to {MAX_FLAT_ROWS} rows, got M = {shape.m}"
-    return _device_refusal(device_lib.resolve(device)) or _matmul_shape_refusal(shape)
-
-
-def refuse_matmul_config(shape: MatmulShape, device: Device | str, config: FlatMatmulConfig | GemvConfig) -> str | None:
-    """Why a kernel with `config` cannot compute `shape` on `device`, or None if it can."""
-    device = device_lib.resolve(device)
-    refusal = refuse_kernel_matmul(shape, device, "gemv" if isinstance(config, GemvConfig) else "flat")
-    if refusal is not None:
-        return refusal
-    for name, blocks in (("block_n", MATMUL_BLOCKS_N), ("block_k", MATMUL_BLOCKS_K)):
-        if getattr(config, name) not in blocks:
-            return f"{name} must be one of {blocks}, got {getattr(config, name)}"
-    if not _MIN_STAGES <= config.num_stages <= _MAX_STAGES:
-        return f"num_stages must lie in {_MIN_STAGES}..{_MAX_STAGES}, got {config.num_stages}"
-    num_units, num_tiles = -(-shape.n // config.block_n), -(-shape.k // config.block_k)
-    max_splits = min(_MAX_K_SPLITS, num_tiles)
-    if isinstance(config, GemvConfig):
-        if not 1 <= config.split_k <= max_splits:
-            return f"split_k must lie in 1..{max_splits} (K = {shape.k}), got {config.split_k}"
-    elif not 1 <= config.num_ctas <= num_units * max_splits:
-        return f"num_ctas must lie in 1..{num_units * max_splits} ({num_units} column blocks), got {config.num_ctas}"
-    if (smem_bytes := config.smem_bytes(shape)) > device.smem_bytes:
-        return f"the tiles need {smem_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
-    return None
 
 
 def decode_attention_config(shape: AttentionShape, device: Device | str) -> DecodeAttentionConfig:
@@ -269,24 +207,24 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     chunk = min(shape.batch, MAX_CHUNK)
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
     is_narrow = shape.kv_itemsize == 1
-    smallest = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES).smem_bytes(shape)
+    smallest = DecodeAttentionConfig(BLOCK_KV, 1, MIN_STAGES).smem_bytes(shape)
     has_few = device.num_sms < _FEW_SPLITS * num_heads
-    tiles_alone = -(-shape.capacity // _BLOCK_KV) * num_heads / device.num_sms
+    tiles_alone = -(-shape.capacity // BLOCK_KV) * num_heads / device.num_sms
     is_short = shape.batch == 1 and not shape.is_appended and tiles_alone <= _MAX_TILES_ALONE
     wants_two = is_narrow or (has_few and not is_short)
     ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
         num_splits -= num_splits % chunk  # shares that end with sequences of one length need not be added up
-    num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // _BLOCK_KV), _MAX_KV_SPLITS))
+    num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // BLOCK_KV), _MAX_KV_SPLITS))
     ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))
-    num_wide_tiles = chunk * -(-shape.capacity // (2 * _BLOCK_KV))
+    num_wide_tiles = chunk * -(-shape.capacity // (2 * BLOCK_KV))
     wants_wide = num_wide_tiles >= num_splits * (_MANY_WIDE_TILES if is_narrow else 1) and shape.rows <= 16
     if wants_wide and (is_narrow or not has_few):
-        wide = _with_stages(2 * _BLOCK_KV, num_splits, ctas_per_sm, shape, device)
+        wide = _with_stages(2 * BLOCK_KV, num_splits, ctas_per_sm, shape, device)
         if wide.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
             return wide
-    return _with_stages(_BLOCK_KV, num_splits, ctas_per_sm, shape, device)
+    return _with_stages(BLOCK_KV, num_splits, ctas_per_sm, shape, device)
 
 
 def _with_stages(
@@ -294,8 +232,8 @@ def _with_stages(
 ) -> DecodeAttentionConfig:
     """As many stages as keep enough loads in flight and fit, at least two. After a fused layer no CTA more may fit."""
     stage_bytes = 2 * block_kv * shape.padded_head_dim * shape.kv_itemsize
-    num_stages = min(_MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * stage_bytes)))
-    config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, _MIN_STAGES))
+    num_stages = min(MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * stage_bytes)))
+    config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, MIN_STAGES))
     config = with_stages_that_fit(config, shape, device.smem_bytes_shared(ctas_per_sm))
     if shape.is_appended and shape.batch > 1:  # an SM that is free early would take CTAs meant for others
         least = device.smem_bytes_shared(ctas_per_sm + 1) + _SMEM_MARGIN
@@ -307,7 +245,7 @@ def with_stages_that_fit[C: DecodeAttentionConfig | FlatMatmulConfig | GemvConfi
     config: C, shape: Any, smem_bytes: int
 ) -> C:
     """The config with no more stages than fit `smem_bytes` with a shape of its kernel, but at least two."""
-    while config.num_stages > _MIN_STAGES and config.smem_bytes(shape) > smem_bytes:
+    while config.num_stages > MIN_STAGES and config.smem_bytes(shape) > smem_bytes:
         config = dataclasses.replace(config, num_stages=config.num_stages - 1)
     return config
 
@@ -333,88 +271,6 @@ def _kernel_config(
     if tuned is not None and tuned.config is not None:
         return tuned.config
     return rule_matmul_config(shape, device, implementation)
-
-
-def _device_refusal(device: Device) -> str | None:
-    if device.arch == _KERNEL_ARCH:
-        return None
-    if device.is_gpu:
-        return f"no kernel for {device.arch} yet"
-    return f"no kernel for {device.kind}"
-
-
-def _attention_shape_refusal(shape: AttentionShape) -> str | None:
-    if not 1 <= shape.query_length <= MAX_QUERY_LENGTH:
-        return f"the decode kernel takes 1 to {MAX_QUERY_LENGTH} queries, got T = {shape.query_length}"
-    if shape.dtype not in _KERNEL_DTYPES:
-        return f"the decode kernel takes {' or '.join(_KERNEL_DTYPES)}, got {shape.dtype}"
-    if shape.kv_dtype not in (None, shape.dtype, *QUANTISED_DTYPES):
-        return f"the decode kernel takes a cache of {shape.dtype}, int8 or float8_e4m3fn, got {shape.kv_dtype}"
-    if shape.head_dim not in ATTENTION_HEAD_DIMS:
-        return f"the decode kernel takes head dims {ATTENTION_HEAD_DIMS}, got H = {shape.head_dim}"
-    if shape.rows > MAX_ATTENTION_ROWS:
-        return f"the decode kernel holds {MAX_ATTENTION_ROWS} query rows a key/value head, got {shape.rows}"
-    if shape.page_size not in (None, *PAGE_SIZES):
-        return f"the decode kernel takes page sizes {PAGE_SIZES}, got {shape.page_size}"
-    if shape.scales == "token" and shape.dtype == "float16":
-        return "a weight times its token's scale may leave float16's range"
-    if shape.kv_itemsize == 1 and shape.head_dim % 64:
-        return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
-    if shape.scales == "token" and shape.num_kv_heads % 4:
-        return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
-    if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
-        return f"the decode kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
-    if shape.batch < 1 or shape.capacity < 1:
-        return f"the decode kernel needs a sequence and a key, got B = {shape.batch}, S = {shape.capacity}"
-    return None
-
-
-def _layer_shape_refusal(shape: LayerShape) -> str | None:
-    if shape.dtype != "bfloat16":
-        return f"the fused layer takes bfloat16, got {shape.dtype}"
-    if not 1 <= shape.batch <= _MAX_FUSED_ROWS:
-        return f"1 to {_MAX_FUSED_ROWS} rows are faster fused, more in a launch for each product, got B = {shape.batch}"
-    if shape.head_dim % (2 * UNIT_WIDTH):
-        return f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}"
-    sizes = shape.hidden_size, shape.intermediate_size
-    if any(size % _SWIZZLE_COLUMNS for size in sizes):
-        return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
-    return None
-
-
-def _smem_refusal(shape: AttentionShape, device: Device) -> str | None:
-    smem_bytes = DecodeAttentionConfig(_BLOCK_KV, 1, _MIN_STAGES).smem_bytes(shape)
-    if smem_bytes <= device.smem_bytes:
-        return None
-    rows = f"{shape.rows} query rows of head dim {shape.head_dim}"
-    return f"{rows} need {smem_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
-
-
-def _matmul_shape_refusal(shape: MatmulShape) -> str | None:
-    if shape.dtype not in _KERNEL_DTYPES:
-        return f"the kernel takes {' or '.join(_KERNEL_DTYPES)}, got {shape.dtype}"
-    if shape.k % _ALIGNMENT or shape.n % _ALIGNMENT or not shape.k or not shape.n:
-        return f"the kernel takes K and N that are multiples of {_ALIGNMENT}, got K = {shape.k}, N = {shape.n}"
-    return None
-
-
-def _cudnn_refusal(shape: AttentionShape, device: Device) -> str | None:
-    if device.compute_capability < 80:
-        return f"no cuDNN attention on {device.arch}"
-    if shape.has_lengths:
-        return "cuDNN lets NaN beyond the lengths through"
-    if shape.page_size is not None or shape.kv_dtype not in (None, shape.dtype):
-        return "no paged or quantised cache through cuDNN"
-    if shape.has_sinks or shape.has_query_offset:
-        return "no sinks or query offset through cuDNN"
-    if shape.dtype not in _KERNEL_DTYPES:
-        return f"cuDNN has no {shape.dtype}"
-    if shape.local_window_size is not None or shape.logits_soft_cap is not None:
-        return "no local window or soft cap through cuDNN"
-    max_head_dim = 256 if device.compute_capability >= 90 else 128
-    if shape.head_dim % 8 or shape.head_dim > max_head_dim:
-        return f"cuDNN takes head dims up to {max_head_dim} in steps of 8, got H = {shape.head_dim}"
-    return None
 
 
 def _num_splits(num_tiles: int, max_splits: int, device: Device, *, wanted_per_sm: int, ctas_per_sm: int) -> int:
@@ -447,13 +303,13 @@ def rule_matmul_config(
     # A tile holds 16 KiB of weights either way. Wide tiles where narrow ones would need more than two CTAs an SM.
     block_n, block_k = (64, 128) if -(-shape.n // 64) <= 2 * device.num_sms else (128, 64)
     num_units = -(-shape.n // block_n)
-    max_splits = min(_MAX_K_SPLITS, -(-shape.k // block_k) // _MIN_BLOCKS_PER_SPLIT)
-    two_fit = GemvConfig(block_n, block_k, _MIN_STAGES, 1).smem_bytes(shape) <= device.smem_bytes_shared(2)
+    max_splits = min(MAX_K_SPLITS, -(-shape.k // block_k) // _MIN_BLOCKS_PER_SPLIT)
+    two_fit = GemvConfig(block_n, block_k, MIN_STAGES, 1).smem_bytes(shape) <= device.smem_bytes_shared(2)
     # Two CTAs an SM: 4096 x 4096 takes 12.7 us with 256 of them, 13.2 us with 128 (H200, 2026-11-23).
     ctas_per_sm = 2 if two_fit else 1
     split_k = _num_splits(num_units, max_splits, device, wanted_per_sm=ctas_per_sm, ctas_per_sm=ctas_per_sm)
     smem_bytes = _smem_budget(num_units * split_k, two_fit, device)
-    return with_stages_that_fit(GemvConfig(block_n, block_k, _MAX_STAGES, split_k), shape, smem_bytes)
+    return with_stages_that_fit(GemvConfig(block_n, block_k, MAX_STAGES, split_k), shape, smem_bytes)
 
 
 def _rule_flat_config(shape: MatmulShape, device: Device) -> FlatMatmulConfig:
@@ -462,8 +318,8 @@ def _rule_flat_config(shape: MatmulShape, device: Device) -> FlatMatmulConfig:
     while block_k > MATMUL_BLOCKS_K[0] and block_k >= 2 * shape.k:
         block_k //= 2
     num_units, num_tiles = -(-shape.n // block_n), -(-shape.k // block_k)
-    num_ctas = min(device.num_sms, num_units * min(_MAX_K_SPLITS, num_tiles))
-    config = FlatMatmulConfig(num_ctas, block_n, block_k, _MAX_STAGES)
+    num_ctas = min(device.num_sms, num_units * min(MAX_K_SPLITS, num_tiles))
+    config = FlatMatmulConfig(num_ctas, block_n, block_k, MAX_STAGES)
     return with_stages_that_fit(config, shape, device.smem_bytes)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax import device, heuristics, reference
+from fdpp_jax import device, heuristics, limits, reference
 from fdpp_jax.config import (
     FlatMatmulConfig,
     GemvConfig,
@@ -83,7 +83,7 @@ def _plan_matmul(shape: MatmulShape, implementation: MatmulImplementation | None
         return heuristics.plan_matmul(shape, here)
     if implementation == "xla":
         return MatmulPlan("xla", None, "named by the caller")
-    refusal = heuristics.refuse_kernel_matmul(shape, here, implementation)
+    refusal = limits.refuse_kernel_matmul(shape, here, implementation)
     if refusal is not None:
         raise NotImplementedError(f"{implementation=} cannot run this call: {refusal}")
     config = heuristics.gemv_config if implementation == "gemv" else heuristics.flat_matmul_config

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax import heuristics, matmul, models, timing
+from fdpp_jax import heuristics, limits, matmul, models, timing
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape
 from fdpp_jax.device import Device
 from fdpp_jax.models import DecoderConfig
@@ -150,7 +150,7 @@ def candidates(shape: MatmulShape, device: Device, implementation: MatmulImpleme
         for (block_n, block_k), ctas_per_sm in itertools.product(_TILES, _CTAS_PER_SM):
             config = FlatMatmulConfig(ctas_per_sm * device.num_sms, block_n, block_k, _DEEPEST)
             found.append(_fitting(config, shape, device))
-    legal = [config for config in found if heuristics.refuse_matmul_config(shape, device, config) is None]
+    legal = [config for config in found if limits.refuse_matmul_config(shape, device, config) is None]
     return [Job(shape.m, implementation, config) for config in dict.fromkeys(legal)]
 
 
@@ -264,7 +264,7 @@ def _finalists(shape: MatmulShape, device: Device, ranked: Sequence[Job]) -> lis
     if shape.m > _SWEEP_ROWS:
         fitting.append(heuristics.rule_matmul_config(shape, device, "flat"))
     for config in dict.fromkeys(fitting):
-        if heuristics.refuse_matmul_config(shape, device, config) is None:
+        if limits.refuse_matmul_config(shape, device, config) is None:
             jobs.append(Job(shape.m, "gemv" if isinstance(config, GemvConfig) else "flat", config))
     return jobs
 

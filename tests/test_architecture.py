@@ -27,7 +27,7 @@ LEVELS = (
     ("ops", "sampling", "score_stats"),
     ("attention", "matmul"),
     ("heuristics", "reference", "pallas", "triton"),
-    ("tuned_tables",),
+    ("tuned_tables", "limits"),
     ("device", "unified_max"),
     ("config",),
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fdpp_jax import reference
 from fdpp_jax.config import AttentionShape, DecodeAttentionConfig
-from fdpp_jax.heuristics import ATTENTION_HEAD_DIMS, refuse_mosaic_attention
+from fdpp_jax.limits import ATTENTION_HEAD_DIMS, refuse_mosaic_attention
 
 # The interpreter multiplies in numpy, which warns of the infinities that these tests are about.
 pytestmark = [

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from fdpp_jax import device, heuristics, tuned_tables
+from fdpp_jax import device, heuristics, limits, tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
     UNIT_WIDTH,
@@ -196,7 +196,7 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
 )
 def test_refused_decode_falls_back_with_its_reason(changes, reason):
     shape = _decode(**changes)
-    refusal = heuristics.refuse_mosaic_attention(shape, H200)
+    refusal = limits.refuse_mosaic_attention(shape, H200)
     plan = plan_attention(shape, H200)
     assert plan.implementation == "xla"
     assert plan.config == XlaAttentionConfig("reference")
@@ -207,7 +207,7 @@ def test_refused_decode_falls_back_with_its_reason(changes, reason):
 
 def test_what_does_not_fit_an_sm_is_refused():
     shape = _decode(num_query_heads=64, num_kv_heads=1, head_dim=256)
-    assert heuristics.refuse_mosaic_attention(shape, H200) is None
+    assert limits.refuse_mosaic_attention(shape, H200) is None
     small = dataclasses.replace(H200, smem_bytes=100 * 1024)
     plan = plan_attention(shape, small)
     assert plan.implementation == "xla"
@@ -328,7 +328,7 @@ def test_gemv_tiles_and_splits(k, n, block_n, split_k):
     ],
 )
 def test_refused_matmul_says_why(shape, implementation, reason):
-    assert reason in heuristics.refuse_kernel_matmul(shape, H200, implementation)
+    assert reason in limits.refuse_kernel_matmul(shape, H200, implementation)
     assert plan_matmul(shape, H200).implementation != implementation
 
 
@@ -346,22 +346,22 @@ def test_refused_matmul_says_why(shape, implementation, reason):
     ],
 )
 def test_a_config_that_cannot_run_is_refused(config, reason):
-    assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), H200, config) == reason
-    assert heuristics.refuse_matmul_config(MatmulShape(8, 256, 256), "cpu", FlatMatmulConfig(4, 64, 64, 4)) == (
+    assert limits.refuse_matmul_config(MatmulShape(8, 256, 256), H200, config) == reason
+    assert limits.refuse_matmul_config(MatmulShape(8, 256, 256), "cpu", FlatMatmulConfig(4, 64, 64, 4)) == (
         "no kernel for cpu"
     )
 
 
 @pytest.mark.parametrize(("split_k", "reason"), [(4, None), (5, "split_k must lie in 1..4 (K = 256), got 5")])
 def test_a_split_that_gemv_cannot_run_is_refused(split_k, reason):
-    assert heuristics.refuse_matmul_config(MatmulShape(1, 256, 256), H200, GemvConfig(64, 64, 4, split_k)) == reason
+    assert limits.refuse_matmul_config(MatmulShape(1, 256, 256), H200, GemvConfig(64, 64, 4, split_k)) == reason
 
 
 def test_what_the_kernels_take_is_not_refused():
-    assert heuristics.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), H200, "gemv") is None
-    assert heuristics.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), H200, "flat") is None
-    assert heuristics.refuse_kernel_matmul(MatmulShape(4096, 9, 9, "float32"), H200, "xla") is None
-    assert heuristics.refuse_mosaic_attention(DECODE, H200) is None
+    assert limits.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), H200, "gemv") is None
+    assert limits.refuse_kernel_matmul(MatmulShape(1, 4096, 4096), H200, "flat") is None
+    assert limits.refuse_kernel_matmul(MatmulShape(4096, 9, 9, "float32"), H200, "xla") is None
+    assert limits.refuse_mosaic_attention(DECODE, H200) is None
 
 
 @pytest.mark.parametrize("name", [name for name in device.names() if name not in ("H100", "H200")])
@@ -397,7 +397,7 @@ _ATTENTION = st.builds(
     capacity=st.integers(1, 200_000),
     num_query_heads=st.just(64),
     num_kv_heads=st.sampled_from([1, 2, 8, 32, 64]),
-    head_dim=st.sampled_from(heuristics.ATTENTION_HEAD_DIMS),
+    head_dim=st.sampled_from(limits.ATTENTION_HEAD_DIMS),
     dtype=st.sampled_from(["bfloat16", "float16"]),
     page_size=st.sampled_from([None, 16, 64, 256]),
     is_appended=st.booleans(),
@@ -416,7 +416,7 @@ _MATMUL = st.builds(
 def test_any_attention_config_fits_the_sm(shape, name):
     gpu = device.by_name(name)
     plan = plan_attention(shape, gpu)
-    assert (plan.implementation == "mosaic_gpu") == (heuristics.refuse_mosaic_attention(shape, gpu) is None)
+    assert (plan.implementation == "mosaic_gpu") == (limits.refuse_mosaic_attention(shape, gpu) is None)
     hypothesis.assume(plan.implementation == "mosaic_gpu")
     _check_shares(shape, plan.config, gpu)
     assert plan.recompute == "kernel"
@@ -429,7 +429,7 @@ def test_any_matmul_config_fits_the_sm(shape, name):
     other = dataclasses.replace(shape, w_order="nk" if shape.w_order == "kn" else "kn")
     assert plan_matmul(other, gpu).config == config
     num_units, num_tiles = -(-shape.n // config.block_n), -(-shape.k // config.block_k)
-    assert heuristics.refuse_matmul_config(shape, gpu, config) is None
+    assert limits.refuse_matmul_config(shape, gpu, config) is None
     if isinstance(config, FlatMatmulConfig):
         assert config.num_ctas <= min(gpu.num_sms, num_units * num_tiles)
         return

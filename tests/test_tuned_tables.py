@@ -9,7 +9,7 @@ import pathlib
 import pytest
 from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, tune, write
 
-from fdpp_jax import device, heuristics, models, tuned_tables, tuning
+from fdpp_jax import device, heuristics, limits, models, tuned_tables, tuning
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
 from fdpp_jax.heuristics import plan_matmul
 from fdpp_jax.tuned_tables import Sweep, Table
@@ -219,7 +219,7 @@ def check_plan(shape, gpu):
     assert (plan.implementation == "xla") == (plan.config is None)
     if plan.config is not None:
         assert isinstance(plan.config, GemvConfig) == (plan.implementation == "gemv")
-        assert heuristics.refuse_matmul_config(shape, gpu, plan.config) is None
+        assert limits.refuse_matmul_config(shape, gpu, plan.config) is None
     return plan
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, make_timer, tune, write
 
-from fdpp_jax import cli, cli_tune, device, heuristics, models, tuned_tables, tuning
+from fdpp_jax import cli, cli_tune, device, heuristics, limits, models, tuned_tables, tuning
 from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
 from fdpp_jax.heuristics import plan_matmul
 from fdpp_jax.tuned_tables import Sweep, Table
@@ -74,7 +74,7 @@ def test_candidates_are_few_legal_and_have_the_rule_s(k, n):
         configs = [job.config for job in tuning.candidates(shape, H200, implementation)]
         assert configs[0] == heuristics.rule_matmul_config(shape, H200, implementation)
         assert len(set(configs)) == len(configs) <= 9
-        assert all(heuristics.refuse_matmul_config(shape, H200, config) is None for config in configs)
+        assert all(limits.refuse_matmul_config(shape, H200, config) is None for config in configs)
 
 
 def test_configs_are_swept_for_every_weight():
