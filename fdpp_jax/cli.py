@@ -368,7 +368,8 @@ def _shape_text(shape: "Shape") -> str:
 def _config_text(plan: "Plan") -> str:
     if plan.config is None:
         return "-"
-    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(plan.config).items())
+    settings = dataclasses.asdict(plan.config).items()
+    return ", ".join(f"{name} {value}" for name, value in settings if value != 0)  # nothing unused: not worth a line
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
