@@ -24,6 +24,7 @@ from flax import nnx
 
 import fdpp_jax
 from fdpp_jax import score_stats, unified_max
+from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.loading import fingerprint, read_config, read_json, resolve
 from fdpp_jax.score_stats import BIN_NATS, LOWEST_NATS, Stats
@@ -363,6 +364,42 @@ def load_for(
     """
     found = find(path_or_hub_id)
     return None if found is None else found.unified_max(level, dtype=dtype, capacity=capacity)
+
+
+def choose_softmax(
+    config: DecoderConfig, checkpoint: pathlib.Path, dtype: jax.typing.DTypeLike
+) -> tuple[UnifiedMax | None, str]:
+    """What decodes a checkpoint if nothing is asked for, and why: calibrated, or else what its family is known for.
+
+    Args:
+      config: Of the model.
+      checkpoint: Its directory.
+      dtype: Of the run.
+
+    Returns:
+      The policy with one phi if that fits, else one for each layer, or head; None for online softmax. And the reason in
+      one line.
+
+    Raises:
+      ValueError: The calibration beside the checkpoint is malformed or of another model.
+    """
+    name = jnp.dtype(dtype).name
+    if not (checkpoint / FILE_NAME).is_file():
+        uncalibrated, why = config.uncalibrated_softmax(name)
+        advice = f"no {FILE_NAME} beside the checkpoint, which `fdpp-jax calibrate` would write"
+        taken = "online" if uncalibrated is None else f"unified, phi {uncalibrated.phi:g}"
+        return uncalibrated, f"{taken}, {why}: {advice}"
+    found = find(checkpoint)
+    assert found is not None
+    for level in LEVELS:
+        judgement = found.judge(level, dtype=name)
+        if judgement.fits:
+            low, high = judgement.phi.min(), judgement.phi.max()
+            taken = (
+                f"phi {low:.2f}" if level == "model" else f"a phi each {level} ({low:.2f} .. {high:.2f}), none for all"
+            )
+            return found.unified_max(level, dtype=name), f"unified, {taken}, calibrated: {judgement.reason}"
+    return None, f"online, since no phi fits {FILE_NAME}: {found.judge(dtype=name).reason}"
 
 
 def plot(calibration: Calibration, axes: Any, *, dtype: jax.typing.DTypeLike | None = None) -> None:

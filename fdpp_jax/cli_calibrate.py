@@ -286,18 +286,4 @@ def choose_softmax(
     if phi is not None or name == "unified":
         policy = UnifiedMax() if phi is None else UnifiedMax(phi)
         return policy, f"unified, phi {policy.phi:g}, as asked"
-    found = calibration.find(directory)
-    if found is None:
-        uncalibrated, why = read_config(directory).uncalibrated_softmax(dtype)
-        advice = f"no {calibration.FILE_NAME} beside the checkpoint, which `fdpp-jax calibrate` would write"
-        taken = "online" if uncalibrated is None else f"unified, phi {uncalibrated.phi:g}"
-        return uncalibrated, f"{taken}, {why}: {advice}"
-    for level in calibration.LEVELS:
-        judgement = found.judge(level, dtype=dtype)
-        if judgement.fits:
-            low, high = judgement.phi.min(), judgement.phi.max()
-            taken = (
-                f"phi {low:.2f}" if level == "model" else f"a phi each {level} ({low:.2f} .. {high:.2f}), none for all"
-            )
-            return found.unified_max(level, dtype=dtype), f"unified, {taken}, calibrated: {judgement.reason}"
-    return None, f"online, since no phi fits {calibration.FILE_NAME}: {found.judge(dtype=dtype).reason}"
+    return calibration.choose_softmax(read_config(directory), directory, dtype)

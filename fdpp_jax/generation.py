@@ -11,20 +11,22 @@ import functools
 import time
 import warnings
 from collections.abc import Generator, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdpp_jax import device
+from fdpp_jax import calibration, device
 from fdpp_jax.config import round_up
 from fdpp_jax.models.cache import KVCache
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.plans import plan_layer
 from fdpp_jax.sampling import Sampling, make_sampling, sample
 from fdpp_jax.unified_max import UnifiedMax
+
+type Softmax = UnifiedMax | Literal["auto"] | None
 
 _MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
@@ -40,6 +42,7 @@ class GenerationResult:
       tokens: [B, max_new_tokens] int32 new tokens. After a row's end: the first of eos_ids, or 0.
       lengths: [B] int32 new tokens that count, the end-of-sequence token included.
       recomputed_steps: Decode steps of which a row, or all, was redone, having left the safe window.
+      softmax_reason: Which softmax it began with, and why, in one line.
       online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
       decode_steps: Decode steps that ran; the first token comes from the prefill.
       prefill_seconds: From the start to the first token on the host, without compilation.
@@ -51,6 +54,7 @@ class GenerationResult:
     tokens: np.ndarray
     lengths: np.ndarray
     recomputed_steps: int
+    softmax_reason: str
     online_from: int | None
     decode_steps: int
     prefill_seconds: float
@@ -77,7 +81,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
-    softmax: UnifiedMax | None = None,
+    softmax: Softmax = "auto",
     max_recompute_rate: float = 0.1,
 ) -> GenerationResult:
     """Continues a batch of prompts.
@@ -92,7 +96,9 @@ def generate(
       top_k: Sample among the k best tokens only.
       top_p: Sample among the fewest best tokens whose probabilities reach top_p only.
       key: PRNG key; None: jax.random.key(0).
-      softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone.
+      softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone. "auto": what the
+        calibration beside the model's checkpoint says (`calibration.choose_softmax`), and None for a model without a
+        checkpoint. The answer is the same; the result's softmax_reason says which it was.
       max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is
         left runs with online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
         that a short call lacks count as good ones. 1: never.
@@ -125,7 +131,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
-    softmax: UnifiedMax | None = None,
+    softmax: Softmax = "auto",
     max_recompute_rate: float = 0.1,
     chunk_size: int = 32,
 ) -> Generator[StreamChunk, None, GenerationResult]:
@@ -146,8 +152,7 @@ def stream(
     if bad_ids:
         raise ValueError(f"eos_ids must be within 0..{vocab_size - 1}, got {bad_ids}")
     sampling = make_sampling(temperature, top_k, top_p, vocab_size=vocab_size)
-    if softmax is not None and not isinstance(softmax, UnifiedMax):
-        raise ValueError(f"softmax must be None or a UnifiedMax, got {softmax!r}")
+    softmax, reason = _chosen(model, softmax)
     if softmax is not None and softmax.phi is not None:
         rows = (model.config.num_hidden_layers, prompts.shape[0], model.config.num_attention_heads)
         phi_shape = np.shape(softmax.phi)
@@ -162,8 +167,21 @@ def stream(
     if not 0 <= max_recompute_rate <= 1:
         raise ValueError(f"max_recompute_rate must be within 0..1, got {max_recompute_rate}")
     key = jax.random.key(0) if key is None else key
-    policy = softmax, max_recompute_rate
+    policy = softmax, reason, max_recompute_rate
     return _run(model, prompts, lengths, max_new_tokens, tuple(eos_ids), sampling, key, policy, chunk_size)
+
+
+def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
+    """The policy, and which it is and why."""
+    if softmax is None:
+        return None, "online, as asked"
+    if isinstance(softmax, UnifiedMax):
+        return softmax, "bound, as asked" if softmax.is_bound else "unified, as asked"
+    if softmax != "auto":
+        raise ValueError(f'softmax must be None, "auto" or a UnifiedMax, got {softmax!r}')
+    if model.checkpoint is None:
+        return None, "online: the model was not loaded from a checkpoint"
+    return calibration.choose_softmax(model.config, model.checkpoint, model.dtype)
 
 
 def _check_prompts(
@@ -221,11 +239,11 @@ def _run(
     eos_ids: tuple[int, ...],
     sampling: Sampling,
     key: jax.Array,
-    policy: tuple[UnifiedMax | None, float],
+    policy: tuple[UnifiedMax | None, str, float],
     chunk_size: int,
 ) -> Generator[StreamChunk, None, GenerationResult]:
     """The host's side of `stream`, with arguments that are checked."""
-    softmax, max_recompute_rate = policy
+    softmax, softmax_reason, max_recompute_rate = policy
     graphdef, weights = nnx.split(model)
     capacity = round_up(prompts.shape[1] + max_new_tokens, _CAPACITY_MULTIPLE)
     eos = jnp.asarray(eos_ids, jnp.int32)
@@ -277,6 +295,7 @@ def _run(
         tokens=new_tokens,
         lengths=np.array(loop.lengths),
         recomputed_steps=int(loop.recomputed_steps),
+        softmax_reason=softmax_reason,
         online_from=online_from,
         decode_steps=num_tokens - 1,
         prefill_seconds=prefill_seconds,

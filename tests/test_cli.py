@@ -305,6 +305,7 @@ def test_speed_counts_decoded_tokens_only(capsys):
         tokens=np.zeros((2, 8), np.int32),
         lengths=np.array([8, 3]),
         recomputed_steps=1,
+        softmax_reason="unified, as asked",
         online_from=None,
         decode_steps=7,
         prefill_seconds=0.5,

@@ -2,19 +2,23 @@
 
 import dataclasses
 import itertools
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calibration_case import calibration_of
 from flax import nnx
 
 from fdpp_jax import generation, ops
 from fdpp_jax.generation import generate, stream
-from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM, random_model
+from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM, load, random_model
 from fdpp_jax.sampling import Sampling
 from fdpp_jax.unified_max import UnifiedMax
 
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 CONFIG = LlamaConfig(
     vocab_size=64,
     hidden_size=32,
@@ -61,6 +65,38 @@ def test_greedy_equals_the_plain_loop(model, plain_loop, softmax):
     assert (result.recomputed_steps, result.decode_steps) == (0, 19)
     assert result.prefill_seconds > 0
     assert result.decode_seconds > 0
+
+
+def test_softmax_is_chosen_by_the_calibration_beside_the_checkpoint(model, tmp_path):
+    assert (
+        generate(model, PROMPTS, max_new_tokens=1).softmax_reason
+        == "online: the model was not loaded from a checkpoint"
+    )
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURES / "llama3_gqa" / name, tmp_path)
+    loaded = load(tmp_path, dtype=jnp.float32)
+
+    def run(**softmax):
+        return generate(loaded, PROMPTS, max_new_tokens=8, **softmax)
+
+    online = run(softmax=None)
+    assert online.softmax_reason == "online, as asked"
+    assert run(softmax=UnifiedMax(1.0)).softmax_reason == "unified, as asked"
+    assert run().softmax_reason.startswith(
+        "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint"
+    )
+    for low, high, reason in (
+        (-10.0, 30.0, "unified, phi 10.00, calibrated: ln den from -10.0 to 30.0"),
+        (-200.0, 200.0, "online, since no phi fits fdpp_calibration.json"),
+    ):
+        calibration_of([[low] * 4] * 2, [[high] * 4] * 2).save(tmp_path / "fdpp_calibration.json")
+        result = run()
+        assert result.softmax_reason.startswith(reason)
+        assert result.recomputed_steps == 0
+        np.testing.assert_array_equal(result.tokens, online.tokens)
+    (tmp_path / "fdpp_calibration.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a calibration"):
+        run()
 
 
 def test_up_to_the_last_position(model, plain_loop):
@@ -358,7 +394,7 @@ def test_the_recompute_copies_no_cache(model, batch):
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": 1.0, "top_k": 65}, "top_k must be within"),
         ({"top_p": 0.0}, "top_p must be"),
-        ({"softmax": 6.0}, "softmax must be None or a UnifiedMax, got 6.0"),
+        ({"softmax": 6.0}, 'softmax must be None, "auto" or a UnifiedMax, got 6.0'),
         ({"max_recompute_rate": 1.5}, r"max_recompute_rate must be within 0\.\.1, got 1.5"),
         ({"softmax": UnifiedMax(jnp.zeros(3))}, r"phi .* broadcast to \[B, N\] = \[2, 4\].* got shape \(3,\)"),
         ({"softmax": UnifiedMax(jnp.zeros((1, 2, 4)))}, r"phi .* one a layer.* L = 2, got shape \(1, 2, 4\)"),

@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -34,10 +35,12 @@ class CausalLM(nnx.Module):
     Attributes:
       config: Shapes and constants.
       dtype: dtype of weights, activations and KV cache.
+      checkpoint: The directory it was loaded from, if any.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype
+    checkpoint: pathlib.Path | None = None
     # Endings of the names of tensors that checkpoints carry though the config implies them.
     implied_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
