@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 import fdpp_jax
-from fdpp_jax import score_stats, unified_max
+from fdpp_jax import score_stats, tuned_tables, unified_max
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.loading import fingerprint, read_config, read_json, resolve
@@ -371,6 +371,8 @@ def choose_softmax(
 ) -> tuple[UnifiedMax | None, str]:
     """What decodes a checkpoint if nothing is asked for, and why: calibrated, or else what its family is known for.
 
+    Every call of `generate` asks: the file is read again when it changes.
+
     Args:
       config: Of the model.
       checkpoint: Its directory.
@@ -383,23 +385,29 @@ def choose_softmax(
     Raises:
       ValueError: The calibration beside the checkpoint is malformed or of another model.
     """
-    name = jnp.dtype(dtype).name
-    if not (checkpoint / FILE_NAME).is_file():
-        uncalibrated, why = config.uncalibrated_softmax(name)
+    stamp = tuned_tables.file_stamp(checkpoint / FILE_NAME)
+    return _choose_softmax(config, checkpoint, jnp.dtype(dtype).name, stamp)
+
+
+@functools.lru_cache(maxsize=8)
+def _choose_softmax(
+    config: DecoderConfig, checkpoint: pathlib.Path, dtype: str, stamp: tuned_tables.FileStamp | None
+) -> tuple[UnifiedMax | None, str]:
+    found = None if stamp is None else find(checkpoint)  # which wants a directory that is still there
+    if found is None:
+        uncalibrated, why = config.uncalibrated_softmax(dtype)
         advice = f"no {FILE_NAME} beside the checkpoint, which `fdpp-jax calibrate` would write"
         taken = "online" if uncalibrated is None else f"unified, phi {uncalibrated.phi:g}"
         return uncalibrated, f"{taken}, {why}: {advice}"
-    found = find(checkpoint)
-    assert found is not None
     for level in LEVELS:
-        judgement = found.judge(level, dtype=name)
+        judgement = found.judge(level, dtype=dtype)
         if judgement.fits:
             low, high = judgement.phi.min(), judgement.phi.max()
             taken = (
                 f"phi {low:.2f}" if level == "model" else f"a phi each {level} ({low:.2f} .. {high:.2f}), none for all"
             )
-            return found.unified_max(level, dtype=name), f"unified, {taken}, calibrated: {judgement.reason}"
-    return None, f"online, since no phi fits {FILE_NAME}: {found.judge(dtype=name).reason}"
+            return found.unified_max(level, dtype=dtype), f"unified, {taken}, calibrated: {judgement.reason}"
+    return None, f"online, since no phi fits {FILE_NAME}: {found.judge(dtype=dtype).reason}"
 
 
 def plot(calibration: Calibration, axes: Any, *, dtype: jax.typing.DTypeLike | None = None) -> None:

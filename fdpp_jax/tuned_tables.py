@@ -29,6 +29,7 @@ _IMPLEMENTATIONS = get_args(MatmulImplementation)
 W_ORDER: WeightOrder = "nk"
 
 type WeightKey = tuple[int, int, str]  # k, n, dtype; whatever the order
+type FileStamp = tuple[pathlib.Path, int, int]  # path, time of the last change in ns, bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def lookup(shape: MatmulShape, device_kind: str) -> Match | None:
     Raises:
       ValueError: A table is malformed; names the file and the field.
     """
-    weights = _weights(device_kind, tuple(_stamp(path) for path in _paths(device_kind)))
+    weights = _weights(device_kind, tuple(file_stamp(path) for path in _paths(device_kind)))
     key = weight_key(shape)
     if key in weights:
         jax_kind, entries = weights[key]
@@ -243,7 +244,7 @@ def _paths(device_kind: str) -> tuple[pathlib.Path, ...]:
     return tuple(directory / file_name(device_kind) for directory in (SHIPPED_DIRECTORY, user_directory()))
 
 
-def _stamp(path: pathlib.Path) -> tuple[pathlib.Path, int, int] | None:
+def file_stamp(path: pathlib.Path) -> FileStamp | None:
     """Changes when the file does; None where there is none."""
     if not path.is_file():
         return None
@@ -252,9 +253,7 @@ def _stamp(path: pathlib.Path) -> tuple[pathlib.Path, int, int] | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _weights(
-    device_kind: str, stamps: tuple[tuple[pathlib.Path, int, int] | None, ...]
-) -> dict[WeightKey, tuple[str, tuple[Entry, ...]]]:
+def _weights(device_kind: str, stamps: tuple[FileStamp | None, ...]) -> dict[WeightKey, tuple[str, tuple[Entry, ...]]]:
     """JAX's name of the device, and the entries by rows, of each weight in the files, of which later ones win."""
     weights: dict[WeightKey, tuple[str, tuple[Entry, ...]]] = {}
     for stamp in stamps:

@@ -72,7 +72,7 @@ def load(
         for name, parameter in _with_progress(parameters, f"Loading {directory.name}", progress):
             parts = [shards[source].get_tensor(source) for source in sources[name]]
             parameter.set_value(_fuse(parts, jnp.dtype(dtype)).block_until_ready())
-    model.checkpoint = directory
+    model.checkpoint = directory.absolute()
     return model
 
 
