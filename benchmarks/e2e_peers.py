@@ -125,12 +125,10 @@ def _transformers(case: Case) -> Loop:
 
 def _compiled(case: Case) -> Loop:
     import torch
-    import torch._dynamo
     import torch._inductor.config
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     torch._inductor.config.coordinate_descent_tuning = True  # as gpt-fast: slower to compile, faster to run
-    torch._dynamo.reset()
     model = _llama(case)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 

@@ -95,7 +95,7 @@ def plan_attention(shape: AttentionShape, device: Device | str) -> AttentionPlan
 
 def plan_xla_attention(shape: AttentionShape, device: Device | str, why: str) -> AttentionPlan:
     """The best attention without a kernel of ours; `why` it is asked for joins the reason."""
-    why_not_cudnn = limits.refuse_cudnn(shape, device_lib.resolve(device))
+    why_not_cudnn = limits.refuse_cudnn(shape, device)
     if why_not_cudnn is None:
         return AttentionPlan("xla", XlaAttentionConfig("cudnn"), f"cuDNN; {why}")
     return AttentionPlan("xla", XlaAttentionConfig("reference"), f"float32 reference: {why_not_cudnn}; {why}")
