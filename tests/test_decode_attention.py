@@ -219,6 +219,21 @@ def test_one_infinite_sum_flags_its_row_and_is_redone():
     check(case, case.run(inputs, phi, recompute=True), expected)
 
 
+@pytest.mark.parametrize("size", [1e31, -1e37, *(pytest.param(x, marks=pytest.mark.gpu) for x in (1e9, -1e31, 1e37))])
+def test_rows_of_the_largest_scores_are_exact(size):
+    """float32's steps are far above 1 there: the largest score wins, and its difference to itself is 0."""
+    case = Case(2, 136, 4, 2, 64, tiles(64, 2, 2))
+    inputs = case.inputs(0, (136, 70))
+    inputs["query"] = jnp.full_like(inputs["query"], 1e18)
+    # Scores of size to 2 size: multiples of it that bfloat16 holds.
+    factors = 1 + jnp.arange(case.capacity) % 97 / 128
+    key = jnp.broadcast_to(factors[None, :, None, None] * (size / 1e18 / 8), inputs["key"].shape)
+    inputs["key"] = jnp.where(jnp.isfinite(inputs["key"]), key, inputs["key"]).astype(case.dtype)
+    expected, _ = case.expected(inputs)
+    check(case, case.run(inputs, 1.5, recompute=True), expected)
+    check(case, case.run(inputs, None), expected)
+
+
 def test_lengths_beyond_the_capacity_see_all_keys():
     """Under jit nobody checks them; a last tile that is not full has no keys of zeros."""
     case = Case(2, 67, 4, 2, 64, tiles(64, 2, 2))

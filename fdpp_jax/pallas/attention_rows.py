@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.pallas import handover, kv_tiles, ring
+from fdpp_jax.pallas import handover, kv_tiles, registers, ring
 from fdpp_jax.pallas.kv_shares import Place, Share, bounds
 
 LOG2E = 1.4426950408889634
-# Lower than any finite score, yet finite, so that max - max of a share without keys is not a NaN.
-_LOWEST = -1e30
+# No score is lower, yet it is finite, so that max - max of a share without keys is not a NaN.
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 _ROW = plgpu.Layout.WGMMA.reduce(0)  # one value a query row
 
 Sums = tuple[jax.Array, ...]
@@ -253,7 +253,8 @@ class Rows:
         if self.token_scales:
             s *= _across(self._factors("k", slot), s.shape, 0)
         if facts.cap is None:
-            s *= scale * LOG2E
+            # Rounded as the row's maximum is, which comes from it: their difference is 0 however large they are.
+            s = registers.rounded_product(s, scale * LOG2E, is_interpreted=facts.is_interpreted)
         else:  # tanh from exp2, since the hardware's tanh is good to 11 bits only
             s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / facts.cap))) + 1.0)
             s *= facts.cap * LOG2E

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -27,3 +30,27 @@ def from_elements(elements: Any, shape: tuple[int, ...]) -> Any:
 def ptx_block(*lines: str) -> str:
     """PTX with registers of its own."""
     return "\n".join(["{", *lines, "}"])
+
+
+def rounded_product(x: jax.Array, factor: Any, *, is_interpreted: bool) -> jax.Array:
+    """x * factor, rounded to float32: the compiler would multiply and subtract in one step, and round only then.
+
+    Args:
+      x: float32, in Layout.WGMMA.
+      factor: float32 scalar.
+      is_interpreted: Whether there are registers.
+    """
+    if is_interpreted:
+        return lax.optimization_barrier(x * factor)
+    returned = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())), return_type=returned)
+    def emit(_: Any, x: Any, factor: Any) -> Any:
+        f32, factor = ir.F32Type.get(), factor.registers.item()
+        products = [
+            mgpu.utils.inline_ptx("mul.rn.f32 $0, $1, $2;", element, factor, result_types=f32)
+            for element in extracted(x.registers)
+        ]
+        return from_elements(products, x.shape)
+
+    return emit(x, jnp.asarray(factor, jnp.float32))
