@@ -14,14 +14,17 @@ WeightOrder = Literal["kn", "nk"]
 # Where a row that left the safe window is redone: by the CTA that holds its sequence's first tile, by a second launch
 # that exits early where no row failed, or by a second call under lax.cond.
 Recompute = Literal["kernel", "launch", "cond"]
-# Who adds up the partial sums of a sequence: the CTA that holds its first tile, or a second launch.
-Combine = Literal["kernel", "launch"]
+# Who adds up the partial sums of a sequence: the CTA that holds its first tile, through global memory or through the
+# shared memory of a cluster, which has CTAs of one sequence only, or a second launch.
+Combine = Literal["kernel", "cluster", "launch"]
 ScaleKind = Literal["head", "token"]
 
 QUANTISED_DTYPES = ("int8", "float8_e4m3fn")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 # Sequences that share the CTAs of `pallas.decode_attention`, each of which scans their lengths.
 MAX_CHUNK = 32
+# CTAs of a cluster that every Hopper GPU can start together.
+MAX_CLUSTER = 8
 # Columns of a result that one CTA of `pallas.fused_layer` finishes, half the rows of wgmma's large operand.
 UNIT_WIDTH = 32
 # Pieces of a result that its CTAs can wait for one by one: a thread of a warpgroup each.
@@ -78,9 +81,14 @@ class AttentionShape:
         return self.num_query_heads // self.num_kv_heads
 
     @property
+    def live_rows(self) -> int:
+        """Query rows a CTA holds for one key/value head."""
+        return self.group_size * self.query_length
+
+    @property
     def rows(self) -> int:
-        """Query rows a CTA holds for one key/value head, padded to the 8 that wgmma's N asks for."""
-        return round_up(self.group_size * self.query_length, 8)
+        """live_rows, padded to the 8 that wgmma's N asks for."""
+        return round_up(self.live_rows, 8)
 
     @property
     def padded_head_dim(self) -> int:
@@ -114,8 +122,9 @@ class MatmulShape:
 class DecodeAttentionConfig:
     """Tiles of `pallas.decode_attention`: keys a tile, CTAs a key/value head, depth of the TMA ring.
 
-    The `num_splits` CTAs of a head share the live tiles of up to MAX_CHUNK sequences evenly; with combine="launch" each
-    sequence has so many of its own. `unused_smem_bytes` keep more CTAs from sharing an SM than are planned to.
+    The `num_splits` CTAs of a head share the live tiles of up to MAX_CHUNK sequences evenly; with combine="cluster" or
+    "launch" each sequence has so many of its own. `unused_smem_bytes` keep more CTAs from sharing an SM than are
+    planned to.
     """
 
     block_kv: int
@@ -134,6 +143,8 @@ class DecodeAttentionConfig:
         if shape.scales == "token":  # those of 4 heads are loaded together
             ring += self.num_stages * 2 * self.block_kv * 4 * 4
         operands = rows * (num_queries * head_dim + self.block_kv) * 2
+        if self.combine == "cluster":  # the sums of the others, and the maxima of online softmax
+            operands += (self.num_splits - 1) * (round_up(shape.live_rows, 2) * head_dim + 2 * rows) * 4
         return ring + operands + reduction_bytes(rows) + _ATTENTION_SMEM_RESERVE + self.unused_smem_bytes
 
 

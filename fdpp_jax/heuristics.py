@@ -19,6 +19,7 @@ from fdpp_jax import device as device_lib
 from fdpp_jax import limits, tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
+    MAX_CLUSTER,
     MAX_COUNTERS,
     UNIT_WIDTH,
     AttentionPlan,
@@ -39,18 +40,23 @@ from fdpp_jax.limits import BLOCK_KV, MATMUL_BLOCKS_K, MAX_FLAT_ROWS, MAX_K_SPLI
 
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured.
 _MIN_FLAT_ROWS = {"H200": 1}
-# A head that would get fewer CTAs gets twice as many, two an SM, which even out better, unless one sequence has short
-# shares (9.0 us with two an SM and 1024 keys, 8.5 with one; 20.7 and 20.1 with 4096) and the launch before has ended:
-# else two would take an SM that is free early. Where a head has more, adding up more shares costs what that saves, and
-# a CTA alone on its SM takes tiles of 128 keys: 36.4 us with 16 such CTAs a head, 36.8 with tiles of 64 (B 8, 32/8
-# heads, 4096 keys). 8-bit caches want two an SM, and tiles of 128 where a share has many of them: 71 us against 79
-# (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
+# A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where a head has more, adding
+# up more shares costs more than that saves (B 1, 64/8 heads, 16384 keys: 21.6 us with 16 CTAs a head, 23.5 with 32).
+# 8-bit caches want two an SM, and tiles of 128 keys where a share has many of them: 71 us against 79 (B 8, 32/32 heads,
+# int8), else of 64, as a 16-bit cache does everywhere: 26.0 against 28.3 (32/8 heads, int8, 8 a share).
 _FEW_SPLITS = 8
-_MAX_TILES_ALONE = 16
 _MANY_WIDE_TILES = 16
 # Loads in flight an SM. Memory is busy with a third of it; with twice as many, loads queue up, and the first and the
 # last tiles come later: 9.4 us against 9.1 (B 1, 32/8 heads, 4096 keys), 23.8 against 22.3 with mixed lengths.
 _BYTES_IN_FLIGHT = 96 * 1024
+# One sequence in 16 bits: sums in the shared memory of a cluster are there 1 us earlier. Half of the SMs read as fast
+# as all if each has more on its way: 8.7 us with 64 CTAs as clusters, 9.2 with 128 in a grid (32/8 heads, 4096 keys),
+# 20.4 and 21.7 with 16384. Fewer do not, from some 8 tiles each on (28/4 heads: 9.2 and 10.4 with 4096 keys, 19.5 and
+# 16.1 with 16384). Clusters that fill all SMs win up to 20 tiles an SM (32/32 heads: 8.5 and 9.0 us with 1024 keys,
+# 20.4 and 21.1 with 4096, 37.5 and 36.3 with 8192) if two of their CTAs fit an SM: else some find no place (11.7).
+_CLUSTER_BYTES_IN_FLIGHT = 128 * 1024
+_MAX_TILES_OF_FEW = 8
+_MAX_TILES_OF_ALL = 20
 # A fused layer's CTAs end one by one. The first SMs to be free would take one attention CTA more than planned, where it
 # fits, and the last none: 4.24 ms a step, 3.94 where it does not (16 layers of Llama-2-7B, B 32), 2.29 and 2.25 (B 8).
 # One sequence is 1 % faster where it does. The margin is for what `smem_bytes` has too much.
@@ -204,14 +210,44 @@ def _rule_plan(shape: MatmulShape, device: Device) -> MatmulPlan:
 def decode_attention_config(shape: AttentionShape, device: Device | str) -> DecodeAttentionConfig:
     """Tiles and splits of the decode kernel, whether or not it is the plan's choice."""
     device = device_lib.resolve(device)
+    return _cluster_config(shape, device) or _grid_config(shape, device)
+
+
+def _cluster_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig | None:
+    """A cluster for each head of one sequence; None where more CTAs are faster.
+
+    After a fused layer at most half of the SMs: the others begin with the next layer's weights.
+    """
+    if shape.batch != 1 or shape.kv_itemsize == 1 or device.compute_capability < 90:
+        return None
+    num_heads, num_tiles = shape.num_kv_heads, -(-shape.capacity // BLOCK_KV)
+    half_share = device.num_sms // 2 // max(num_heads, 1)
+    wanted = max(half_share, min(device.num_sms // max(num_heads, 1), MAX_CLUSTER // 2))
+    num_splits = min(wanted, MAX_CLUSTER, num_tiles)
+    is_half = num_splits <= half_share
+    if num_splits < 2 or (shape.is_appended and not is_half):
+        return None
+    if is_half:
+        max_tiles = _MAX_TILES_OF_FEW * num_splits if half_share > MAX_CLUSTER else num_tiles
+    else:
+        max_tiles = _MAX_TILES_OF_ALL * device.num_sms // num_heads
+    if num_tiles > max_tiles:
+        return None
+    bytes_in_flight = _CLUSTER_BYTES_IN_FLIGHT if is_half else _BYTES_IN_FLIGHT
+    num_stages = min(-(-num_tiles // num_splits), -(-bytes_in_flight // _stage_bytes(BLOCK_KV, shape)), MAX_STAGES)
+    config = DecodeAttentionConfig(BLOCK_KV, num_splits, max(num_stages, MIN_STAGES), "cluster")
+    smem_bytes = device.smem_bytes_shared(1 if is_half else 2)
+    config = with_stages_that_fit(config, shape, smem_bytes)
+    return config if config.smem_bytes(shape) <= smem_bytes else None
+
+
+def _grid_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig:
+    """As many CTAs as fill the SMs once or twice, which share the tiles of all sequences of a chunk."""
     chunk = min(shape.batch, MAX_CHUNK)
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
     is_narrow = shape.kv_itemsize == 1
     smallest = DecodeAttentionConfig(BLOCK_KV, 1, MIN_STAGES).smem_bytes(shape)
-    has_few = device.num_sms < _FEW_SPLITS * num_heads
-    tiles_alone = -(-shape.capacity // BLOCK_KV) * num_heads / device.num_sms
-    is_short = shape.batch == 1 and not shape.is_appended and tiles_alone <= _MAX_TILES_ALONE
-    wants_two = is_narrow or (has_few and not is_short)
+    wants_two = is_narrow or device.num_sms < _FEW_SPLITS * num_heads
     ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
@@ -219,20 +255,23 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
     num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // BLOCK_KV), _MAX_KV_SPLITS))
     ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))
     num_wide_tiles = chunk * -(-shape.capacity // (2 * BLOCK_KV))
-    wants_wide = num_wide_tiles >= num_splits * (_MANY_WIDE_TILES if is_narrow else 1) and shape.rows <= 16
-    if wants_wide and (is_narrow or not has_few):
+    if is_narrow and num_wide_tiles >= num_splits * _MANY_WIDE_TILES and shape.rows <= 16:
         wide = _with_stages(2 * BLOCK_KV, num_splits, ctas_per_sm, shape, device)
         if wide.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
             return wide
     return _with_stages(BLOCK_KV, num_splits, ctas_per_sm, shape, device)
 
 
+def _stage_bytes(block_kv: int, shape: AttentionShape) -> int:
+    """Of a tile of keys and one of values."""
+    return 2 * block_kv * shape.padded_head_dim * shape.kv_itemsize
+
+
 def _with_stages(
     block_kv: int, num_splits: int, ctas_per_sm: int, shape: AttentionShape, device: Device
 ) -> DecodeAttentionConfig:
     """As many stages as keep enough loads in flight and fit, at least two. After a fused layer no CTA more may fit."""
-    stage_bytes = 2 * block_kv * shape.padded_head_dim * shape.kv_itemsize
-    num_stages = min(MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * stage_bytes)))
+    num_stages = min(MAX_STAGES, -(-_BYTES_IN_FLIGHT // (ctas_per_sm * _stage_bytes(block_kv, shape))))
     config = DecodeAttentionConfig(block_kv, num_splits, max(num_stages, MIN_STAGES))
     config = with_stages_that_fit(config, shape, device.smem_bytes_shared(ctas_per_sm))
     if shape.is_appended and shape.batch > 1:  # an SM that is free early would take CTAs meant for others
@@ -338,6 +377,8 @@ def _split_reason(shape: AttentionShape, device: Device, config: DecodeAttention
     num_ctas = -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads * config.num_splits
     shared = f"{config.num_splits} CTAs a head share" if config.num_splits > 1 else "1 CTA a head takes"
     keys = f"the keys of {chunk} sequence" + ("s" if chunk != 1 else "")
+    if config.combine == "cluster":
+        shared = f"a cluster of {config.num_splits} CTAs a head shares"
     # QK^T and PV: 4 B T N S H flop over 2 B K S H elements.
     intensity = 2 * shape.group_size * shape.query_length / shape.kv_itemsize
     return f"{shared} {keys}: {num_ctas} on {device.num_sms} SMs ({_bound(intensity, device)})"

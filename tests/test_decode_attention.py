@@ -33,6 +33,7 @@ CASES = {  # batch, capacity, heads, kv heads, head dim; lengths
     "draft of 4": (Case(2, 200, 4, 2, 80, tiles(64, 2, 2), 4, **DRAFT), (190, 3)),
     "draft of 16": (Case(2, 139, 4, 1, 64, tiles(64, 3, 2), 16, has_sinks=True, **DRAFT, **HALF), (137, 9)),
     "window": (Case(2, 300, 4, 2, 96, tiles(64, 2, 2), local_window_size=(100, 0), is_appended=True), (290, 40)),
+    "cluster": (Case(2, 330, 4, 2, 128, tiles(64, 5, 2, "cluster"), is_appended=True), (330, 70)),
     "window of a draft": (
         Case(3, 200, 4, 2, 64, tiles(64, 3, 2), 3, local_window_size=(70, 1), logits_soft_cap=5.0, **HALF),
         (190, 40, 1),
@@ -62,6 +63,10 @@ ONLINE = ["ragged", "draft of 16", "int8 of tokens", "second launch of a draft"]
 CASES_ON_GPU = {
     "mha": (Case(2, 200, 4, 4, 64, tiles(64, 2, 2)), (200, 131)),
     "more tiles than stages": (Case(1, 1000, 2, 1, 64, tiles(64, 1, 3), is_appended=True, **HALF), (999,)),
+    "cluster of a draft": (
+        Case(3, 700, 8, 2, 80, tiles(64, 8, 3, "cluster"), 4, page_size=32, has_sinks=True, **DRAFT, **HALF),
+        (690, 0, 65),
+    ),
     "prefix": (Case(1, 72, 6, 2, 64, tiles(64, 1, 2), 5), (71,)),  # queries that see all keys
     "pages of 16": (Case(2, 250, 4, 2, 64, tiles(64, 2, 4), page_size=16), (250, 33)),
     "pages of 128": (Case(2, 250, 4, 2, 64, tiles(64, 2, 2), page_size=128, **INT8, **HEAD), (250, 33)),
@@ -90,14 +95,19 @@ def test_agrees_with_float64(case, phi):
     assert not np.asarray(out, np.float64)[np.isneginf(log_sum)].any()  # rows without keys are zeros, not almost
 
 
-@pytest.mark.parametrize("combine", ["kernel", "launch"])
 @pytest.mark.parametrize(
-    ("num_rows", "head_dim"),
+    ("num_rows", "head_dim", "combine"),
     [
-        (1, 128),
-        pytest.param(9, 64, marks=pytest.mark.slow),
-        pytest.param(64, 256, marks=pytest.mark.slow),  # so many registers that shares are added one at a time
-        *(pytest.param(x, 128, marks=pytest.mark.gpu) for x in (2, 3, 7, 8, 9, 12, 16, 64)),
+        *((1, 128, combine) for combine in ("kernel", "cluster", "launch")),
+        *(pytest.param(9, 64, combine, marks=pytest.mark.slow) for combine in ("kernel", "launch")),
+        # So many registers that shares are added one at a time.
+        *(pytest.param(64, 256, combine, marks=pytest.mark.slow) for combine in ("kernel", "launch")),
+        *(
+            pytest.param(x, 128, combine, marks=pytest.mark.gpu)
+            for x in (2, 3, 7, 8, 9, 12, 16, 64)
+            for combine in ("kernel", "cluster", "launch")
+            if (x, combine) != (64, "cluster")  # too many sums for its shared memory
+        ),
     ],
 )
 def test_any_number_of_rows_is_added_up(num_rows, head_dim, combine):
@@ -133,6 +143,7 @@ RECOMPUTED = {
     "bfloat16": Case(6, 136, 4, 2, 64, tiles(64, 2, 4)),  # the ring holds tiles of several sequences
     "draft": Case(3, 139, 6, 2, 128, tiles(64, 4, 2), 3, page_size=16, has_sinks=True, **DRAFT, **HALF),
     "int8": Case(2, 139, 8, 4, 64, tiles(64, 2, 2), local_window_size=(70, 0), **INT8, **TOKEN),
+    "cluster": Case(6, 139, 4, 2, 64, tiles(64, 3, 2, "cluster")),
 }
 
 
@@ -265,13 +276,14 @@ def test_traced_phi_compiles_once():
     ("case", "mode"),
     [
         (Case(7, 4100, 16, 2, 128, tiles(64, 16, 3), is_appended=True, **HALF), "kernel"),
+        (Case(1, 4100, 32, 8, 128, tiles(64, 8, 4, "cluster"), is_appended=True), "kernel"),
         (Case(2, 4096, 128, 2, 128, tiles(128, 4, 2), has_sinks=True), "flag"),
         (Case(2, 4096, 4, 2, 256, tiles(64, 4, 2), logits_soft_cap=30.0), "online"),
         (Case(2, 4096, 16, 4, 80, tiles(64, 4, 2), 4, page_size=16, **DRAFT), "launch"),
         (Case(2, 4096, 16, 4, 128, tiles(64, 4, 2), page_size=256, **INT8, **TOKEN), "kernel"),
         (Case(2, 4096, 16, 4, 128, tiles(128, 4, 2), local_window_size=(512, 0), **FLOAT8, **HEAD), "kernel"),
     ],
-    ids=["ragged", "64 rows", "head dim 256", "draft", "int8", "float8"],
+    ids=["ragged", "cluster", "64 rows", "head dim 256", "draft", "int8", "float8"],
 )
 def test_lowers_for_cuda(case, mode):
     arrays = case.inputs(0, (1,) * case.batch)

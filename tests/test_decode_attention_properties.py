@@ -115,14 +115,16 @@ def random_case(seed):
         mode = choice("online", "kernel", "kernel", "kernel", "launch", "launch", "flag")
         kv_dtype = choice(None, None, "int8", "float8_e4m3fn")
         num_kv_heads = choice(1, 2, 3, 4, 8)
-        combine = choice("kernel", "launch") if mode in ("online", "flag") else "kernel"
+        combines = ("kernel", "cluster", "launch") if mode in ("online", "flag") else ("kernel", "kernel", "cluster")
+        combine = choice(*combines)
+        splits = choice(2, 3, 5, 8) if combine == "cluster" else choice(1, 2, 3, 5, 8, 21, 64)
         case = Case(
             batch=choice(1, 2, 3, 7, 40),
             capacity=choice(40, 64, 200, 511, 770, 1500),
             num_heads=num_kv_heads * choice(1, 2, 4, 7, 8, 16),
             num_kv_heads=num_kv_heads,
             head_dim=choice(*ATTENTION_HEAD_DIMS),
-            config=tiles(choice(64, 128), choice(1, 2, 3, 5, 8, 21, 64), choice(2, 3, 4), combine),
+            config=tiles(choice(64, 128), splits, choice(2, 3, 4), combine),
             query_length=choice(1, 1, 1, 2, 4, 16),
             dtype="bfloat16" if kv_dtype else choice("bfloat16", "float16"),
             is_causal=choice(True, False),
@@ -209,10 +211,11 @@ def test_a_thousand_random_inputs_are_right_and_the_same_each_time(seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [tiles(64, 64, 2), tiles(64, 8, 2, "cluster")], ids=["grid", "clusters"])
 @pytest.mark.parametrize("mode", ["online", "kernel", "launch"])
-def test_more_ctas_than_the_gpu_holds(mode):
-    """CTAs wait for sums of others, which must have run or be running: 4,096 CTAs, of which some 264 run at a time."""
-    case = Case(64, 2048, 64, 32, 64, tiles(64, 64, 2))
+def test_more_ctas_than_the_gpu_holds(mode, config):
+    """CTAs wait for sums of others, which must have run or be running: thousands of CTAs, some 264 at a time."""
+    case = Case(64, 2048, 64, 32, 64, config)
     rng = np.random.default_rng(0)
     lengths = rng.choice([0, 1, 63, 2047, 2048, *rng.integers(2049, size=8)], case.batch)
     query, key, value = oracle.attention_inputs(

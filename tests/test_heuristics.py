@@ -57,11 +57,19 @@ def _check_shares(shape, config, gpu):
     chunk = min(shape.batch, MAX_CHUNK)
     num_heads = -(-shape.batch // chunk) * shape.num_kv_heads  # each with its own CTAs
     num_ctas, num_tiles = num_heads * config.num_splits, chunk * -(-shape.capacity // config.block_kv)
-    assert config.combine == "kernel"  # the other one is for the bench's ablation
+    assert config.combine in ("kernel", "cluster")  # "launch" is for the bench's ablation
     assert 1 <= config.num_splits <= min(num_tiles, 128)
     assert 2 <= config.num_stages <= 8
     assert config.smem_bytes(shape) <= gpu.smem_bytes
     per_sm = -(-num_ctas // gpu.num_sms)
+    if config.combine == "cluster":
+        assert shape.batch == 1
+        assert 2 <= config.num_splits <= 8
+        assert per_sm == 1
+        if 2 * num_ctas > gpu.num_sms:  # SMs of a GPC that are left over cannot take one: two must fit another
+            assert config.smem_bytes(shape) <= gpu.smem_bytes_shared(2)
+            assert not shape.is_appended
+        return num_ctas
     if config.num_splits > 1:  # a CTA waits for others, and should not for one that has no place yet
         assert config.smem_bytes(shape) <= gpu.smem_bytes_shared(per_sm)
     if not shape.is_appended or shape.batch == 1:
@@ -100,7 +108,31 @@ def test_the_ctas_of_a_head_share_the_keys_and_fill_the_sms(batch, num_kv_heads,
     chunk = min(batch, MAX_CHUNK)
     keys = f"the keys of {chunk} sequence" + ("s" if chunk > 1 else "")
     shares = f"{plan.config.num_splits} CTAs a head share" if plan.config.num_splits > 1 else "1 CTA a head takes"
+    if plan.config.combine == "cluster":
+        shares = f"a cluster of {plan.config.num_splits} CTAs a head shares"
     assert f"{shares} {keys}:" in plan.reason
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "capacity", "is_appended", "num_splits"),
+    [
+        (8, 131072, False, 8),  # half of the SMs are enough
+        (8, 4096, True, 8),
+        (16, 4096, True, 4),
+        (4, 4096, False, 8),  # a quarter of them for short keys only
+        (4, 16384, False, None),
+        (32, 4096, False, 4),  # all of them, where shares are short
+        (32, 16384, False, None),
+        (32, 4096, True, None),  # and none are left for the next layer
+        (132, 4096, False, None),
+    ],
+)
+def test_a_head_of_one_sequence_is_a_cluster_where_that_is_faster(num_kv_heads, capacity, is_appended, num_splits):
+    shape = _decode(num_query_heads=num_kv_heads, num_kv_heads=num_kv_heads, capacity=capacity, is_appended=is_appended)
+    config = plan_attention(shape, "H200").config
+    assert (config.num_splits if config.combine == "cluster" else None) == num_splits
+    for changes in (dict(batch=2), dict(kv_dtype="int8", scales="head")):
+        assert plan_attention(dataclasses.replace(shape, **changes), "H200").config.combine == "kernel"
 
 
 @pytest.mark.parametrize("capacity", [1, 64])
@@ -373,7 +405,7 @@ def test_other_devices_refuse_and_tell_the_rule(name):
         assert matmul.reason == "no kernel for cpu"
     else:
         assert f"no kernel for {device.by_name(name).arch} yet; the rule here would be: flat, " in matmul.reason
-        assert re.search(r"the rule here would be: decode kernel, \d+ CTAs? a head", attention.reason)
+        assert re.search(r"the rule here would be: decode kernel, (a cluster of )?\d+ CTAs? a head", attention.reason)
 
 
 def test_reason_of_the_a100():

@@ -274,6 +274,11 @@ class Rows:
     def publish(self, sums: Sums) -> None:
         """Leaves the sums at this CTA's place, of num the live rows only, and says so."""
         share = self.share
+        if hasattr(self.smem, "given_num"):
+            for name, value in zip(("num", "den", "max"), _laid_out(sums), strict=False):
+                handover.store(value, getattr(self.smem, f"given_{name}").at[share.index], share.num_shares - 1)
+            handover.arrive()
+            return
         here = share.chunk, share.kv_head, share.index
         for name, value in zip(("num", "den", "max"), _laid_out(sums), strict=False):
             if not self.facts.is_interpreted:
@@ -309,7 +314,9 @@ class Rows:
 
         if max_others:
             unroll = -(-max_others // num_rounds)
-            if not facts.is_interpreted:  # the interpreter runs one CTA after the other
+            if hasattr(self.smem, "given_num"):
+                pl.when(num_others > 0)(handover.await_cluster)
+            elif not facts.is_interpreted:  # the interpreter runs one CTA after the other
                 flag = self.gmem.flag.at[share.chunk, share.kv_head, first]
                 pl.when(num_others > 0)(lambda: handover.await_flags(flag, num_others))
             sums = lax.fori_loop(0, lax.div(num_others + (unroll - 1), jnp.int32(unroll)), add, sums)
@@ -317,15 +324,19 @@ class Rows:
 
     def _published(self, first: jax.Array, index: jax.Array, num_others: jax.Array) -> Sums:
         """The sums of CTA first + index, or those of no keys if index is not below num_others."""
-        gmem, is_there = self.gmem, index < num_others
-        there = self.share.chunk, self.share.kv_head, first + jnp.minimum(index, num_others - 1)
+        is_there = index < num_others
+        given = {name: getattr(self.gmem, name) for name in ("num", "den", "max") if hasattr(self.gmem, name)}
+        there: tuple[Any, ...] = self.share.chunk, self.share.kv_head, first + jnp.minimum(index, num_others - 1)
+        if in_smem := hasattr(self.smem, "given_num"):
+            given = {name[6:]: ref for name, ref in vars(self.smem).items() if name.startswith("given_")}
+            there = there[2:]
         if self.facts.is_interpreted:
-            num = jnp.where(is_there, handover.unpacked(gmem.num[there]).T, 0.0)
+            num = jnp.where(is_there, handover.unpacked(given["num"][there]).T, 0.0)
             num = jnp.pad(num, ((0, 0), (0, self.num_rows - num.shape[1])))
         else:
-            num = handover.load(gmem.num.at[there], self.num_rows, is_there)
-        names = ("den", "max") if hasattr(gmem, "max") else ("den",)
-        den, *row_max = (plgpu.load(getattr(gmem, name).at[there], layout=_ROW, optimized=False) for name in names)
+            num = handover.load(given["num"].at[there], self.num_rows, is_there, in_smem=in_smem)
+        rows = (given[name] for name in ("den", "max") if name in given)
+        den, *row_max = (plgpu.load(ref.at[there], layout=_ROW, optimized=False) for ref in rows)
         weight = is_there.astype(jnp.float32)
         return num, den * weight, *(x * weight + _LOWEST * (1 - weight) for x in row_max)
 

@@ -8,10 +8,11 @@ the group times T tokens, padded to 8) as the narrow one:
     o [H, rows]       += V^T [H, block_kv] @ p [block_kv, rows],   p = e^(s - phi)
 
 With phi fixed in advance no CTA keeps a running max, so o and sum(p) only add up, in any order: of the CTAs that share
-a sequence, that of its first tile adds to its own sums those that the others publish, and writes the result. If a
-denominator left the safe window, it goes over the keys of the sequence for the rows' maxima, and then over the sequence
-again with them in the place of phi. With phi=None there is online softmax: each CTA keeps the running max of its share,
-and the shares are rescaled when they are added.
+a sequence, that of its first tile adds to its own sums those that the others publish, and writes the result. With
+combine="cluster" a sequence and head has a cluster of its own. If a denominator left the safe window, the CTA that adds
+up goes over the keys of the sequence for the rows' maxima, and then over the sequence again with them in the place of
+phi. With phi=None there is online softmax: each CTA keeps the running max of its share, and the shares are rescaled
+when they are added.
 
 Source: FlashDecoding++ (arXiv 2311.01282), sections 3 and 4.
 """
@@ -27,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import MAX_CHUNK, DecodeAttentionConfig, reduction_bytes, round_up
+from fdpp_jax.config import MAX_CHUNK, MAX_CLUSTER, DecodeAttentionConfig, reduction_bytes, round_up
 from fdpp_jax.pallas import attention_rows, handover, kv_tiles, overlap, ring
 from fdpp_jax.pallas.attention_rows import LOG2E, Rows
 from fdpp_jax.pallas.kv_shares import Facts, Share, bounds
@@ -95,7 +96,7 @@ def decode_attention(
       redone: [B, K] int32, with recompute or prior. Where a row is redone it becomes 1; the others stay as they are,
         so that one array serves all calls of a step, and costs where something fails only.
       is_appended: Whether, of keys, values, lengths and offsets, the launch before this one wrote at most each
-        sequence's last key and value, as the fused layer does: with combine="kernel" this one is launched before that
+        sequence's last key and value, as the fused layer does: but for combine="launch" this one is launched before that
         one has ended (`overlap`), and loads the other keys meanwhile.
       interpret: Runs the kernel interpreted on the CPU.
 
@@ -109,12 +110,14 @@ def decode_attention(
     live_rows = group * query_length
     rows, padded_dim = round_up(live_rows, 8), round_up(head_dim, 64)
     token_scales = key_scale is not None and key_scale.ndim == 3
-    in_kernel = config.combine == "kernel"
-    chunk = min(batch, MAX_CHUNK) if in_kernel else 1
+    in_kernel = config.combine != "launch"
+    in_cluster = config.combine == "cluster" and interpret is None  # to the interpreter it is a grid like another
+    chunk = min(batch, MAX_CHUNK) if config.combine == "kernel" else 1
     num_chunks = -(-batch // chunk)
     assert in_kernel or not recompute
     assert redone is None or recompute or prior is not None
-    assert config.num_splits <= handover.MAX_GIVERS + 1 or not in_kernel
+    assert config.combine != "kernel" or config.num_splits <= handover.MAX_GIVERS + 1
+    assert config.combine != "cluster" or 2 <= config.num_splits <= MAX_CLUSTER
 
     def by_group(x: jax.Array) -> jax.Array:  # [B, T, N, ...] -> [B, K, T * G, ...]
         x = x.reshape(*x.shape[:2], num_kv_heads, group, *x.shape[3:]).swapaxes(1, 2)
@@ -156,8 +159,9 @@ def decode_attention(
     if phi is None:
         out_types["max"] = f32((*grid, rows))
     if in_kernel:
-        out_types = dict(out=jax.ShapeDtypeStruct(grouped_query.shape, query.dtype)) | out_types
         out_types["flag"] = jax.ShapeDtypeStruct((*grid, handover.WORDS), jnp.int32)
+        handed_over = {} if in_cluster else out_types
+        out_types = dict(out=jax.ShapeDtypeStruct(grouped_query.shape, query.dtype)) | handed_over
 
     transforms = ring.tile_transforms(head_dim)
     scratch: dict[str, Any] = dict(
@@ -169,6 +173,10 @@ def decode_attention(
             key, config, padded_dim, query.dtype, paged=page_table is not None, token_scales=token_scales
         ),
     )
+    if in_cluster:
+        given = dict(given_num=(handover.num_pairs(live_rows), 2 * padded_dim), given_den=(rows,))
+        given |= {} if phi is not None else dict(given_max=(rows,))
+        scratch |= {name: plgpu.SMEM((config.num_splits - 1, *shape), jnp.float32) for name, shape in given.items()}
     if config.unused_smem_bytes:
         scratch["unused"] = plgpu.SMEM((config.unused_smem_bytes,), jnp.int8)
     facts = Facts(
@@ -184,7 +192,7 @@ def decode_attention(
         cap=logits_soft_cap,
         recompute=recompute and phi is not None,
         is_interpreted=interpret is not None,
-        is_appended=is_appended and config.combine == "kernel",
+        is_appended=is_appended and in_kernel,
     )
 
     def body(*refs: Any, **smem: Any) -> None:
@@ -195,8 +203,7 @@ def decode_attention(
         body,
         out_type=list(out_types.values()),
         scratch_types=scratch,
-        grid=grid,
-        grid_names=("chunk", "kv_head", "share"),
+        **_axes(grid, in_cluster=in_cluster),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=reduction_bytes(rows),
@@ -216,6 +223,14 @@ def decode_attention(
     out = out[:, :, :live_rows, :head_dim].reshape(batch, num_kv_heads, query_length, group, head_dim)
     out = out.swapaxes(1, 2).reshape(query.shape)
     return out if redone is None else (out, jax.freeze(operands["redone"]))
+
+
+def _axes(grid: tuple[int, int, int], *, in_cluster: bool) -> dict[str, Any]:
+    """The kernel's: chunks, key/value heads, and the CTAs of each, which may be a cluster."""
+    names = ("chunk", "kv_head", "share")
+    if not in_cluster:
+        return dict(grid=grid, grid_names=names)
+    return dict(grid=grid[:2], grid_names=names[:2], cluster=grid[2:], cluster_names=names[2:])
 
 
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:

@@ -1,13 +1,14 @@
-"""One CTA hands its sums to another through global memory: no counter to zero, so no second launch.
+"""One CTA hands its sums to another, through global memory or, in a cluster, through the taker's shared memory.
 
 The giver stores them and raises its flag; the taker waits for the flags of all, and loads them. Of sums [H, rows] only
-the live rows pass through memory.
+the live rows pass through memory. No counter has to be zeroed, so there is no second launch.
 
 A flag is four words of scratch memory whose earlier content may be anything. It counts as raised when all 128 bits
 equal a pattern, and the CTA that waits for it lowers it again: so a flag of an earlier launch is never found raised,
 and other data passes for one with a chance of 2^-128.
 
-A CTA may wait only for CTAs of lower index, which the GPU starts before it, and which must not wait for it.
+A CTA may wait only for CTAs of lower index, which the GPU starts before it, and which must not wait for it. Those of a
+cluster start together, and its barrier takes the place of the flags: the givers arrive, and the taker waits.
 """
 
 from typing import Any
@@ -18,11 +19,15 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from fdpp_jax.pallas.registers import extracted, from_elements, ptx_block
 
 WORDS = 4
 MAX_GIVERS = 128  # threads of a CTA
+# Of a cluster: what this thread stored before it arrived is seen by those that have waited for all to arrive.
+_ARRIVE = "barrier.cluster.arrive.release.aligned;"
+_AWAIT_CLUSTER = "barrier.cluster.wait.acquire.aligned;"
 _PATTERN = (0x5F3759DF, 0x2545F491, 0x6C078965, 0x41C64E6D)
 
 # Thread 0, after what all threads stored: the release makes it seen first.
@@ -103,26 +108,31 @@ def unpacked(num: jax.Array) -> jax.Array:
     return num.transpose(*range(len(batch)), *last).reshape(*batch, 2 * pairs, width // 2)
 
 
-def store(value: jax.Array, ref_gmem: Any) -> None:
+def store(value: jax.Array, place: Any, taker: jax.Array | None = None) -> None:
     """Stores straight from registers: JAX 0.12 wants such layouts to pass through shared memory.
 
     Args:
       value: [rows], or [H, rows], of which the live rows are stored packed.
-      ref_gmem: [rows], or [pairs, 2 H].
+      place: [rows], or [pairs, 2 H], in global memory, or with a taker in shared memory, of which it means the taker's.
+      taker: Index in the cluster, which has one axis.
     """
     layout = plgpu.Layout.WGMMA if value.ndim == 2 else plgpu.Layout.WGMMA.reduce(0)
+    takers = () if taker is None else (taker,)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
-    def emit(_: Any, ref: Any, value: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *(plgpu.Layout.WG_SPLAT(()) for _ in takers)))
+    def emit(_: Any, ref: Any, value: Any, *takers: Any) -> None:
+        for taker in takers:
+            index = arith.index_cast(ir.IndexType.get(), taker.registers.item())
+            ref = mgpu.utils.get_cluster_ref(ref, gpu.Dimension.x, index)
         if len(value.shape) == 1:
             value.store_untiled(ref, optimized=False)
             return
-        pairs = ref_gmem.shape[0]
+        pairs, space = place.shape[0], "" if takers else ".global"
         for n in range(value.shape[1] // 8):
             registers = value.registers.reshape(-1, value.shape[1] // 8, 2)[:, n]  # m, r
             elements = extracted(registers)
             stores = [
-                f"@condition st.global.v4.f32 [address + {512 * m}], {_operands(1 + 4 * m)};"
+                f"@condition st{space}.v4.f32 [address + {512 * m}], {_operands(1 + 4 * m)};"
                 for m in range(len(registers))
             ]
             where = _locate(f"setp.lt.u32 condition, pair, {pairs};", n, value.shape[0], "$0")
@@ -130,20 +140,23 @@ def store(value: jax.Array, ref_gmem: Any) -> None:
                 ptx_block(where, *stores), mgpu.utils.memref_ptr(ref), *elements, has_side_effects=True
             )
 
-    emit(ref_gmem, value)
+    emit(place, value, *takers)
 
 
-def load(ref_gmem: Any, num_rows: int, is_there: jax.Array) -> jax.Array:
-    """[H, num_rows] float32 from ref_gmem [pairs, 2 H], with anything in rows that are not live; zeros if not is_there.
+def load(place: Any, num_rows: int, is_there: jax.Array, *, in_smem: bool = False) -> jax.Array:
+    """[H, num_rows] float32 from place [pairs, 2 H], with anything in rows that are not live; zeros if not is_there.
 
     Its loads need not be over before the next call's begin.
     """
-    pairs, head_dim = ref_gmem.shape[0], ref_gmem.shape[1] // 2
+    pairs, head_dim, space = place.shape[0], place.shape[1] // 2, "" if in_smem else ".global"
     shape = head_dim, num_rows
     returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=returned)
     def emit(_: Any, ref: Any, is_there: Any) -> Any:
+        address = mgpu.utils.memref_ptr(ref)
+        if in_smem:
+            address = llvm.addrspacecast(llvm.PointerType.get(), address)
         found = np.empty((head_dim // 64, num_rows // 8, 2, 2), object)  # m, n, r, e
         num_elements = 4 * len(found)
         for n in range(num_rows // 8):
@@ -152,12 +165,12 @@ def load(ref_gmem: Any, num_rows: int, is_there: jax.Array) -> jax.Array:
             loads = [f"setp.ne.u32 condition, ${num_elements + 1}, 0;"]
             loads += [f"mov.f32 ${i}, 0f00000000;" for i in range(num_elements)]
             loads += [
-                f"@condition ld.global.v4.f32 {_operands(4 * m)}, [address + {512 * m}];" for m in range(len(found))
+                f"@condition ld{space}.v4.f32 {_operands(4 * m)}, [address + {512 * m}];" for m in range(len(found))
             ]
             # The side effects that it does not have keep it behind await_flags().
             elements = mgpu.utils.inline_ptx(
                 ptx_block(where, *loads),
-                mgpu.utils.memref_ptr(ref),
+                address,
                 is_there.registers.item(),
                 result_types=[ir.F32Type.get()] * num_elements,
                 has_side_effects=True,
@@ -166,7 +179,7 @@ def load(ref_gmem: Any, num_rows: int, is_there: jax.Array) -> jax.Array:
                 found[m, n, r, e] = element
         return from_elements(list(found.flat), shape)
 
-    return emit(ref_gmem, is_there.astype(jnp.int32))
+    return emit(place, is_there.astype(jnp.int32))
 
 
 def _locate(choose: str, n: int, head_dim: int, base: str) -> str:
@@ -208,3 +221,22 @@ def await_flags(flag_gmem: Any, num: jax.Array) -> None:
         mgpu.utils.warpgroup_barrier()
 
     emit(flag_gmem, num)
+
+
+def arrive() -> None:
+    """This CTA has stored what others of its cluster take; it need not wait for them."""
+    _emit(_ARRIVE)
+
+
+def await_cluster() -> None:
+    """Waits until all CTAs of the cluster have arrived or ended; this one arrives, too."""
+    _emit(_ARRIVE)
+    _emit(_AWAIT_CLUSTER)
+
+
+def _emit(ptx: str) -> None:
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        mgpu.utils.inline_ptx(ptx, has_side_effects=True, convergent=True)
+
+    emit()
