@@ -40,12 +40,16 @@ from fdpp_jax.limits import BLOCK_KV, MATMUL_BLOCKS_K, MAX_FLAT_ROWS, MAX_K_SPLI
 
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured.
 _MIN_FLAT_ROWS = {"H200": 1}
-# A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where a head has more, adding
-# up more shares costs more than that saves (B 1, 64/8 heads, 16384 keys: 21.6 us with 16 CTAs a head, 23.5 with 32).
-# 8-bit caches want two an SM, and tiles of 128 keys where a share has many of them: 71 us against 79 (B 8, 32/32 heads,
-# int8), else of 64, as a 16-bit cache does everywhere: 26.0 against 28.3 (32/8 heads, int8, 8 a share).
+# A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where a head has more, a CTA
+# alone on its SM takes tiles of 128 keys: 21.2 us with 16 such CTAs a head, 22.1 with tiles of 64 (B 8, 32/8 heads,
+# mixed lengths). 8-bit caches want two an SM, and tiles of 128 keys where a share has many of them: 71 us against 79
+# (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
 _FEW_SPLITS = 8
 _MANY_WIDE_TILES = 16
+# CTAs that share a sequence: all their sums are added by one of them. One head, 16 query rows: 12.1 us with 16 CTAs,
+# 13.0 with 32, 28.0 with 128 (8192 keys), 16.4, 15.2 and 29.3 (16384 keys).
+_MANY_SHARERS, _MAX_SHARERS = 16, 32
+_TILES_OF_MORE = 8
 # Loads in flight an SM. Memory is busy with a third of it; with twice as many, loads queue up, and the first and the
 # last tiles come later: 9.4 us against 9.1 (B 1, 32/8 heads, 4096 keys), 23.8 against 22.3 with mixed lengths.
 _BYTES_IN_FLIGHT = 96 * 1024
@@ -247,15 +251,19 @@ def _grid_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
     is_narrow = shape.kv_itemsize == 1
     smallest = DecodeAttentionConfig(BLOCK_KV, 1, MIN_STAGES).smem_bytes(shape)
-    wants_two = is_narrow or device.num_sms < _FEW_SPLITS * num_heads
+    has_few = device.num_sms < _FEW_SPLITS * num_heads
+    wants_two = is_narrow or has_few
     ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
         num_splits -= num_splits % chunk  # shares that end with sequences of one length need not be added up
-    num_splits = max(1, min(num_splits, chunk * -(-shape.capacity // BLOCK_KV), _MAX_KV_SPLITS))
+    num_tiles = -(-shape.capacity // BLOCK_KV)
+    max_splits = min(num_tiles, max(_MANY_SHARERS, num_tiles // _TILES_OF_MORE), _MAX_SHARERS)  # of a sequence
+    num_splits = max(1, min(num_splits, chunk * max_splits, _MAX_KV_SPLITS))
     ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))
     num_wide_tiles = chunk * -(-shape.capacity // (2 * BLOCK_KV))
-    if is_narrow and num_wide_tiles >= num_splits * _MANY_WIDE_TILES and shape.rows <= 16:
+    wants_wide = num_wide_tiles >= num_splits * (_MANY_WIDE_TILES if is_narrow else 1) and shape.rows <= 16
+    if wants_wide and (is_narrow or not has_few):
         wide = _with_stages(2 * BLOCK_KV, num_splits, ctas_per_sm, shape, device)
         if wide.smem_bytes(shape) <= device.smem_bytes_shared(ctas_per_sm):
             return wide

@@ -147,15 +147,20 @@ class Case:
         return np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high)), is_near
 
     def resolution(self, log_sum, phi):
-        """[B, T, N, 1]: the absolute error of a row that float16 leaves it with, as e^(s - phi) and as a result.
+        """[B, T, N, 1]: the absolute error that numbers too small for the dtype leave a row with.
 
-        Below 2^-14 its numbers are multiples of 2^-24: rows that a sink has nearly for itself are as small as that.
+        That of weights e^(s - phi), or e^(s - max) where phi is None or the row is redone, and of the result: where a
+        sink has a row nearly for itself, all are as small as that. float16 writes multiples of 2^-24 there; in bfloat16
+        and float32 what is below 2^-126 is lost.
         """
-        if self.dtype != "float16":
-            return np.zeros((*log_sum.shape, 1))
-        phi = np.broadcast_to(np.asarray(phi, np.float64), (self.batch, self.num_heads))[:, None]
-        den = np.exp(np.clip(log_sum - phi, *self.log_window))
-        return 2.0**-24 * (1 + self.capacity / den)[..., None]
+        least = 2.0 ** (-24 if self.dtype == "float16" else -126)
+        den = np.ones(log_sum.shape)  # of e^(s - max), at least
+        if phi is not None:
+            leaves_window, is_near = self.leaves_window(log_sum, phi)
+            phi = np.broadcast_to(np.asarray(phi, np.float64), (self.batch, self.num_heads))[:, None]
+            den_of_phi = np.exp(np.clip(log_sum - phi, *self.log_window))
+            den = np.where(leaves_window, den, np.where(is_near, np.minimum(den, den_of_phi), den_of_phi))
+        return least * (1 + self.capacity / den)[..., None]
 
 
 def check(case, out, expected, factor=1.0, resolution=0.0):

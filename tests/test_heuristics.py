@@ -76,7 +76,8 @@ def _check_shares(shape, config, gpu):
         assert config.unused_smem_bytes == 0
     elif per_sm <= 2:  # none takes the place of another
         assert config.smem_bytes(shape) > gpu.smem_bytes_shared(per_sm + 1)
-    if config.num_splits < min(num_tiles // 2, 128):  # with wide tiles, of narrow ones there are twice as many
+    # With wide tiles, of narrow ones there are twice as many; more than 16 CTAs of a sequence may take longer than fewer.
+    if config.num_splits < min(num_tiles // 2, 16 * chunk, 128):
         assert num_ctas > 3 / 8 * gpu.num_sms
     if shape.page_size is not None:
         assert config.block_kv % shape.page_size == 0 or shape.page_size % config.block_kv == 0

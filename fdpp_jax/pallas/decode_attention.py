@@ -96,8 +96,8 @@ def decode_attention(
       redone: [B, K] int32, with recompute or prior. Where a row is redone it becomes 1; the others stay as they are,
         so that one array serves all calls of a step, and costs where something fails only.
       is_appended: Whether, of keys, values, lengths and offsets, the launch before this one wrote at most each
-        sequence's last key and value, as the fused layer does: but for combine="launch" this one is launched before that
-        one has ended (`overlap`), and loads the other keys meanwhile.
+        sequence's last key and value, as the fused layer does: but for combine="launch" this one is launched before
+        that one has ended (`overlap`), and loads the other keys meanwhile.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
