@@ -46,21 +46,22 @@ _MIN_FLAT_ROWS = {"H200": 1}
 # (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
 _FEW_SPLITS = 8
 _MANY_WIDE_TILES = 16
-# CTAs that share a sequence: all their sums are added by one of them. One head, 16 query rows: 12.1 us with 16 CTAs,
-# 13.0 with 32, 28.0 with 128 (8192 keys), 16.4, 15.2 and 29.3 (16384 keys).
-_MANY_SHARERS, _MAX_SHARERS = 16, 32
-_TILES_OF_MORE = 8
+# CTAs that share a sequence, of which one adds up all sums: 12.1 us with 16, 13.0 with 32, 28.0 with 128 (one head of
+# 16 query rows, 8192 keys); 14.4 with 16, 15.7 with 32 (28/4 heads, 16384 keys). More where each has so many tiles.
+_MAX_SHARERS = 16
+_TILES_OF_MORE = 32
 # Loads in flight an SM. Memory is busy with a third of it; with twice as many, loads queue up, and the first and the
 # last tiles come later: 9.4 us against 9.1 (B 1, 32/8 heads, 4096 keys), 23.8 against 22.3 with mixed lengths.
 _BYTES_IN_FLIGHT = 96 * 1024
-# One sequence in 16 bits: sums in the shared memory of a cluster are there 1 us earlier. Half of the SMs read as fast
-# as all if each has more on its way: 8.7 us with 64 CTAs as clusters, 9.2 with 128 in a grid (32/8 heads, 4096 keys),
-# 20.4 and 21.7 with 16384. Fewer do not, from some 8 tiles each on (28/4 heads: 9.2 and 10.4 with 4096 keys, 19.5 and
-# 16.1 with 16384). Clusters that fill all SMs win up to 20 tiles an SM (32/32 heads: 8.5 and 9.0 us with 1024 keys,
-# 20.4 and 21.1 with 4096, 37.5 and 36.3 with 8192) if two of their CTAs fit an SM: else some find no place (11.7).
+# One sequence in 16 bits: sums in the shared memory of a cluster are there 1 us earlier, and half of the SMs read as
+# fast as all if each has more on its way: 8.7 us with 64 CTAs as clusters, 9.2 with 128 in a grid (32/8 heads, 4096
+# keys), 20.4 and 21.7 with 16384; 8.4 and 9.0 (32/32 heads, 1024 keys), 67.3 and 67.6 with 16384. Fewer do not, from
+# some 8 tiles each on (28/4 heads: 9.2 and 10.4 with 4096 keys, 19.5 and 16.1 with 16384). More heads than half of the
+# SMs have pairs up to 20 tiles an SM (40/40 heads, 4096 keys: 24.4 and 25.1).
 _CLUSTER_BYTES_IN_FLIGHT = 128 * 1024
 _MAX_TILES_OF_FEW = 8
 _MAX_TILES_OF_ALL = 20
+_MIN_CLUSTER_APPENDED = 4  # Llama-2-7B, whose clusters would have 2, is 1 % slower with so few CTAs
 # A fused layer's CTAs end one by one. The first SMs to be free would take one attention CTA more than planned, where it
 # fits, and the last none: 4.24 ms a step, 3.94 where it does not (16 layers of Llama-2-7B, B 32), 2.29 and 2.25 (B 8).
 # One sequence is 1 % faster where it does. The margin is for what `smem_bytes` has too much.
@@ -218,31 +219,27 @@ def decode_attention_config(shape: AttentionShape, device: Device | str) -> Deco
 
 
 def _cluster_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig | None:
-    """A cluster for each head of one sequence; None where more CTAs are faster.
+    """A cluster for each head of one sequence, on half of the SMs if these suffice; None where a grid is faster.
 
-    After a fused layer at most half of the SMs: the others begin with the next layer's weights.
+    After a fused layer the other SMs begin with the next layer's weights.
     """
     if shape.batch != 1 or shape.kv_itemsize == 1 or device.compute_capability < 90:
         return None
-    num_heads, num_tiles = shape.num_kv_heads, -(-shape.capacity // BLOCK_KV)
-    half_share = device.num_sms // 2 // max(num_heads, 1)
-    wanted = max(half_share, min(device.num_sms // max(num_heads, 1), MAX_CLUSTER // 2))
-    num_splits = min(wanted, MAX_CLUSTER, num_tiles)
-    is_half = num_splits <= half_share
-    if num_splits < 2 or (shape.is_appended and not is_half):
+    num_heads, num_tiles = max(shape.num_kv_heads, 1), -(-shape.capacity // BLOCK_KV)
+    half_share = device.num_sms // 2 // num_heads
+    num_splits = min(max(half_share, 2), MAX_CLUSTER, num_tiles)
+    if num_splits < 2 or num_splits * num_heads > device.num_sms:
         return None
-    if is_half:
-        max_tiles = _MAX_TILES_OF_FEW * num_splits if half_share > MAX_CLUSTER else num_tiles
-    else:
-        max_tiles = _MAX_TILES_OF_ALL * device.num_sms // num_heads
-    if num_tiles > max_tiles:
+    if shape.is_appended and half_share < _MIN_CLUSTER_APPENDED:
         return None
-    bytes_in_flight = _CLUSTER_BYTES_IN_FLIGHT if is_half else _BYTES_IN_FLIGHT
-    num_stages = min(-(-num_tiles // num_splits), -(-bytes_in_flight // _stage_bytes(BLOCK_KV, shape)), MAX_STAGES)
-    config = DecodeAttentionConfig(BLOCK_KV, num_splits, max(num_stages, MIN_STAGES), "cluster")
-    smem_bytes = device.smem_bytes_shared(1 if is_half else 2)
-    config = with_stages_that_fit(config, shape, smem_bytes)
-    return config if config.smem_bytes(shape) <= smem_bytes else None
+    if half_share > MAX_CLUSTER and num_tiles > _MAX_TILES_OF_FEW * num_splits:
+        return None
+    if half_share < 2 and num_tiles * num_heads > _MAX_TILES_OF_ALL * device.num_sms:
+        return None
+    num_stages = min(-(-num_tiles // num_splits), -(-_CLUSTER_BYTES_IN_FLIGHT // _stage_bytes(BLOCK_KV, shape)))
+    config = DecodeAttentionConfig(BLOCK_KV, num_splits, min(max(num_stages, MIN_STAGES), MAX_STAGES), "cluster")
+    config = with_stages_that_fit(config, shape, device.smem_bytes)
+    return config if config.smem_bytes(shape) <= device.smem_bytes else None
 
 
 def _grid_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig:
@@ -258,8 +255,8 @@ def _grid_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
         num_splits -= num_splits % chunk  # shares that end with sequences of one length need not be added up
     num_tiles = -(-shape.capacity // BLOCK_KV)
-    max_splits = min(num_tiles, max(_MANY_SHARERS, num_tiles // _TILES_OF_MORE), _MAX_SHARERS)  # of a sequence
-    num_splits = max(1, min(num_splits, chunk * max_splits, _MAX_KV_SPLITS))
+    max_sharers = _MAX_KV_SPLITS if is_narrow else max(_MAX_SHARERS, num_tiles // _TILES_OF_MORE)
+    num_splits = max(1, min(num_splits, chunk * min(num_tiles, max_sharers), _MAX_KV_SPLITS))
     ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))
     num_wide_tiles = chunk * -(-shape.capacity // (2 * BLOCK_KV))
     wants_wide = num_wide_tiles >= num_splits * (_MANY_WIDE_TILES if is_narrow else 1) and shape.rows <= 16
