@@ -56,7 +56,7 @@ class Options:
     logits_soft_cap: float | None = None
 
 
-def shape_of(arrays: Arrays, options: Options) -> AttentionShape:
+def shape_of(arrays: Arrays, options: Options, softmax: UnifiedMax | None) -> AttentionShape:
     """What the heuristics need to know of a call."""
     batch, query_length, num_heads, head_dim = arrays.query.shape
     scales = None if arrays.key_scale is None else arrays.key_scale.ndim
@@ -77,6 +77,7 @@ def shape_of(arrays: Arrays, options: Options) -> AttentionShape:
         scales=None if scales is None else "head" if scales == 1 else "token",
         has_sinks=arrays.sinks is not None,
         has_query_offset=arrays.query_offset is not None,
+        is_online=softmax is None,
     )
 
 
@@ -132,7 +133,7 @@ def run(
     implementation: AttentionImplementation | None,
 ) -> jax.Array:
     """The whole of `dot_product_attention` after its checks, [B, T, N, H]."""
-    shape = shape_of(arrays, options)
+    shape = shape_of(arrays, options, softmax)
     planned = plan(shape, implementation)
     if isinstance(planned.config, DecodeAttentionConfig):
         config, recompute = planned.config, place_of_recompute(planned, softmax)

@@ -161,7 +161,8 @@ def bench_attention(case: AttentionCase, *, quick: bool = False) -> BenchReport:
 
     - unified max: the kernel as planned, without a recompute; only where there is a kernel
     - public op: dot_product_attention with UnifiedMax, and with the recompute in its other places
-    - online softmax, separate combine: the kernel with a running max, and with the splits added in a second launch
+    - online softmax: the kernel with a running max, as planned for it
+    - separate combine: the kernel without clusters, its splits added in a second launch
     - jax.nn's two, where they can: no paged and no quantised cache
 
     Args:
@@ -301,9 +302,11 @@ def _candidates(
         for place in places:
             if place != plan.recompute:
                 candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(_PHI, place), place=place)
-        candidates[_ONLINE] = ours(_kernel, config=config, phi=None)
-        splits = max(1, config.num_splits // min(case.shape.batch, MAX_CHUNK))  # of each sequence
-        separate = dataclasses.replace(config, combine="launch", num_splits=splits)
+        online = heuristics.decode_attention_config(dataclasses.replace(case.shape, is_online=True), running)
+        candidates[_ONLINE] = ours(_kernel, config=online, phi=None)
+        grid = heuristics.grid_attention_config(case.shape, running)
+        splits = max(1, grid.num_splits // min(case.shape.batch, MAX_CHUNK))  # of each sequence
+        separate = dataclasses.replace(grid, combine="launch", num_splits=splits)
         candidates[_SEPARATE] = ours(_kernel, config=separate, phi=_PHI)
     if case.shape.page_size is None and case.shape.scales is None:
         if running.is_nvidia and case.shape.dtype != "float32":

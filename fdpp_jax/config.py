@@ -54,7 +54,8 @@ class AttentionShape:
     `dot_product_attention`. `has_lengths` says whether key_value_seq_lengths is given, which the heuristics
     need because cuDNN's padding mask lets NaN behind the length through. `kv_dtype` None means `dtype`,
     `page_size` None a contiguous cache, and `scales` is one of "head" [K] and "token" [B, S, K] if the cache is
-    quantised. `is_appended`: the call follows a fused layer, and is launched while that one ends.
+    quantised. `is_appended`: the call follows a fused layer, and is launched while that one ends. `is_online`: with a
+    running max, which a unified max does without.
     """
 
     batch: int
@@ -74,6 +75,7 @@ class AttentionShape:
     has_sinks: bool = False
     has_query_offset: bool = False
     is_appended: bool = False
+    is_online: bool = False
 
     @property
     def group_size(self) -> int:

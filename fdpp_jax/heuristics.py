@@ -40,11 +40,14 @@ from fdpp_jax.limits import BLOCK_KV, MATMUL_BLOCKS_K, MAX_FLAT_ROWS, MAX_K_SPLI
 
 # The paper's M1, from which on the flat kernel beats gemv: 2 unless measured.
 _MIN_FLAT_ROWS = {"H200": 1}
-# A head that would get fewer CTAs gets twice as many, two an SM, which even out better. Where a head has more, a CTA
-# alone on its SM takes tiles of 128 keys: 21.2 us with 16 such CTAs a head, 22.1 with tiles of 64 (B 8, 32/8 heads,
-# mixed lengths). 8-bit caches want two an SM, and tiles of 128 keys where a share has many of them: 71 us against 79
-# (B 8, 32/32 heads, int8), else of 64: 26.0 against 28.3 (32/8 heads, 8 a share).
+# A head that would get fewer CTAs gets twice as many, two an SM, which even out better, unless one sequence has short
+# shares (9.0 us with two an SM and 1024 keys, 8.5 with one; 20.7 and 20.1 with 4096) and the launch before has ended:
+# else two would take an SM that is free early. Where a head has more, a CTA alone on its SM takes tiles of 128 keys:
+# 21.2 us with 16 such CTAs a head, 22.1 with tiles of 64 (B 8, 32/8 heads, mixed lengths). 8-bit caches want two an SM,
+# and tiles of 128 keys where a share has many of them: 71 us against 79 (B 8, 32/32 heads, int8), else of 64: 26.0
+# against 28.3 (32/8 heads, 8 a share).
 _FEW_SPLITS = 8
+_MAX_TILES_ALONE = 16
 _MANY_WIDE_TILES = 16
 # CTAs that share a sequence, of which one adds up all sums: 12.1 us with 16, 13.0 with 32, 28.0 with 128 (one head of
 # 16 query rows, 8192 keys); 14.4 with 16, 15.7 with 32 (28/4 heads, 16384 keys). More where each has so many tiles.
@@ -56,10 +59,11 @@ _BYTES_IN_FLIGHT = 96 * 1024
 # One sequence in 16 bits: sums in the shared memory of a cluster are there 1 us earlier, and half of the SMs read as
 # fast as all if each has more on its way: 8.7 us with 64 CTAs as clusters, 9.2 with 128 in a grid (32/8 heads, 4096
 # keys), 20.4 and 21.7 with 16384; 8.4 and 9.0 (32/32 heads, 1024 keys), 67.3 and 67.6 with 16384. Fewer do not, from
-# some 8 tiles each on (28/4 heads: 9.2 and 10.4 with 4096 keys, 19.5 and 16.1 with 16384). More heads than half of the
-# SMs have pairs up to 20 tiles an SM (40/40 heads, 4096 keys: 24.4 and 25.1).
+# some 8 tiles each on (28/4 heads: 9.2 and 10.4 with 4096 keys, 19.5 and 16.1 with 16384), nor does online softmax,
+# whose running max is not hidden any more (32/32 heads: 81.4 with 16384 keys, 66.6 with a unified max). Where half of
+# the SMs are fewer than two a head, pairs win up to 20 tiles an SM (40/40 heads, 4096 keys: 24.4 and 25.1).
 _CLUSTER_BYTES_IN_FLIGHT = 128 * 1024
-_MAX_TILES_OF_FEW = 8
+_MAX_SHORT_SHARE = 8
 _MAX_TILES_OF_ALL = 20
 _MIN_CLUSTER_APPENDED = 4  # Llama-2-7B, whose clusters would have 2, is 1 % slower with so few CTAs
 # A fused layer's CTAs end one by one. The first SMs to be free would take one attention CTA more than planned, where it
@@ -215,7 +219,7 @@ def _rule_plan(shape: MatmulShape, device: Device) -> MatmulPlan:
 def decode_attention_config(shape: AttentionShape, device: Device | str) -> DecodeAttentionConfig:
     """Tiles and splits of the decode kernel, whether or not it is the plan's choice."""
     device = device_lib.resolve(device)
-    return _cluster_config(shape, device) or _grid_config(shape, device)
+    return _cluster_config(shape, device) or grid_attention_config(shape, device)
 
 
 def _cluster_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig | None:
@@ -232,7 +236,7 @@ def _cluster_config(shape: AttentionShape, device: Device) -> DecodeAttentionCon
         return None
     if shape.is_appended and half_share < _MIN_CLUSTER_APPENDED:
         return None
-    if half_share > MAX_CLUSTER and num_tiles > _MAX_TILES_OF_FEW * num_splits:
+    if (half_share > MAX_CLUSTER or shape.is_online) and num_tiles > _MAX_SHORT_SHARE * num_splits:
         return None
     if half_share < 2 and num_tiles * num_heads > _MAX_TILES_OF_ALL * device.num_sms:
         return None
@@ -242,19 +246,20 @@ def _cluster_config(shape: AttentionShape, device: Device) -> DecodeAttentionCon
     return config if config.smem_bytes(shape) <= device.smem_bytes else None
 
 
-def _grid_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig:
-    """As many CTAs as fill the SMs once or twice, which share the tiles of all sequences of a chunk."""
+def grid_attention_config(shape: AttentionShape, device: Device) -> DecodeAttentionConfig:
+    """The decode kernel without clusters: CTAs that fill the SMs once or twice share the tiles of all sequences."""
     chunk = min(shape.batch, MAX_CHUNK)
     num_heads = max(1, -(-shape.batch // max(chunk, 1)) * shape.num_kv_heads)  # each with its own CTAs
     is_narrow = shape.kv_itemsize == 1
     smallest = DecodeAttentionConfig(BLOCK_KV, 1, MIN_STAGES).smem_bytes(shape)
     has_few = device.num_sms < _FEW_SPLITS * num_heads
-    wants_two = is_narrow or has_few
+    num_tiles = -(-shape.capacity // BLOCK_KV)
+    is_short = num_tiles * num_heads <= _MAX_TILES_ALONE * device.num_sms and not shape.is_appended
+    wants_two = is_narrow or (has_few and not (shape.batch == 1 and is_short))
     ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:
         num_splits -= num_splits % chunk  # shares that end with sequences of one length need not be added up
-    num_tiles = -(-shape.capacity // BLOCK_KV)
     max_sharers = _MAX_KV_SPLITS if is_narrow else max(_MAX_SHARERS, num_tiles // _TILES_OF_MORE)
     num_splits = max(1, min(num_splits, chunk * min(num_tiles, max_sharers), _MAX_KV_SPLITS))
     ctas_per_sm = min(ctas_per_sm, -(-num_heads * num_splits // device.num_sms))

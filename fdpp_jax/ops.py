@@ -165,7 +165,7 @@ def unchecked_decode_attention(
     _check_integers(arrays, None)
     _check_floats(arrays, key_max_norm)
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
-    shape = attention.shape_of(arrays._replace(lengths=None), options)
+    shape = attention.shape_of(arrays._replace(lengths=None), options, softmax)
     planned = attention.plan(dataclasses.replace(shape, is_appended=is_appended), implementation)
     config, recompute = planned.config, attention.place_of_recompute(planned, softmax)
     if softmax is None and config == XlaAttentionConfig("cudnn"):

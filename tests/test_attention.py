@@ -279,7 +279,7 @@ def test_recompute_is_where_it_was_asked_for(kernel_calls, recompute):
     text = str(jax.make_jaxpr(attend)(*arrays, **arguments))
     first, *others = kernel_calls
     assert first["phi"].shape == ()
-    planned = attention.plan(attention.shape_of(attention.Arrays(*arrays), attention.Options(1.0)), None)
+    planned = attention.plan(attention.shape_of(attention.Arrays(*arrays), attention.Options(1.0), None), None)
     assert planned.recompute == "kernel"
     assert first["config"] == planned.config
     assert first["recompute"] == (recompute in (None, "kernel"))

@@ -137,6 +137,13 @@ def test_a_head_of_one_sequence_is_a_cluster_where_that_is_faster(num_kv_heads, 
         assert plan_attention(dataclasses.replace(shape, **changes), "H200").config.combine == "kernel"
 
 
+@pytest.mark.parametrize(("num_kv_heads", "capacity"), [(8, 4096), (32, 1024)])
+def test_online_softmax_is_in_clusters_while_shares_are_short(num_kv_heads, capacity):
+    shape = _decode(num_query_heads=32, num_kv_heads=num_kv_heads, capacity=capacity, is_online=True)
+    assert plan_attention(shape, "H200").config.combine == "cluster"
+    assert plan_attention(dataclasses.replace(shape, capacity=capacity + 1), "H200").config.combine == "kernel"
+
+
 @pytest.mark.parametrize("capacity", [1, 64])
 def test_one_tile_cannot_be_shared(capacity):
     shape = _decode(capacity=capacity)
@@ -435,6 +442,7 @@ _ATTENTION = st.builds(
     dtype=st.sampled_from(["bfloat16", "float16"]),
     page_size=st.sampled_from([None, 16, 64, 256]),
     is_appended=st.booleans(),
+    is_online=st.booleans(),
     quantised=st.sampled_from(_QUANTISED),
 )
 _MATMUL = st.builds(
