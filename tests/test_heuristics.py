@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 from fdpp_jax import device, heuristics, limits, tuned_tables
 from fdpp_jax.config import (
     MAX_CHUNK,
-    UNIT_WIDTH,
     AttentionShape,
     DecodeAttentionConfig,
     FlatMatmulConfig,
     GemvConfig,
-    LayerShape,
     MatmulShape,
     XlaAttentionConfig,
 )
 from fdpp_jax.heuristics import plan_attention, plan_matmul
-from fdpp_jax.models import PRESETS
 
 H200 = device.by_name("H200")
 DECODE = AttentionShape(batch=1, query_length=1, capacity=4096, num_query_heads=32, num_kv_heads=32, head_dim=128)
@@ -479,48 +476,3 @@ def test_any_matmul_config_fits_the_sm(shape, name):
     if config.split_k > 1:
         assert num_tiles // config.split_k >= 4
         assert num_units * config.split_k <= 2 * gpu.num_sms
-
-
-@pytest.mark.parametrize("name", device.names())
-@pytest.mark.parametrize("model", PRESETS)
-def test_every_layer_has_a_legal_plan_everywhere(model, name):
-    """CTAs that wait for each other all run at once, and each has a unit of the MLP."""
-    config, known = PRESETS[model], device.by_name(name)
-    for batch in (1, 2, 8, 9, 17, 32, 64, 256):
-        shape = LayerShape(
-            batch,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        plan = heuristics.plan_layer(shape, name)
-        assert plan.reason
-        assert (plan.config is None) == (plan.implementation == "unfused")
-        if plan.config is None:
-            assert known.arch != "sm_90" or batch > 32 or config.head_dim % 64 or "columns" in plan.reason
-            continue
-        assert known.arch == "sm_90"
-        assert plan.config.smem_bytes(shape) <= known.smem_bytes
-        assert plan.config.num_stages >= 2
-        assert plan.config.num_ctas <= min(known.num_sms, config.intermediate_size // UNIT_WIDTH)
-        depth = max(config.query_size, config.hidden_size, config.intermediate_size)
-        assert depth <= 128 * plan.config.num_x_tiles * plan.config.block_k  # counters: a thread each clears them
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        (dict(dtype="float16"), "bfloat16"),
-        (dict(batch=33), "1 to 32 rows"),
-        (dict(intermediate_size=131136), "65536 columns, got 131136"),
-        (dict(head_dim=96), "head dims"),
-        (dict(intermediate_size=11040), "multiples of 64"),
-    ],
-)
-def test_a_refused_layer_says_why(changes, why):
-    shape = dataclasses.replace(LayerShape(1, 4096, 11008, 32, 32, 128), **changes)
-    plan = heuristics.plan_layer(shape, "H200")
-    assert plan.implementation == "unfused"
-    assert why in plan.reason

@@ -1,0 +1,54 @@
+"""Whether a layer's matmuls are one launch: legal for every model and device, and refused with a reason."""
+
+import dataclasses
+
+import pytest
+
+from fdpp_jax import device, heuristics
+from fdpp_jax.config import UNIT_WIDTH, LayerShape
+from fdpp_jax.models import PRESETS
+
+
+@pytest.mark.parametrize("name", device.names())
+@pytest.mark.parametrize("model", PRESETS)
+def test_every_layer_has_a_legal_plan_everywhere(model, name):
+    """CTAs that wait for each other all run at once, and each has a unit of the MLP."""
+    config, known = PRESETS[model], device.by_name(name)
+    for batch in (1, 2, 8, 9, 17, 32, 64, 256):
+        shape = LayerShape(
+            batch,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        plan = heuristics.plan_layer(shape, name)
+        assert plan.reason
+        assert (plan.config is None) == (plan.implementation == "unfused")
+        if plan.config is None:
+            assert known.arch != "sm_90" or batch > 32 or config.head_dim % 64 or "columns" in plan.reason
+            continue
+        assert known.arch == "sm_90"
+        assert plan.config.smem_bytes(shape) <= known.smem_bytes
+        assert plan.config.num_stages >= 2
+        assert plan.config.num_ctas <= min(known.num_sms, config.intermediate_size // UNIT_WIDTH)
+        depth = max(config.query_size, config.hidden_size, config.intermediate_size)
+        assert depth <= 128 * plan.config.num_x_tiles * plan.config.block_k  # counters: a thread each clears them
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(dtype="float16"), "bfloat16"),
+        (dict(batch=33), "1 to 32 rows"),
+        (dict(intermediate_size=131136), "65536 columns, got 131136"),
+        (dict(head_dim=96), "head dims"),
+        (dict(intermediate_size=11040), "multiples of 64"),
+    ],
+)
+def test_a_refused_layer_says_why(changes, why):
+    shape = dataclasses.replace(LayerShape(1, 4096, 11008, 32, 32, 128), **changes)
+    plan = heuristics.plan_layer(shape, "H200")
+    assert plan.implementation == "unfused"
+    assert why in plan.reason
