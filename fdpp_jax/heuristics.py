@@ -58,10 +58,10 @@ _TILES_OF_MORE = 32
 _BYTES_IN_FLIGHT = 96 * 1024
 # One sequence in 16 bits: sums in the shared memory of a cluster are there 1 us earlier, and half of the SMs read as
 # fast as all if each has more on its way: 8.7 us with 64 CTAs as clusters, 9.2 with 128 in a grid (32/8 heads, 4096
-# keys), 20.4 and 21.7 with 16384; 8.4 and 9.0 (32/32 heads, 1024 keys), 67.3 and 67.6 with 16384. Fewer do not, from
+# keys), 20.4 and 21.7 with 16384; 35.6 and 36.4 (32/32 heads, 8192 keys), 67.3 and 67.6 with 16384. Fewer do not, from
 # some 8 tiles each on (28/4 heads: 9.2 and 10.4 with 4096 keys, 19.5 and 16.1 with 16384), nor does online softmax,
 # whose running max is not hidden any more (32/32 heads: 81.4 with 16384 keys, 66.6 with a unified max). Where half of
-# the SMs are fewer than two a head, pairs win up to 20 tiles an SM (40/40 heads, 4096 keys: 24.4 and 25.1).
+# the SMs are fewer than two a head, pairs win up to 20 tiles an SM (40/40 heads, 4096 keys: 24.2 and 25.1).
 _CLUSTER_BYTES_IN_FLIGHT = 128 * 1024
 _MAX_SHORT_SHARE = 8
 _MAX_TILES_OF_ALL = 20
@@ -254,8 +254,8 @@ def grid_attention_config(shape: AttentionShape, device: Device) -> DecodeAttent
     smallest = DecodeAttentionConfig(BLOCK_KV, 1, MIN_STAGES).smem_bytes(shape)
     has_few = device.num_sms < _FEW_SPLITS * num_heads
     num_tiles = -(-shape.capacity // BLOCK_KV)
-    is_short = num_tiles * num_heads <= _MAX_TILES_ALONE * device.num_sms and not shape.is_appended
-    wants_two = is_narrow or (has_few and not (shape.batch == 1 and is_short))
+    is_short = num_tiles * num_heads <= _MAX_TILES_ALONE * device.num_sms
+    wants_two = is_narrow or (has_few and not (is_short and shape.batch == 1 and not shape.is_appended))
     ctas_per_sm = 2 if wants_two and smallest <= device.smem_bytes_shared(2) else 1
     num_splits = ctas_per_sm * device.num_sms // num_heads
     if num_splits > chunk and 8 * (num_splits % chunk) <= num_splits:

@@ -38,7 +38,7 @@ def model_plans(
     device: Device | str,
     dtype: jax.typing.DTypeLike = "bfloat16",
 ) -> list[tuple[str, AttentionShape | LayerShape | MatmulShape, AttentionPlan | LayerPlan | MatmulPlan]]:
-    """The plan of every kind of kernel in one decode step, in the order they run in a layer.
+    """The plan of every kind of kernel in one decode step with a unified max, in the order they run in a layer.
 
     Args:
       config: The model's shapes.

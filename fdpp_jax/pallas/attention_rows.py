@@ -47,6 +47,7 @@ class Rows:
         self.start, self.stop = place[1], place[1] + self.live.count
         self.query = smem.q.at[slot]
         _, self.num_rows, self.padded_dim = smem.q.shape
+        self.in_cluster = hasattr(smem, "given_num")
         self.token_scales = hasattr(smem, "k_factors")
         self.head_scales = hasattr(gmem, "k_scale") and not self.token_scales
 
@@ -274,7 +275,7 @@ class Rows:
     def publish(self, sums: Sums) -> None:
         """Leaves the sums at this CTA's place, of num the live rows only, and says so."""
         share = self.share
-        if hasattr(self.smem, "given_num"):
+        if self.in_cluster:
             for name, value in zip(("num", "den", "max"), _laid_out(sums), strict=False):
                 handover.store(value, getattr(self.smem, f"given_{name}").at[share.index], share.num_shares - 1)
             handover.arrive()
@@ -314,7 +315,7 @@ class Rows:
 
         if max_others:
             unroll = -(-max_others // num_rounds)
-            if hasattr(self.smem, "given_num"):
+            if self.in_cluster:
                 pl.when(num_others > 0)(handover.await_cluster)
             elif not facts.is_interpreted:  # the interpreter runs one CTA after the other
                 flag = self.gmem.flag.at[share.chunk, share.kv_head, first]
@@ -325,18 +326,18 @@ class Rows:
     def _published(self, first: jax.Array, index: jax.Array, num_others: jax.Array) -> Sums:
         """The sums of CTA first + index, or those of no keys if index is not below num_others."""
         is_there = index < num_others
-        given = {name: getattr(self.gmem, name) for name in ("num", "den", "max") if hasattr(self.gmem, name)}
         there: tuple[Any, ...] = self.share.chunk, self.share.kv_head, first + jnp.minimum(index, num_others - 1)
-        if in_smem := hasattr(self.smem, "given_num"):
-            given = {name[6:]: ref for name, ref in vars(self.smem).items() if name.startswith("given_")}
+        refs = [getattr(self.gmem, name, None) for name in ("num", "den", "max")]
+        if self.in_cluster:
             there = there[2:]
+            refs = [getattr(self.smem, f"given_{name}", None) for name in ("num", "den", "max")]
+        num_ref, *row_refs = (ref for ref in refs if ref is not None)
         if self.facts.is_interpreted:
-            num = jnp.where(is_there, handover.unpacked(given["num"][there]).T, 0.0)
+            num = jnp.where(is_there, handover.unpacked(num_ref[there]).T, 0.0)
             num = jnp.pad(num, ((0, 0), (0, self.num_rows - num.shape[1])))
         else:
-            num = handover.load(given["num"].at[there], self.num_rows, is_there, in_smem=in_smem)
-        rows = (given[name] for name in ("den", "max") if name in given)
-        den, *row_max = (plgpu.load(ref.at[there], layout=_ROW, optimized=False) for ref in rows)
+            num = handover.load(num_ref.at[there], self.num_rows, is_there, in_smem=self.in_cluster)
+        den, *row_max = (plgpu.load(ref.at[there], layout=_ROW, optimized=False) for ref in row_refs)
         weight = is_there.astype(jnp.float32)
         return num, den * weight, *(x * weight + _LOWEST * (1 - weight) for x in row_max)
 
