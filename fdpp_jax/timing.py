@@ -27,11 +27,12 @@ import jax.numpy as jnp
 from fdpp_jax import device
 from fdpp_jax.config import MatmulShape
 
-# Bytes that one timed program reads: on a GPU half a millisecond of reads, which hides the dispatch of the next.
-_GPU_PROGRAM_BYTES = 2 << 30
+# Bytes that one timed program reads: on a GPU two milliseconds of reads. Between two programs the GPU stands still for
+# some 14 to 30 us (H200, 2026-11-28), which each of their steps has a share of.
+_GPU_PROGRAM_BYTES = 8 << 30
 _CPU_PROGRAM_BYTES = 32 << 20
 _MIN_STEPS = 8  # of one program: XLA makes no command buffer of fewer than five launches
-_MAX_STEPS = 64  # each is compiled
+_MAX_STEPS = 128  # each is compiled
 _PAST_L2 = 4  # buffers of so many times the L2's size, one after the other and again, are not found in it
 # A read of this size runs at the full speed of the memory; a longer one takes as much longer.
 _LONGEST_READ_BYTES = 1 << 30
@@ -139,16 +140,17 @@ def _lower(
     """A program of one step after the other, on one set after the other."""
     step = jax.jit(step)  # traced and lowered once, not once a step
 
-    def program(x: Any, sets: Sequence[Any]) -> list[jax.Array]:
-        outs = []
+    def program(x: Any, sets: Sequence[Any]) -> tuple[jax.Array, ...]:
+        total = jnp.float32(0)
         for index in range(num_steps):
             # The barrier makes a step wait for the one before, and keeps XLA from merging them.
             x, out = jax.lax.optimization_barrier((x, step(x, sets[index % len(sets)])))
             if chain is None:
-                outs.append(out)
+                # A number of each result stands for it: an output more takes the host some 8 us.
+                total += out[(0,) * out.ndim].astype(jnp.float32)
             else:
-                x, outs = chain(x, out), [out]
-        return outs
+                x = chain(x, out)
+        return (total, out) if chain is None else (out,)
 
     return jax.jit(program).lower(x, sets)
 
@@ -180,8 +182,7 @@ def time_kernels(
       x: Their small argument, a pytree.
       sets: Their large arguments, pytrees of equal shapes, in distinct buffers; `num_sets` of them.
       num_bytes: What one step has to read.
-      chain: chain(x, result) -> the next step's x. Without it every result is an output of the program, and outputs
-        are what its dispatch takes long for.
+      chain: chain(x, result) -> the next step's x, which is the same in all steps without it.
       repeats: Rounds, of which the times are medians.
       quiet: Says nothing on stderr.
     """
