@@ -38,9 +38,9 @@ _PAST_L2 = 4  # buffers of so many times the L2's size, one after the other and 
 _LONGEST_READ_BYTES = 1 << 30
 _READ_COLUMNS = 4096
 REPEATS = 7
-# Between two looks at the clock: so long that the dispatch of the first program, some 0.1 ms, does not show.
-_SAMPLE_SECONDS = 0.02
-_MAX_PROGRAMS = 64
+# Between two looks at the clock: so long that the dispatch of the first program, up to 2 ms (H200), hardly shows.
+_SAMPLE_SECONDS = 0.06
+_MAX_PROGRAMS = 256
 _WARM_UP_SECONDS = 0.3  # the first loops of a process, or after a pause, run at a lower clock
 _COMPILE_THREADS = 8
 
@@ -114,7 +114,10 @@ class _Program:
         self._compiled, self._x, self._sets, self._num_steps = compiled, x, sets, num_steps
         if not jnp.isfinite(compiled(x, sets)[-1]).all():
             raise FloatingPointError("the result is not finite: this would time the wrong work")
-        self._num_programs = max(1, min(_MAX_PROGRAMS, math.ceil(_SAMPLE_SECONDS / self._run(1))))
+        self._run(1)  # the second execution records the command buffer, which takes far longer than to run it
+        self._num_programs = 1
+        while self._run(self._num_programs) < _SAMPLE_SECONDS and self._num_programs < _MAX_PROGRAMS:
+            self._num_programs *= 2
 
     def sample(self) -> float:
         """Seconds a step, of several programs in a row."""

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,23 @@ def test_a_timed_program_reads_past_the_last_cache(monkeypatch, set_bytes):
     sets = timing.num_sets(set_bytes, h200)
     assert sets >= 2
     assert sets * set_bytes >= 4 * h200.l2_bytes
+
+
+def test_what_records_the_command_buffer_does_not_shorten_the_samples(monkeypatch):
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.02)
+    executions = []
+
+    def compiled(x, sets):
+        executions.append(len(executions))
+        time.sleep(0.1 if len(executions) == 2 else 0.001)
+        return (jnp.zeros(()),)
+
+    program = timing._Program(compiled, None, (), 1)
+    executions.clear()
+    executions.extend((0, 1))  # the slow one is over
+    started = time.perf_counter()
+    program.sample()
+    assert time.perf_counter() - started >= 0.01
 
 
 def test_a_program_is_long_and_in_whole_rounds(monkeypatch):
