@@ -114,7 +114,7 @@ class _Program:
         self._compiled, self._x, self._sets, self._num_steps = compiled, x, sets, num_steps
         if not jnp.isfinite(compiled(x, sets)[-1]).all():
             raise FloatingPointError("the result is not finite: this would time the wrong work")
-        self._run(1)  # the second execution records the command buffer, which takes far longer than to run it
+        self._run(1)  # in the second execution XLA records the command buffer: its time says nothing of the others'
         self._num_programs = 1
         while self._run(self._num_programs) < _SAMPLE_SECONDS and self._num_programs < _MAX_PROGRAMS:
             self._num_programs *= 2
