@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from fdpp_jax import device
 from fdpp_jax.config import MatmulShape
 
-# Bytes that one timed program reads: on a GPU two milliseconds of reads. Between two programs the GPU stands still for
-# some 14 to 30 us (H200, 2026-11-28), which each of their steps has a share of.
+# Bytes that one timed program reads: on a GPU two milliseconds of reads. A program takes some 14 to 30 us beside its
+# steps (H200, 2026-11-28: the difference that its length makes), which each of them has a share of.
 _GPU_PROGRAM_BYTES = 8 << 30
 _CPU_PROGRAM_BYTES = 32 << 20
 _MIN_STEPS = 8  # of one program: XLA makes no command buffer of fewer than five launches
@@ -114,7 +114,7 @@ class _Program:
         self._compiled, self._x, self._sets, self._num_steps = compiled, x, sets, num_steps
         if not jnp.isfinite(compiled(x, sets)[-1]).all():
             raise FloatingPointError("the result is not finite: this would time the wrong work")
-        self._run(1)  # in the second execution XLA records the command buffer: its time says nothing of the others'
+        self._run(1)  # the first executions are the slowest, on a GPU until the command buffer is recorded
         self._num_programs = 1
         while self._run(self._num_programs) < _SAMPLE_SECONDS and self._num_programs < _MAX_PROGRAMS:
             self._num_programs *= 2
