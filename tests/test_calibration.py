@@ -103,7 +103,8 @@ def test_each_layer_sees_what_it_sees_without_a_probe(monkeypatch, family):
         return score_stats.attend_and_record(query, key, value, jnp.ones((2, 40), bool), **options)[0]
 
     probed = jax.jit(lambda tokens: model.head(model.hidden_states(tokens, jnp.arange(40)[None], attend)))(tokens)
-    np.testing.assert_allclose(probed, jax.jit(model)(tokens), atol=2e-5)
+    # Rounding moves logits by up to 2e-5, a missing option by more than 3.
+    np.testing.assert_allclose(probed, jax.jit(model)(tokens), atol=1e-4)
 
 
 def test_scores_beyond_the_bins_count_in_the_outermost():
