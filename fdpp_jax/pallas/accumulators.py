@@ -26,8 +26,8 @@ WIDTH = UNIT_WIDTH  # what warps 0 and 1 hold
 HEIGHT = 2 * WIDTH
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-# Bytes of what is stored, and how it is rounded.
-_STORES = {"bfloat16": (2, "cvt.rn.bf16.f32"), "float16": (2, "cvt.rn.f16.f32"), "float32": (4, "")}
+_LINE_BYTES = 128  # of the L2; no product [64, rows] has more lines than a warpgroup threads
+_PACKED = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 
 # h, t2 = 2 t, and whether this thread's first column is among the first {height}.
 _LOCATE = """
@@ -44,6 +44,18 @@ _LOCATE = """
   shr.u32 row, thread, 5;
   mad.lo.u32 h, row, 16, h;
   setp.lt.u32 inside, h, {height};
+"""
+# For four neighbours of a row a thread, of row 8 n + g: h = 16 w + 8 (t % 2) + 4 (t / 2).
+_TO_FOURS = """
+  .reg .pred is_odd;
+  .reg .b32 g, low, high, other;
+  and.b32 g, h, 7;
+  sub.u32 h, h, g;
+  and.b32 low, t2, 2;
+  setp.ne.u32 is_odd, low, 0;
+  mad.lo.u32 h, low, 4, h;
+  and.b32 low, t2, 4;
+  add.u32 h, h, low;
 """
 
 
@@ -87,6 +99,30 @@ def left(source: Any, num_rows: int, *, is_partner: bool, is_interpreted: bool) 
         return registers.from_elements(elements, shape)
 
     return emit(source)
+
+
+def discard(source_gmem: Any, *, is_interpreted: bool) -> None:
+    """Drops what `left` has read [64 * rows] from the L2, which would write it to memory: 1 us for each MB (H200)."""
+    if is_interpreted:
+        return
+    num_lines = source_gmem.shape[0] * 4 // _LINE_BYTES
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def emit(_: Any, source: Any) -> None:
+        mgpu.utils.warpgroup_barrier()  # other threads have read, too
+        lines = [
+            ".reg .pred is_mine;",
+            ".reg .b32 thread;",
+            ".reg .b64 line;",
+            "mov.u32 thread, %tid.x;",
+            "and.b32 thread, thread, 127;",
+            f"setp.lt.u32 is_mine, thread, {num_lines};",
+            f"mad.wide.u32 line, thread, {_LINE_BYTES}, $0;",
+            f"@is_mine discard.global.L2 [line], {_LINE_BYTES};",
+        ]
+        mgpu.utils.inline_ptx(registers.ptx_block(*lines), mgpu.utils.memref_ptr(source), has_side_effects=True)
+
+    emit(source_gmem)
 
 
 def _place(space: str, argument: int, *, other_half: bool = False) -> list[str]:
@@ -192,31 +228,40 @@ def store(
             pl.when(rows_gmem[i] < target_gmem.shape[0])(write)
         return
     num_rows, num_columns = target_gmem.shape
-    itemsize, narrow = _STORES[jnp.dtype(target_gmem.dtype).name]
+    name = jnp.dtype(target_gmem.dtype).name
+    itemsize = jnp.dtype(name).itemsize
     num_live = num_rows if rows_gmem is None else rows_gmem.shape[0]
     refs = (target_gmem,) if rows_gmem is None else (target_gmem, rows_gmem)
+    first = len(refs) + 1  # of y's registers among the operands
+
+    def locate(row: str) -> list[str]:
+        """PTX of a row's address, and of whether this thread stores there."""
+        lines = [f"add.u32 row, {row};", f"setp.lt.and.u32 live, row, {num_live}, inside;"]
+        if rows_gmem is not None:
+            lines += [
+                "mad.wide.u32 address, row, 4, $2;",
+                "@live ld.global.b32 row, [address];",
+                f"setp.lt.and.u32 live, row, {num_rows}, live;",
+            ]
+        return [*lines, f"mad.wide.u32 address, row, {num_columns * itemsize}, base;"]
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), _SCALAR, LAYOUT))
     def emit(_: Any, target: Any, *rest: Any) -> None:
         *rows, column, y = rest
-        first = 2 + len(rows)
-        lines = ["add.u32 h, h, $1;", f"mad.wide.u32 base, h, {itemsize}, $0;"]
+        lines = [_TO_FOURS] if itemsize == 2 else []
+        lines += ["add.u32 h, h, $1;", f"mad.wide.u32 base, h, {itemsize}, $0;"]
         if num_columns % height:  # the last block is ragged, in whole 16
             lines.append(f"setp.lt.and.u32 inside, h, {num_columns}, inside;")
-        for i, (n, r, e) in enumerate(_places(y.shape[1])):
-            lines += [f"add.u32 row, t2, {8 * n + e};", f"setp.lt.and.u32 live, row, {num_live}, inside;"]
-            if rows:
+        if itemsize == 2:
+            for n in range(y.shape[1] // 8):
+                lines += [*locate(f"g, {8 * n}"), *_fours(_PACKED[name], first + 4 * n)]
+                lines.append("@live st.global.v2.b32 [address], {low, high};")
+        else:
+            for i, (n, r, e) in enumerate(_places(y.shape[1])):
                 lines += [
-                    "mad.wide.u32 address, row, 4, $2;",
-                    "@live ld.global.b32 row, [address];",
-                    f"setp.lt.and.u32 live, row, {num_rows}, live;",
+                    *locate(f"t2, {8 * n + e}"),
+                    f"@live st.global.f32 [address + {8 * r * itemsize}], ${first + i};",
                 ]
-            lines.append(f"mad.wide.u32 address, row, {num_columns * itemsize}, base;")
-            where, value = f"[address + {8 * r * itemsize}]", f"${first + i}"
-            if narrow:
-                lines += [f"{narrow} half, {value};", f"@live st.global.b16 {where}, half;"]
-            else:
-                lines.append(f"@live st.global.f32 {where}, {value};")
         mgpu.utils.inline_ptx(
             registers.ptx_block(_LOCATE.format(height=height), *lines),
             mgpu.utils.memref_ptr(target),
@@ -224,9 +269,30 @@ def store(
             *(mgpu.utils.memref_ptr(ref) for ref in rows),
             *registers.extracted(y.registers),
             has_side_effects=True,
+            convergent=True,
         )
 
     emit(*refs, column.astype(jnp.int32), y)
+
+
+def _fours(pack: str, first: int) -> list[str]:
+    """PTX that packs elements (r, e) from operand `first` on in 16 bits and gives each thread four neighbours of a row.
+
+    Tensor cores' transpose leaves two to a thread, of r = 0 and of r = 1; its neighbour has those beside them.
+    """
+    lines = []
+    for r, half in enumerate(("low", "high")):
+        lines += [
+            f"{pack} {half}, ${first + 2 * r + 1}, ${first + 2 * r};",
+            f"movmatrix.sync.aligned.m8n8.trans.b16 {half}, {half};",
+        ]
+    return [
+        *lines,
+        "selp.b32 other, low, high, is_odd;",
+        "shfl.sync.bfly.b32 other, other, 1, 31, 0xffffffff;",
+        "@is_odd mov.b32 low, other;",
+        "@!is_odd mov.b32 high, other;",
+    ]
 
 
 def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None:

@@ -262,3 +262,9 @@ class _Cta:
         for i, y in enumerate(ys):
             column = part.unit * facts.config.block_n + i * HEIGHT
             accumulators.store(y, self.gmem.out, column, height=HEIGHT, is_interpreted=facts.is_interpreted)
+
+        def discard(i: jax.Array, _: None) -> None:
+            for j in range(len(ys)):
+                accumulators.discard(self.gmem.parts.at[host + i, j], is_interpreted=facts.is_interpreted)
+
+        lax.fori_loop(0, num_givers, discard, None)

@@ -90,6 +90,7 @@ class Results:
         @pl.when(segment.stop > segment.start)
         def _finish() -> None:
             finish = getattr(self, f"_{phase.kind}")(step.index, segment.unit, *facts.columns(phase, segment.unit))
+            num_guests = None
             ys = self._take(is_alone=factor is None)
             if facts.num_split(phase):
                 num_guests = jnp.where(turn == 0, facts.num_guests(phase, self.cta, segment.unit), 0)
@@ -99,6 +100,17 @@ class Results:
                 ys = tuple(y * lax.broadcast_in_dim(factor, y.shape, [1]) for y in ys)
                 ys = tuple(y.astype(jnp.bfloat16).astype(jnp.float32) for y in ys)
             finish(*ys)
+            if num_guests is not None:
+                self._discard_guests(step, num_guests)
+
+    def _discard_guests(self, step: Step, num_guests: jax.Array) -> None:
+        """After what is waited for: what the guests left is never written to memory."""
+
+        def discard(i: jax.Array, _: None) -> None:
+            parts = self.gmem.parts.at[step.index, self.cta + 1 + i]
+            accumulators.discard(parts, is_interpreted=self.facts.is_interpreted)
+
+        lax.fori_loop(0, num_guests, discard, None)
 
     def _with_guests(
         self, step: Step, unit: jax.Array, num_guests: jax.Array, ys: tuple[jax.Array, ...]
