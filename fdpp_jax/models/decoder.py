@@ -172,10 +172,10 @@ class CausalLM(nnx.Module):
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
         step = StepCache(self.config, cache, softmax, implementation)
-        logits = self.head(self.decode_states(tokens, step), implementation)  # [B, V]
+        redone, logits = step.redone(self.head(self.decode_states(tokens, step), implementation))  # [B, V]
         # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
         overflow = jnp.isnan(logits[:, 0]).any() if step.can_overflow else False
-        return logits, step.grown(), overflow, step.redone()
+        return logits, step.grown(), overflow, redone
 
     def decode_states(self, tokens: jax.Array, step: StepCache) -> jax.Array:
         """What the head reads [B, D] of one new token a row, tokens [B]; a family may run its layers fused."""

@@ -77,10 +77,14 @@ class StepCache:
             self.can_overflow = True
         return out
 
-    def redone(self) -> jax.Array | bool:
-        """[] bool: whether the kernel redid a row in any layer. False: it cannot have."""
+    def redone(self, logits: jax.Array) -> tuple[jax.Array | bool, jax.Array]:
+        """[] bool: whether the kernel redid a row in any layer; False: it cannot have. And the step's logits again."""
+        if self._redone is None:
+            return False, logits
+        # Looked at after the logits: before the last fused layer it would come between that and its attention.
+        redone, logits = jax.lax.optimization_barrier((self._redone, logits))
         # Not any(): it compares with zeros, which XLA takes to be those that the layers write into, and copies.
-        return False if self._redone is None else self._redone.max() > 0
+        return redone.max() > 0, logits
 
     def grown(self) -> KVCache:
         """The cache one token longer."""

@@ -142,9 +142,8 @@ def fused_layer(
         is_interpreted=interpret is not None,
     )
     x_rows = ring.loadable_rows(batch)
-    inputs = dict(
+    inputs: dict[str, Any] = dict(
         attended=jnp.pad(attended.reshape(batch, -1), ((0, x_rows - batch), (0, 0))), hidden=hidden, cos=cos, sin=sin,
-        slots=jnp.where(lengths < capacity, jnp.arange(batch) * capacity + lengths, batch * capacity).astype(jnp.int32),
         **{name: weight for name, weight in weights._asdict().items() if weight is not None},
     )  # fmt: skip
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -159,6 +158,8 @@ def fused_layer(
     if keys is not None:
         assert values is not None
         outputs |= dict(scaled_last=x, last_squares=squares, query=rows((batch, num_heads * head_dim)))
+        slots = jnp.where(lengths < capacity, jnp.arange(batch) * capacity + lengths, batch * capacity)
+        inputs["slots"] = slots.astype(jnp.int32)
         flat = batch * capacity, num_kv_heads * head_dim
         state |= dict(keys=keys.reshape(flat), values=values.reshape(flat))
     results = _run(outputs, state, inputs=inputs, facts=facts, interpret=interpret)
