@@ -13,7 +13,7 @@ from flax import nnx
 from fdpp_jax import device, heuristics, limits, matmul, models, ops, timing
 from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
 from fdpp_jax.device import Device
-from fdpp_jax.generation import decode_compiler_options, decode_step
+from fdpp_jax.generation import decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.timing import BenchReport, Candidate, read_floor
@@ -168,15 +168,15 @@ def _time_decode(
     model: CausalLM, batch: int, context: int, steps: int, softmax: UnifiedMax | None, implementation: Any
 ) -> tuple[float, int]:
     """Median seconds a step, and how many of the loop's steps were redone."""
-    graphdef, weights = nnx.split(model)
+    structure, weights = flattened(model)
     cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
     options = decode_compiler_options(model, batch) if implementation is None else {}
 
     @functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
     def loop(
-        weights: nnx.State, cache: KVCache, tokens: jax.Array, softmax: UnifiedMax | None
+        weights: list[jax.Array], cache: KVCache, tokens: jax.Array, softmax: UnifiedMax | None
     ) -> tuple[KVCache, jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, weights)
+        model = rebuilt(structure, weights)
 
         def body(_: jax.Array, carry: Any) -> Any:
             cache, tokens, redone = carry

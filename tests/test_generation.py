@@ -305,11 +305,11 @@ def test_stream_yields_what_generate_returns(model):
 
 
 def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
-    graphdef, weights = nnx.split(model)
+    structure, weights = generation.flattened(model)
     eos_ids = jnp.array([3], jnp.int32)
     prompts, lengths = jnp.zeros((batch, 16), jnp.int32), jnp.full((batch,), 5, jnp.int32)
     prefill = (
-        graphdef,
+        structure,
         capacity,
         softmax is not None and softmax.is_bound,
         weights,
@@ -320,7 +320,7 @@ def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
         jax.random.key(0),
     )
     loop = generation._prefill(*prefill)
-    return graphdef, 8, 4, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
+    return structure, 8, 4, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
 
 
 @pytest.mark.parametrize(
