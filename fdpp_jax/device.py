@@ -164,6 +164,6 @@ def _nearest(arch: str) -> Device:
         return same[0]
     if arch.startswith("gfx"):
         return _KNOWN["MI210"]
-    capability = int(re.match(r"\d+", arch.removeprefix("sm_")).group())  # type: ignore[union-attr]
+    capability = int(arch.removeprefix("sm_"))
     older = [known for known in gpus if known.is_nvidia and known.compute_capability <= capability]
     return max(older, key=lambda known: known.compute_capability, default=_KNOWN["A10"])
