@@ -1,10 +1,12 @@
 """How fast: a decode step and a matmul, each beside its peers and the read floor of the same run."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import statistics
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,16 @@ from flax import nnx
 from fdpp_jax import device, heuristics, limits, matmul, models, ops, timing
 from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
 from fdpp_jax.device import Device
-from fdpp_jax.generation import decode_compiler_options, decode_step, flattened, rebuilt
+from fdpp_jax.generation import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.timing import BenchReport, Candidate, read_floor
 from fdpp_jax.unified_max import UnifiedMax
 
 _CAPACITY_MULTIPLE = 64
+
+# A softmax policy, and which implementation: None for ours.
+type _Variant = tuple[UnifiedMax | None, Literal["xla"] | None]
 
 
 def bench_matmul(shape: MatmulShape) -> BenchReport:
@@ -80,7 +85,7 @@ def _flat(x: jax.Array, w: jax.Array, *, config: FlatMatmulConfig, rows: int, w_
 
 
 def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
-    """Times greedy decoding with random weights: ours, ours with online softmax, plain XLA, and the read floor.
+    """Times greedy decoding with random weights: ours, ours with online softmax and plain XLA in turns; the read floor.
 
     The floor is that of all weights that a step needs and the live keys and values, inside a layer's local window.
 
@@ -108,15 +113,12 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     timing.progress("read floor")
     floors = [read_floor(weight_bytes + kv_bytes)]
 
-    variants: dict[str, tuple[UnifiedMax | None, Any]] = {
+    variants: dict[str, _Variant] = {
         "ours, unified max": (UnifiedMax(jnp.float32(6.0)), None),
         "ours, online softmax": (None, None),
         "plain XLA": (None, "xla"),
     }
-    seconds, recomputed = {}, {}
-    for name, (softmax, implementation) in variants.items():
-        timing.progress(name)
-        seconds[name], recomputed[name] = _time_decode(model, batch, context, steps, softmax, implementation)
+    seconds, recomputed = _time_decode(model, batch, context, steps, variants)
     floors.append(read_floor(weight_bytes + kv_bytes))  # before and after: it drifts as the GPU warms up
     floor = statistics.mean(floors)
     baseline = seconds["plain XLA"]
@@ -165,39 +167,60 @@ def _kv_bytes(config: DecoderConfig, live_tokens: float, dtype: jnp.dtype) -> fl
 
 
 def _time_decode(
-    model: CausalLM, batch: int, context: int, steps: int, softmax: UnifiedMax | None, implementation: Any
-) -> tuple[float, int]:
-    """Median seconds a step, and how many of the loop's steps were redone."""
+    model: CausalLM, batch: int, context: int, steps: int, variants: Mapping[str, _Variant]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """By name the median seconds a step of loops that take turns, and how many of a loop's steps were redone."""
     structure, weights = flattened(model)
     cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
-    options = decode_compiler_options(model, batch) if implementation is None else {}
-
-    @functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
-    def loop(
-        weights: list[jax.Array], cache: KVCache, tokens: jax.Array, softmax: UnifiedMax | None
-    ) -> tuple[KVCache, jax.Array, jax.Array]:
-        model = rebuilt(structure, weights)
-
-        def body(_: jax.Array, carry: Any) -> Any:
-            cache, tokens, redone = carry
-            if implementation is None:
-                logits, cache, is_redone = decode_step(model, tokens, cache, softmax)
-                redone += is_redone
-            else:
-                logits, cache = model.decode(tokens, cache, implementation=implementation)[:2]
-            return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), redone
-
-        return jax.lax.fori_loop(0, steps, body, (cache, tokens, jnp.int32(0)))
-
     tokens = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size
-    seconds = []
-    for _ in range(1 + timing.REPEATS):  # the first compiles
-        cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - steps, jnp.int32))
-        jax.block_until_ready((weights, cache))
-        started = time.perf_counter()
-        cache, _, redone = jax.block_until_ready(loop(weights, cache, tokens, softmax))
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:]) / steps, int(redone)
+    timing.progress(f"compile {', '.join(variants)}")
+    compiling = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # one is compiled while the next one is lowered
+        for name, (softmax, implementation) in variants.items():
+            options = decode_compiler_options(model, batch) if implementation is None else {}
+            loop = jax.jit(functools.partial(_decode_loop, structure, steps, implementation), donate_argnums=1)
+            lowered = loop.lower(weights, cache, tokens, softmax)
+            compiling[name] = pool.submit(lowered.compile, compiler_options=options)
+    loops = {name: future.result() for name, future in compiling.items()}
+
+    timing.progress("time")
+    samples, redone = {name: list[float]() for name in variants}, dict[str, int]()
+    for turn in range(1 + timing.REPEATS):  # the first loops of a process are the slowest
+        order = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]
+        for name in order:
+            softmax, _ = variants[name]
+            cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - steps, jnp.int32))
+            jax.block_until_ready((weights, cache))
+            started = time.perf_counter()
+            cache, _, count = jax.block_until_ready(loops[name](weights, cache, tokens, softmax))
+            if turn > 0:
+                samples[name].append((time.perf_counter() - started) / steps)
+            redone[name] = int(count)
+    return {name: statistics.median(times) for name, times in samples.items()}, redone
+
+
+def _decode_loop(
+    structure: Structure,
+    steps: int,
+    implementation: Literal["xla"] | None,
+    weights: list[jax.Array],
+    cache: KVCache,
+    tokens: jax.Array,
+    softmax: UnifiedMax | None,
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Greedy decoding: the cache, the last tokens and how many steps were redone."""
+    model = rebuilt(structure, weights)
+
+    def body(_: jax.Array, carry: Any) -> Any:
+        cache, tokens, redone = carry
+        if implementation is None:
+            logits, cache, is_redone = decode_step(model, tokens, cache, softmax)
+            redone += is_redone
+        else:
+            logits, cache = model.decode(tokens, cache, implementation=implementation)[:2]
+        return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), redone
+
+    return jax.lax.fori_loop(0, steps, body, (cache, tokens, jnp.int32(0)))
 
 
 def _random_cache(model: CausalLM, batch: int, capacity: int) -> KVCache:
