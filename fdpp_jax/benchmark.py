@@ -186,8 +186,7 @@ def _time_decode(
     timing.progress("time")
     samples, redone = {name: list[float]() for name in variants}, dict[str, int]()
     for turn in range(1 + timing.REPEATS):  # the first loops of a process are the slowest
-        order = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]
-        for name in order:
+        for name in timing.in_turn(variants, turn):
             softmax, _ = variants[name]
             cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - steps, jnp.int32))
             jax.block_until_ready((weights, cache))

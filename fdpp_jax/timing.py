@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -215,14 +215,20 @@ def time_kernels(
     floors, samples = [floor.sample()], {name: list[float]() for name in programs}
     for turn in range(repeats):
         # Another one first each time: whoever follows the floor is some 4 % slower (H200, 2026-11-23).
-        order = list(programs)[turn % max(1, len(programs)) :] + list(programs)[: turn % max(1, len(programs))]
-        for name in order:
+        for name in in_turn(programs, turn):
             samples[name].append(programs[name].sample())
         floors.append(floor.sample())
     longer = num_bytes / _read_bytes(num_bytes)
     seconds = {name: statistics.median(times) for name, times in samples.items()}
     in_l2 = running.is_gpu and len(sets) * num_bytes < _PAST_L2 * running.l2_bytes
     return Timings(statistics.median(floors) * longer, max(floors) / min(floors), seconds, failures, in_l2)
+
+
+def in_turn(names: Iterable[str], turn: int) -> list[str]:
+    """The names, each turn from the next one on, and round."""
+    order = list(names)
+    first = turn % max(1, len(order))
+    return order[first:] + order[:first]
 
 
 def num_sets(set_bytes: int, running: device.Device) -> int:

@@ -27,6 +27,7 @@ HEIGHT = 2 * WIDTH
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _LINE_BYTES = 128  # of the L2; no product [64, rows] has more lines than a warpgroup threads
+_THREAD = (".reg .b32 thread;", "mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;")
 _PACKED = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 
 # h, t2 = 2 t, and whether this thread's first column is among the first {height}.
@@ -111,11 +112,9 @@ def discard(source_gmem: Any, *, is_interpreted: bool) -> None:
     def emit(_: Any, source: Any) -> None:
         mgpu.utils.warpgroup_barrier()  # other threads have read, too
         lines = [
+            *_THREAD,
             ".reg .pred is_mine;",
-            ".reg .b32 thread;",
             ".reg .b64 line;",
-            "mov.u32 thread, %tid.x;",
-            "and.b32 thread, thread, 127;",
             f"setp.lt.u32 is_mine, thread, {num_lines};",
             f"mad.wide.u32 line, thread, {_LINE_BYTES}, $0;",
             f"@is_mine discard.global.L2 [line], {_LINE_BYTES};",
@@ -127,7 +126,7 @@ def discard(source_gmem: Any, *, is_interpreted: bool) -> None:
 
 def _place(space: str, argument: int, *, other_half: bool = False) -> list[str]:
     """PTX of where a thread's first registers lie, given the operand that is their array's address."""
-    lines = [".reg .b32 thread;", "mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;"]
+    lines = [*_THREAD]
     if other_half:  # warps 0 and 1 hold the first, 2 and 3 the second
         lines.append("xor.b32 thread, thread, 64;")
     if space == "global":
@@ -228,8 +227,8 @@ def store(
             pl.when(rows_gmem[i] < target_gmem.shape[0])(write)
         return
     num_rows, num_columns = target_gmem.shape
-    name = jnp.dtype(target_gmem.dtype).name
-    itemsize = jnp.dtype(name).itemsize
+    dtype = jnp.dtype(target_gmem.dtype)
+    itemsize = dtype.itemsize
     num_live = num_rows if rows_gmem is None else rows_gmem.shape[0]
     refs = (target_gmem,) if rows_gmem is None else (target_gmem, rows_gmem)
     first = len(refs) + 1  # of y's registers among the operands
@@ -254,7 +253,7 @@ def store(
             lines.append(f"setp.lt.and.u32 inside, h, {num_columns}, inside;")
         if itemsize == 2:
             for n in range(y.shape[1] // 8):
-                lines += [*locate(f"g, {8 * n}"), *_fours(_PACKED[name], first + 4 * n)]
+                lines += [*locate(f"g, {8 * n}"), *_fours(_PACKED[dtype.name], first + 4 * n)]
                 lines.append("@live st.global.v2.b32 [address], {low, high};")
         else:
             for i, (n, r, e) in enumerate(_places(y.shape[1])):

@@ -90,7 +90,6 @@ class Results:
         @pl.when(segment.stop > segment.start)
         def _finish() -> None:
             finish = getattr(self, f"_{phase.kind}")(step.index, segment.unit, *facts.columns(phase, segment.unit))
-            num_guests = None
             ys = self._take(is_alone=factor is None)
             if facts.num_split(phase):
                 num_guests = jnp.where(turn == 0, facts.num_guests(phase, self.cta, segment.unit), 0)
@@ -100,7 +99,7 @@ class Results:
                 ys = tuple(y * lax.broadcast_in_dim(factor, y.shape, [1]) for y in ys)
                 ys = tuple(y.astype(jnp.bfloat16).astype(jnp.float32) for y in ys)
             finish(*ys)
-            if num_guests is not None:
+            if facts.num_split(phase):
                 self._discard_guests(step, num_guests)
 
     def _discard_guests(self, step: Step, num_guests: jax.Array) -> None:
