@@ -74,8 +74,11 @@ def leave(y: jax.Array, target: Any, *, is_interpreted: bool) -> None:
         elements = registers.extracted(y.registers)
         pairs = range(len(elements) // 2)
         space, address = _address(target)
-        stores = [f"st.{space}.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}};" for i in pairs]
-        text = registers.ptx_block(*_place(space, 0), *stores)
+        declared, kept, policy = registers.kept_in_l2(space == "global")
+        stores = [
+            f"st.{space}{kept}.v2.f32 [place + {1024 * i}], {{${1 + 2 * i}, ${2 + 2 * i}}}{policy};" for i in pairs
+        ]
+        text = registers.ptx_block(declared, *_place(space, 0), *stores)
         mgpu.utils.inline_ptx(text, address, *elements, has_side_effects=True)
 
     emit(target, y)
@@ -247,19 +250,20 @@ def store(
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), _SCALAR, LAYOUT))
     def emit(_: Any, target: Any, *rest: Any) -> None:
         *rows, column, y = rest
-        lines = [_TO_FOURS] if itemsize == 2 else []
+        declared, kept, policy = registers.kept_in_l2(rows_gmem is None)  # what goes to a cache goes to memory
+        lines = [declared, _TO_FOURS if itemsize == 2 else ""]
         lines += ["add.u32 h, h, $1;", f"mad.wide.u32 base, h, {itemsize}, $0;"]
         if num_columns % height:  # the last block is ragged, in whole 16
             lines.append(f"setp.lt.and.u32 inside, h, {num_columns}, inside;")
         if itemsize == 2:
             for n in range(y.shape[1] // 8):
                 lines += [*locate(f"g, {8 * n}"), *_fours(_PACKED[dtype.name], first + 4 * n)]
-                lines.append("@live st.global.v2.b32 [address], {low, high};")
+                lines.append(f"@live st.global{kept}.v2.b32 [address], {{low, high}}{policy};")
         else:
             for i, (n, r, e) in enumerate(_places(y.shape[1])):
                 lines += [
                     *locate(f"t2, {8 * n + e}"),
-                    f"@live st.global.f32 [address + {8 * r * itemsize}], ${first + i};",
+                    f"@live st.global{kept}.f32 [address + {8 * r * itemsize}], ${first + i}{policy};",
                 ]
         mgpu.utils.inline_ptx(
             registers.ptx_block(_LOCATE.format(height=height), *lines),

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
-from fdpp_jax.pallas.registers import extracted, from_elements, ptx_block
+from fdpp_jax.pallas.registers import extracted, from_elements, kept_in_l2, ptx_block
 
 WORDS = 4
 MAX_GIVERS = 128  # threads of a CTA
@@ -128,16 +128,17 @@ def store(value: jax.Array, place: Any, taker: jax.Array | None = None) -> None:
             value.store_untiled(ref, optimized=False)
             return
         pairs, space = place.shape[0], "" if takers else ".global"
+        declared, kept, policy = kept_in_l2(not takers)
         for n in range(value.shape[1] // 8):
             registers = value.registers.reshape(-1, value.shape[1] // 8, 2)[:, n]  # m, r
             elements = extracted(registers)
             stores = [
-                f"@condition st{space}.v4.f32 [address + {512 * m}], {_operands(1 + 4 * m)};"
+                f"@condition st{space}{kept}.v4.f32 [address + {512 * m}], {_operands(1 + 4 * m)}{policy};"
                 for m in range(len(registers))
             ]
             where = _locate(f"setp.lt.u32 condition, pair, {pairs};", n, value.shape[0], "$0")
             mgpu.utils.inline_ptx(
-                ptx_block(where, *stores), mgpu.utils.memref_ptr(ref), *elements, has_side_effects=True
+                ptx_block(declared, where, *stores), mgpu.utils.memref_ptr(ref), *elements, has_side_effects=True
             )
 
     emit(place, value, *takers)

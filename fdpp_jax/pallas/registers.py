@@ -32,6 +32,20 @@ def ptx_block(*lines: str) -> str:
     return "\n".join(["{", *lines, "}"])
 
 
+def kept_in_l2(is_kept: bool) -> tuple[str, str, str]:
+    """PTX for stores to global memory that stay in the L2, as another CTA or the next kernel reads them soon.
+
+    Else the L2 writes them back among the reads of weights, which takes 1 us for each MB (H200).
+
+    Returns:
+      What a block of PTX declares before, the suffix of `st.global`, and its last operand; empty unless is_kept.
+    """
+    if not is_kept:
+        return "", "", ""
+    policy = ".reg .b64 policy;\ncreatepolicy.fractional.L2::evict_last.b64 policy, 1.0;"
+    return policy, ".L2::cache_hint", ", policy"
+
+
 def rounded_product(x: jax.Array, factor: Any, *, is_interpreted: bool) -> jax.Array:
     """x * factor, rounded to float32: the compiler would multiply and subtract in one step, and round only then.
 
