@@ -39,7 +39,8 @@ class Rows:
         stream: kv_tiles.Stream,
         place: Place,
         slot: jax.Array,
-        is_again: jax.Array | None = None,  # of a kernel that recomputes
+        *,
+        is_again: bool = False,  # with the rows' maxima in place of phi
     ):
         self.gmem, self.smem, self.facts, self.share, self.stream = gmem, smem, share.facts, share, stream
         self.place, self.slot, self.is_again = place, slot, is_again
@@ -54,11 +55,9 @@ class Rows:
     def _shift(self) -> jax.Array:
         """[rows] in base 2: phi, or the second time the rows' maxima."""
         ones = _full((self.num_rows,), 1.0, _ROW)
-        phi = ones * (self.gmem.phi[0] * LOG2E) if self.gmem.phi.ndim == 1 else self._per_row("phi")
-        if self.is_again is None:
-            return phi
-        row_max = plgpu.load(self.smem.by_row, layout=_ROW, optimized=False)
-        return jnp.where(ones * self.is_again.astype(jnp.float32) > 0, row_max, phi)
+        if self.is_again:
+            return plgpu.load(self.smem.by_row, layout=_ROW, optimized=False)
+        return ones * (self.gmem.phi[0] * LOG2E) if self.gmem.phi.ndim == 1 else self._per_row("phi")
 
     def _per_row(self, name: str) -> jax.Array:
         """[rows] of a float32 [1 or B, K, rows], in base 2."""
@@ -87,30 +86,31 @@ class Rows:
         return functools.reduce(jnp.logical_or, [self.smem.by_row[row] > 0 for row in range(self.facts.live_rows)])
 
     def attend(self) -> Sums:
-        """The sums of this CTA's tiles, or the second time of all tiles of the sequence.
-
-        Their loads have been started by the stream or by _prepare_again(), and that of the query by load_query().
-        """
-        share, live, smem = self.share, self.live, self.smem
+        """The sums of this CTA's tiles, whose loads and whose query's have been started."""
+        share, live = self.share, self.live
         first, last = (
             live.first + jnp.clip(position, self.start, self.stop) - self.start for position in (share.begin, share.end)
         )
-        base = share.begin + live.first - self.start
+        self._receive_query()
+        return self._attend(first, last, share.begin + live.first - self.start)
 
-        def receive_query() -> None:
-            plgpu.barrier_wait(smem.q_ready.at[self.slot])
-            if kv_tiles.is_narrow(smem) and not self.facts.is_interpreted:
-                kv_tiles.permute_query(self.query)
+    def redo(self) -> None:
+        """Writes the result of all of the sequence's tiles, with the rows' maxima in place of phi.
 
-        if self.is_again is None:
-            receive_query()
-            return self._attend(first, last, base)
-        pl.when(jnp.logical_not(self.is_again))(receive_query)
-        last = jnp.where(self.is_again, live.first + live.count, last)
-        sums = self._attend(first, last, jnp.where(self.is_again, live.first, base))
-        if self.facts.chunk > 1:  # the ring is the next sequences' again
-            pl.when(self.is_again)(lambda: self.stream.fill(self.stop, self.place))
-        return sums
+        The query's load has been started; the ring is empty.
+        """
+        first = self.live.first
+        last = first + self.live.count
+        self._mark_redone()
+        self._receive_query()
+        self._find_max(first, last)
+        num, den = self._attend(first, last, first)
+        self._store(num, 1.0 / self._with_sink(den))
+
+    def _receive_query(self) -> None:
+        plgpu.barrier_wait(self.smem.q_ready.at[self.slot])
+        if kv_tiles.is_narrow(self.smem) and not self.facts.is_interpreted:
+            kv_tiles.permute_query(self.query)
 
     def _attend(self, first: jax.Array, last: jax.Array, base: jax.Array) -> Sums:
         """The sums of the tiles [first, last), where tile `base` is in slot 0 of the ring."""
@@ -182,14 +182,8 @@ class Rows:
             num *= self.gmem.v_scale[self.share.kv_head]
         return _laid_out((num, den.sum(axis=0), *row_max))
 
-    def _prepare_again(self) -> None:
-        """Leaves the rows' maxima in by_row, and starts the loads of the sequence's tiles for attend().
-
-        attend() itself comes again, not a copy with online softmax, whose values would be kept in registers during the
-        first loop.
-        """
-        first = self.live.first
-        last = first + self.live.count
+    def _find_max(self, first: jax.Array, last: jax.Array) -> None:
+        """Leaves the rows' maxima over the tiles [first, last) in by_row, and starts their loads for _attend()."""
         num_stages, block_kv = self.facts.config.num_stages, self.facts.config.block_kv
         fetch = functools.partial(kv_tiles.fetch, self.gmem, self.smem, self.batch, self.share.kv_head)
         fetch_keys = functools.partial(fetch, names=("k",))
@@ -202,9 +196,6 @@ class Rows:
             pl.when(tile + num_stages < last)(lambda: fetch_keys(tile + num_stages, slot))
             return jnp.maximum(largest, jnp.where(live, s, _LOWEST))
 
-        if self.facts.chunk > 1:  # the ring holds the next sequences' tiles
-            self.stream.drain(self.stop)
-            plgpu.commit_smem()
         ring.fill(fetch_keys, first, last, num_stages)
         largest = _full((block_kv, self.num_rows), _LOWEST, plgpu.Layout.WGMMA)
         row_max = lax.fori_loop(first, last, step, largest).max(axis=0)
@@ -219,7 +210,7 @@ class Rows:
 
     def _refill(self, tile: jax.Array, slot: jax.Array, last: jax.Array) -> None:
         """Starts the load that follows in the slot of a tile of [.., last), which all threads have read."""
-        self.stream.refill(slot, tile, last, self.place, self.live, self.batch, self.is_again)
+        self.stream.refill(slot, tile, last, self.place, self.live, self.batch, is_alone=self.is_again)
 
     def _sync(self) -> None:
         """All threads of the CTA get here before any goes on."""
@@ -295,12 +286,10 @@ class Rows:
         """Adds the sums that other CTAs publish, whose indices are just below this one's, and writes the result.
 
         Returns:
-          Whether it did not, since a row left the safe window: all is ready for attend() and finish() once more.
+          Whether it did not, since a row left the safe window: then redo() does.
         """
         share, facts = self.share, self.facts
         num_others = share.num_sharers(self.stop) - 1
-        if self.is_again is not None:
-            num_others = jnp.where(self.is_again, 0, num_others)
         first = share.index - num_others
         # Loads in flight: up to 180 registers a thread. Of many sequences most have few CTAs each.
         num_registers = self.num_rows // 4 * (self.padded_dim // 32 + len(sums) - 1)
@@ -344,31 +333,30 @@ class Rows:
     def _write(self, sums: Sums) -> jax.Array:
         """Divides by the denominators and stores [rows, H], or returns that a row left the safe window."""
         num, den, *row_max = _laid_out(sums)
-        if hasattr(self.gmem, "sinks"):
-            sink = self._per_row("sinks")
-            if row_max:
+        if row_max:
+            if hasattr(self.gmem, "sinks"):
+                sink = self._per_row("sinks")
                 shift = jnp.maximum(row_max[0], sink)
                 alpha = jnp.exp2(row_max[0] - shift)
                 num, den = num * _across(alpha, num.shape), den * alpha + jnp.exp2(sink - shift)
-            else:
-                den += jnp.exp2(sink - self._shift())
-        if row_max:
             if hasattr(self.gmem, "prior"):
                 self._mark_redone()
             self._store(num, 1.0 / den)
             return jnp.bool_(False)
+        den = self._with_sink(den)
         den_min, den_max = unified_max.window(self.smem.p.dtype, self.facts.capacity)
         checked = den + (num - num).sum(axis=0)  # NaN where a value as large as 1e18 made a sum infinite
         is_safe = (checked >= den_min) & (checked <= den_max)
-        if self.is_again is None:  # the whole row becomes NaN, for whoever looks at a part of it
+        if not self.facts.recompute:  # the whole row becomes NaN, for whoever looks at a part of it
             self._store(num, jnp.where(is_safe, 1.0 / den, jnp.nan))
             return jnp.bool_(False)
         failed = self._any(jnp.where(self._sees_key(), jnp.where(is_safe, 0.0, 1.0), 0.0))
-        failed &= jnp.logical_not(self.is_again)
         pl.when(jnp.logical_not(failed))(lambda: self._store(num, 1.0 / den))
-        pl.when(failed)(self._mark_redone)
-        pl.when(failed)(self._prepare_again)
         return failed
+
+    def _with_sink(self, den: jax.Array) -> jax.Array:
+        """The denominators with a unified max, or the rows' own."""
+        return den + jnp.exp2(self._per_row("sinks") - self._shift()) if hasattr(self.gmem, "sinks") else den
 
     def _mark_redone(self) -> None:
         if hasattr(self.gmem, "redone"):

@@ -31,7 +31,7 @@ from fdpp_jax import unified_max
 from fdpp_jax.config import MAX_CHUNK, MAX_CLUSTER, DecodeAttentionConfig, reduction_bytes, round_up
 from fdpp_jax.pallas import attention_rows, handover, kv_tiles, overlap, ring
 from fdpp_jax.pallas.attention_rows import LOG2E, Rows
-from fdpp_jax.pallas.kv_shares import Facts, Share, bounds
+from fdpp_jax.pallas.kv_shares import Facts, Place, Share, bounds
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
@@ -233,6 +233,10 @@ def _axes(grid: tuple[int, int, int], *, in_cluster: bool) -> dict[str, Any]:
     return dict(grid=grid[:2], grid_names=names[:2], cluster=grid[2:], cluster_names=names[2:])
 
 
+# Of the loop over sequences: the place of the next one, its turn, and bits.
+type _Carry = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
 def _body(gmem: Any, smem: Any, facts: Facts) -> None:
     """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
     share = Share(gmem, facts, *(lax.axis_index(name) for name in ("chunk", "kv_head", "share")))
@@ -268,32 +272,54 @@ def _body(gmem: Any, smem: Any, facts: Facts) -> None:
         load_query(share.first[0], jnp.int32(0))
         stream.fill(share.begin, share.first, since=settled)
 
-    def attend(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The sequence at a place, how many came before, and whether it comes again, its rows having failed."""
-        i, start, turn, *is_again = carry
-        slot = lax.rem(turn, jnp.int32(2)) if facts.chunk > 1 else turn
-        rows = Rows(gmem, smem, share, stream, (i, start), slot, *is_again)
+    def following(rows: Rows) -> Place:
+        """The sequence after the rows' one, behind the CTA's share if that was the last."""
         has_next = rows.stop < share.end
-        next_i, next_start = share.locate(jnp.where(has_next, rows.stop, start), (i, start))
-        next_start = jnp.where(has_next, next_start, share.end)
+        i, start = share.locate(jnp.where(has_next, rows.stop, rows.start), rows.place)
+        return i, jnp.where(has_next, start, share.end)
+
+    def attend(carry: _Carry) -> _Carry:
+        """The sequence at a place, how many came before, and the bits of those with a row that left the safe window."""
+        i, start, turn, failed = carry
+        slot = lax.rem(turn, jnp.int32(2)) if facts.chunk > 1 else turn
+        rows = Rows(gmem, smem, share, stream, (i, start), slot)
+        next_i, next_start = following(rows)
         if facts.chunk > 1:
-            wants_next = functools.reduce(lambda x, y: x & jnp.logical_not(y), is_again, has_next)
-            pl.when(wants_next)(lambda: load_query(next_i, 1 - slot))
+            pl.when(next_start < share.end)(lambda: load_query(next_i, 1 - slot))
         sums = rows.attend()
         is_owner = start >= share.begin
         pl.when(jnp.logical_not(is_owner))(lambda: rows.publish(sums))
-        if not facts.recompute:
+        if facts.recompute:
+            has_failed = lax.cond(is_owner, lambda: rows.finish(sums), lambda: jnp.bool_(False))
+            failed |= lax.shift_left(has_failed.astype(jnp.int32), i)
+        else:
             pl.when(is_owner)(lambda: (rows.finish(sums), None)[1])
-            return next_i, next_start, turn + 1
-        failed = lax.cond(is_owner, lambda: rows.finish(sums), lambda: jnp.bool_(False))
-        then = (next_i, next_start, turn + 1)
-        return *(jnp.where(failed, x, y) for x, y in zip((i, start, turn), then, strict=True)), failed
+        return next_i, next_start, turn + 1, failed
 
-    first = (*share.first, jnp.int32(0), *([jnp.bool_(False)] if facts.recompute else []))
-    if facts.chunk == 1 and not facts.recompute:
-        pl.when(share.end > share.begin)(lambda: (attend(first), None)[1])
+    first = *share.first, jnp.int32(0), jnp.int32(0)
+    if facts.chunk == 1:
+        has_tiles = share.end > share.begin
+        failed = lax.cond(has_tiles, lambda: attend(first)[-1], lambda: jnp.int32(0))
     else:
-        lax.while_loop(lambda carry: carry[1] < share.end, attend, first)
+        *_, failed = lax.while_loop(lambda carry: carry[1] < share.end, attend, first)
+    if not facts.recompute:
+        return
+
+    def redo(place: Place) -> Place:
+        rows = Rows(gmem, smem, share, stream, place, jnp.int32(0), is_again=True)
+
+        @pl.when((lax.shift_right_logical(failed, place[0]) & 1) > 0)
+        def _redo() -> None:
+            load_query(place[0], jnp.int32(0))
+            rows.redo()
+
+        return following(rows)
+
+    # After all others, in code of its own: what it needs is not kept in registers before.
+    if facts.chunk == 1:
+        redo(share.first)
+    else:
+        pl.when(failed != 0)(lambda: (lax.while_loop(lambda place: place[1] < share.end, redo, share.first), None)[1])
 
 
 def _combine(

@@ -132,7 +132,8 @@ class Stream:
         place: Place,
         live: Live,
         batch: jax.Array,
-        is_alone: jax.Array | None,
+        *,
+        is_alone: bool,
     ) -> None:
         """Starts the load that follows in the slot of a tile of the sequence at `place`.
 
@@ -140,23 +141,10 @@ class Stream:
         """
         tile += self.num_stages
         pl.when(tile < last)(functools.partial(fetch, self.gmem, self.smem, batch, self.share.kv_head, tile, slot))
-        if self.share.facts.chunk > 1:
+        if self.share.facts.chunk > 1 and not is_alone:
             position = place[1] + tile - live.first
             has_next = (position >= place[1] + live.count) & (position < self.share.end)
-            if is_alone is not None:
-                has_next &= jnp.logical_not(is_alone)
             pl.when(has_next)(lambda: self._fetch(position, place))
-
-    def drain(self, position: jax.Array) -> None:
-        """Waits for the loads of `position` and those after it, which are on their way."""
-
-        def wait(slot: jax.Array) -> None:
-            plgpu.barrier_wait(self.smem.k_ready.at[slot])
-            plgpu.barrier_wait(self.smem.v_ready.at[slot])
-
-        for stage in range(self.num_stages):
-            slot = self._slot(position + stage)
-            pl.when(position + stage < self.share.end)(functools.partial(wait, slot))
 
     def _slot(self, position: jax.Array) -> jax.Array:
         return lax.rem(position - self.share.begin, jnp.int32(self.num_stages))
