@@ -37,6 +37,11 @@ class Phase:
     depth: int
     num_units: int
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of K in a tile: without partner columns two, or half of it would be empty."""
+        return 2 if self.kind == "residual" else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -87,11 +92,14 @@ class Facts:
 
     def num_tiles(self, phase: Phase) -> int:
         """Tiles of weights a unit."""
-        return pl.cdiv(phase.depth, self.config.block_k)
+        return pl.cdiv(phase.depth, phase.num_blocks * self.config.block_k)
 
-    def num_chunks(self, tiles: Any) -> Any:
-        """Chunks of x that tiles before `tiles` are in."""
-        return lax.div(tiles + (self.config.num_x_tiles - 1), jnp.int32(self.config.num_x_tiles))
+    def chunks(self, phase: Phase, segment: Segment) -> tuple[jax.Array, jax.Array]:
+        """The chunks of x [first, last) that a segment reads."""
+        num_x_tiles = jnp.int32(self.config.num_x_tiles)
+        first = lax.div(segment.start * phase.num_blocks, num_x_tiles)
+        last = lax.div(segment.stop * phase.num_blocks + (num_x_tiles - 1), num_x_tiles)
+        return first, jnp.where(segment.stop > segment.start, last, first)
 
     @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -148,9 +156,9 @@ class Facts:
         return last - host
 
     def columns(self, phase: Phase, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where the two halves of a unit's tile begin: its columns and their partners, or its columns in two parts."""
+        """Where the two halves of a unit's tile begin: its columns and their partners, or its columns twice."""
         if phase.kind == "residual":
-            return unit * UNIT_WIDTH, unit * UNIT_WIDTH + UNIT_WIDTH // 2
+            return unit * UNIT_WIDTH, unit * UNIT_WIDTH
         if phase.kind == "gate":
             return unit * UNIT_WIDTH, unit * UNIT_WIDTH + self.inner_size
         half = self.head_dim // 2

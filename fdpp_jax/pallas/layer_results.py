@@ -90,11 +90,13 @@ class Results:
         @pl.when(segment.stop > segment.start)
         def _finish() -> None:
             finish = getattr(self, f"_{phase.kind}")(step.index, segment.unit, *facts.columns(phase, segment.unit))
-            ys = self._take(is_alone=factor is None)
+            ys = self._take(is_alone=False)
             if facts.num_split(phase):
                 num_guests = jnp.where(turn == 0, facts.num_guests(phase, self.cta, segment.unit), 0)
                 ys = self._with_guests(step, segment.unit, num_guests, ys)
-            if factor is not None:
+            if factor is None:  # each half is of half of K
+                ys = (ys[0] + ys[1],)
+            else:
                 # Rounded as a matmul of its own would leave it.
                 ys = tuple(y * lax.broadcast_in_dim(factor, y.shape, [1]) for y in ys)
                 ys = tuple(y.astype(jnp.bfloat16).astype(jnp.float32) for y in ys)
