@@ -227,6 +227,7 @@ def _launch(
             w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
             x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
             y=plgpu.SMEM((HEIGHT * num_rows,), f32),
+            seen=plgpu.SMEM((1,), jnp.int32),
             **barriers,
         ),
         grid=(config.num_ctas,),

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from fdpp_jax.config import MAX_COUNTERS
 
@@ -53,6 +55,34 @@ POLL:
   ld.acquire.gpu.global.u32 count, [address];
   setp.lt.u32 is_mine, count, wanted;
   @is_mine bra POLL;
+DONE:
+}}"""
+# Of the warp's 32 threads each polls a piece, from the first one on, until that is done; how many are in a row.
+_AWAIT_AHEAD = f"""{{{_THREAD}
+  .reg .pred is_there;
+  .reg .b32 piece, wanted, count, pending;
+  .reg .b64 address;
+  setp.ge.u32 is_mine, thread, 32;
+  @is_mine bra DONE;
+  add.u32 piece, thread, $2;
+  mul.lo.u32 wanted, piece, PER_COUNTER;
+  sub.s32 wanted, ALL_PARTS, wanted;
+  setp.gt.s32 is_there, wanted, 0;
+  min.s32 wanted, wanted, PER_COUNTER;
+  mad.wide.u32 address, piece, {4 * _WORDS}, $0;
+  mov.b32 count, 0;
+POLL:
+  @is_there ld.acquire.gpu.global.u32 count, [address];
+  setp.ge.and.u32 is_mine, count, wanted, is_there;
+  vote.sync.ballot.b32 pending, is_mine, 0xffffffff;
+  not.b32 pending, pending;
+  brev.b32 pending, pending;
+  clz.b32 pending, pending;
+  setp.eq.u32 is_mine, pending, 0;
+  @is_mine bra POLL;
+  add.u32 pending, pending, $2;
+  setp.eq.u32 is_mine, thread, 0;
+  @is_mine st.shared.u32 [$1], pending;
 DONE:
 }}"""
 _CLEAR = f"""{{{_THREAD}
@@ -98,6 +128,37 @@ def await_count(counter_gmem: Any, num_parts: jax.Array) -> None:
         mgpu.utils.inline_ptx(_PROXY_FENCE, has_side_effects=True)
 
     emit(counter_gmem, num_parts)
+
+
+def await_ahead(row_gmem: Any, first: jax.Array, num_parts: int, parts_per_counter: int, seen_smem: Any) -> jax.Array:
+    """Waits until a piece is done, and sees how many after it are, too: a look at a counter takes as long as a tile.
+
+    Args:
+      row_gmem: Counters [num_counters, words] of all num_parts parts of a result, parts_per_counter in each.
+      first: [] int32, the piece.
+      num_parts: In all.
+      parts_per_counter: Of a whole piece.
+      seen_smem: [1] int32, of this warpgroup alone.
+
+    Returns:
+      [] int32: all pieces from `first` up to this one are done; this warpgroup and its TMA loads see them.
+    """
+    returned = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=returned)
+    def emit(_: Any, row: Any, seen: Any, first: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        place = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(seen))
+        text = _AWAIT_AHEAD.replace("ALL_PARTS", str(num_parts)).replace("PER_COUNTER", str(parts_per_counter))
+        arguments = mgpu.utils.memref_ptr(row), place, first.registers.item()
+        mgpu.utils.inline_ptx(text, *arguments, has_side_effects=True, convergent=True)
+        mgpu.utils.warpgroup_barrier()
+        end = mgpu.utils.inline_ptx("ld.shared.u32 $0, [$1];", place, result_types=i32, has_side_effects=True)
+        mgpu.utils.warpgroup_barrier()  # all have read it before the next one is stored
+        mgpu.utils.inline_ptx(_PROXY_FENCE, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(end, (), is_signed=True)
+
+    return emit(row_gmem, seen_smem, first)
 
 
 def await_row(row_gmem: Any, num_parts: int, parts_per_counter: int) -> None:

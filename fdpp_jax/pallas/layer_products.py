@@ -73,12 +73,10 @@ class Products:
         slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
         pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
         if self.is_whole and step.index > 0:
-            counter = gmem.results.at[step.index - 1, chunk]
-            num_parts = lax.div(jnp.minimum(step.phase.depth - chunk * config.chunk, config.chunk), jnp.int32(WIDTH))
+            row, num_parts = gmem.results.at[step.index - 1], step.phase.depth // WIDTH
 
             def await_chunk() -> jax.Array:
-                grid_sync.await_count(counter, num_parts)
-                return chunk + 1
+                return grid_sync.await_ahead(row, chunk, num_parts, config.chunk // WIDTH, smem.seen)
 
             # The second block of the last tile may lie beyond K.
             is_awaited = (chunk >= complete) & (chunk * config.chunk < step.phase.depth)
