@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import device, heuristics
 from fdpp_jax.config import FusedLayerConfig, LayerShape
-from fdpp_jax.pallas.fused_layer import LayerWeights, NextLayer, counters_for, fused_layer
+from fdpp_jax.pallas.fused_layer import LayerWeights, NextLayer, counters_for, fused_layer, fused_qkv
 from fdpp_jax.pallas.layer_phases import Facts
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -32,7 +32,7 @@ class Case:
     has_bias: bool = False
 
     def inputs(self):
-        """attended, hidden, weights, cos, sin, keys, values, lengths."""
+        """attended, hidden, weights, rotation, keys, values, lengths."""
         shape, keys = self.shape, iter(jax.random.split(jax.random.key(self.seed), 16))
         query_size, kv_size = shape.num_query_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
@@ -55,7 +55,7 @@ class Case:
         cache = shape.batch, CAPACITY, shape.num_kv_heads, shape.head_dim
         return (
             normal(shape.batch, shape.num_query_heads, shape.head_dim), normal(shape.batch, shape.hidden_size),
-            weights, jnp.cos(angles), jnp.sin(angles), normal(*cache), normal(*cache),
+            weights, jnp.stack([jnp.cos(angles), jnp.sin(angles)]), normal(*cache), normal(*cache),
             jax.random.randint(next(keys), (shape.batch,), 0, CAPACITY, jnp.int32),
         )  # fmt: skip
 
@@ -76,37 +76,51 @@ def case(batch, hidden, inner, heads, kv_heads, head_dim, tiles, seed=0):
     return Case(LayerShape(batch, hidden, inner, heads, kv_heads, head_dim), FusedLayerConfig(*tiles), seed)
 
 
-def expected(attended, hidden, weights, cos, sin, keys, values, lengths):
-    """hidden, query, keys, values: in float64; on a GPU, where matrices are large, in its float32."""
-    product = functools.partial(jnp.matmul, precision="highest") if ON_GPU else np.matmul
-    lib = jnp if ON_GPU else np
+# In float64; on a GPU, where matrices are large, in its float32.
+lib = jnp if ON_GPU else np
+product = functools.partial(jnp.matmul, precision="highest") if ON_GPU else np.matmul
 
-    def exact(x):
-        return x.astype(jnp.float32) if ON_GPU else np.asarray(x, np.float64)
 
-    def normed(x, weight):
-        return x / lib.sqrt((x**2).mean(axis=1, keepdims=True) + EPS) * exact(weight)
+def in_exact(x):
+    return x.astype(jnp.float32) if ON_GPU else np.asarray(x, np.float64)
 
-    batch, num_heads, head_dim = attended.shape
-    num_kv_heads = keys.shape[2]
-    hidden = exact(hidden) + product(exact(attended).reshape(batch, -1), exact(weights.o).T)
-    gate, up = lib.split(product(normed(hidden, weights.post_norm), exact(weights.gate_up).T), 2, axis=1)
-    hidden = hidden + product(gate / (1 + lib.exp(-gate)) * up, exact(weights.down).T)
-    qkv = product(normed(hidden, weights.next_norm), exact(weights.next_qkv).T)
+
+def normed(x, weight):
+    return x / lib.sqrt((x**2).mean(axis=1, keepdims=True) + EPS) * in_exact(weight)
+
+
+def expected_hidden(attended, hidden, weights):
+    batch = attended.shape[0]
+    hidden = in_exact(hidden) + product(in_exact(attended).reshape(batch, -1), in_exact(weights.o).T)
+    gate, up = lib.split(product(normed(hidden, weights.post_norm), in_exact(weights.gate_up).T), 2, axis=1)
+    return hidden + product(gate / (1 + lib.exp(-gate)) * up, in_exact(weights.down).T)
+
+
+def expected_next(x, weights, rotation, keys, values, lengths):
+    """query, keys, values, for x after the norm."""
+    batch, _, num_kv_heads, head_dim = keys.shape
+    qkv = product(x, in_exact(weights.next_qkv).T)
     if weights.next_bias is not None:
-        qkv = qkv + exact(weights.next_bias)
+        qkv = qkv + in_exact(weights.next_bias)
     qkv = qkv.reshape(batch, -1, head_dim)
-    turned, value = lib.split(qkv, [num_heads + num_kv_heads], axis=1)
+    num_turned = qkv.shape[1] - num_kv_heads
+    turned, value = lib.split(qkv, [num_turned], axis=1)
     low, high = lib.split(turned, 2, axis=2)
-    cos, sin = exact(cos)[:, None], exact(sin)[:, None]
+    cos, sin = in_exact(rotation)[:, :, None]
     turned = lib.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
     query, key, value, keys, values = (
-        np.array(x, np.float64) for x in (*lib.split(turned, [num_heads], axis=1), value, keys, values)
+        np.array(x, np.float64) for x in (*lib.split(turned, [num_turned - num_kv_heads], axis=1), value, keys, values)
     )
     for row, slot in enumerate(np.asarray(lengths)):
         if slot < keys.shape[1]:
             keys[row, slot], values[row, slot] = key[row], value[row]
-    return hidden, query, keys, values
+    return query, keys, values
+
+
+def expected(attended, hidden, weights, *inputs):
+    """hidden, query, keys, values."""
+    hidden = expected_hidden(attended, hidden, weights)
+    return hidden, *expected_next(normed(hidden, weights.next_norm), weights, *inputs)
 
 
 def check(case, inputs, results):
@@ -114,13 +128,17 @@ def check(case, inputs, results):
     for out, exact in zip((hidden, *following), expected(*inputs), strict=True):
         # Four products with inputs rounded to bfloat16 stand one on the other.
         assert oracle.relative_error(out, exact) < 2 * oracle.TOLERANCE["bfloat16"]
-    keys, values, lengths = inputs[-3:]
-    rows, slots = np.arange(case.shape.batch), np.asarray(lengths)
+    check_slots(*inputs[-3:], following)
+
+
+def check_slots(keys, values, lengths, following):
+    """No slot changed but the rows' own."""
+    rows, slots = np.arange(len(lengths)), np.asarray(lengths)
     for before, after in ((keys, following.keys), (values, following.values)):
         changed = np.array((before != after).any(axis=(2, 3)))
         live = slots < CAPACITY
         changed[rows[live], slots[live]] = False
-        assert not changed.any()  # no slot but the rows' own
+        assert not changed.any()
 
 
 SMALL = case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2))
@@ -173,34 +191,82 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     check(case, inputs, (repaired[0], NextLayer(repaired[1], keys, values), counters))
 
 
-@pytest.mark.gpu  # on the CPU: tests/models/test_fused.py
-def test_the_last_layer_ends_with_its_hidden_states():
-    attended, hidden, weights, cos, sin, _, _, lengths = inputs = SMALL.inputs()
+def interpreted():
+    return None if ON_GPU else plgpu.InterpretGPUParams()
+
+
+@pytest.mark.parametrize("vocab_size", [None, 192])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(SMALL, marks=pytest.mark.gpu),  # on the CPU: tests/models/test_fused.py
+        SPLIT,
+        pytest.param(planned(3, *LLAMA_2_7B), marks=pytest.mark.gpu),
+        pytest.param(planned(32, *LLAMA_3_8B), marks=pytest.mark.gpu),
+    ],
+)
+def test_behind_the_last_layer_are_logits(case, vocab_size):
+    """Or without a head its hidden states. Some units of the head are split along K."""
+    attended, hidden, weights, rotation, _, _, lengths = case.inputs()
     last = weights._replace(next_norm=None, next_qkv=None, next_bias=None)
-    out, following, _ = SMALL.run((attended, hidden, last, cos, sin, None, None, lengths))
-    assert following is None
-    assert oracle.relative_error(out, expected(*inputs)[0]) < 2 * oracle.TOLERANCE["bfloat16"]
+    if vocab_size is not None:
+        vocab_size *= 200 if case.shape.hidden_size > 1000 else 1
+        head = jax.random.normal(jax.random.key(7), (vocab_size, case.shape.hidden_size), jnp.bfloat16)
+        last = last._replace(next_norm=weights.next_norm, head=head * case.shape.hidden_size**-0.5)
+    out, logits, _ = case.run((attended, hidden, last, rotation, None, None, lengths))
+    exact = expected_hidden(attended, hidden, weights)
+    assert oracle.relative_error(out, exact) < 2 * oracle.TOLERANCE["bfloat16"]
+    if vocab_size is None:
+        assert logits is None
+        return
+    assert logits.dtype == jnp.float32
+    exact = product(normed(exact, weights.next_norm), in_exact(last.head).T)
+    assert oracle.relative_error(logits, exact) < 2 * oracle.TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SPLIT,
+        RAGGED,
+        *(pytest.param(planned(batch, *LLAMA_2_7B), marks=pytest.mark.gpu) for batch in (1, 32)),
+        pytest.param(dataclasses.replace(planned(2, 3584, 18944, 28, 4, 128), has_bias=True), marks=pytest.mark.gpu),
+    ],
+)
+def test_before_the_first_attention_are_queries_keys_and_values(case):
+    _, x, weights, rotation, keys, values, lengths = case.inputs()
+    lengths = lengths.at[-1].set(CAPACITY + 1)
+    inputs = rotation, keys, values, lengths
+    run = functools.partial(fused_qkv, config=case.config, interpret=interpreted())
+    following, counters = jax.jit(run)(x, weights.next_qkv, weights.next_bias, *inputs, case.counters())
+    assert not counters.any()
+    for out, exact in zip(following, expected_next(in_exact(x), weights, *inputs), strict=True):
+        assert oracle.relative_error(out, exact) < oracle.TOLERANCE["bfloat16"]
+    check_slots(keys, values, lengths, following)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [planned(1, *LLAMA_2_7B), planned(8, *LLAMA_3_8B), RAGGED])
 def test_gives_the_same_each_time(case):
     """Layer upon layer, the last among them, on the same counters: whoever reads too early sees another's numbers."""
-    attended, hidden, weights, cos, sin, keys, values, lengths = case.inputs()
-    last = weights._replace(next_norm=None, next_qkv=None)
+    attended, hidden, weights, rotation, keys, values, lengths = case.inputs()
+    last = weights._replace(next_qkv=None, head=jnp.tile(weights.o, (4, 1))[:, : case.shape.hidden_size])
+    state = rotation, keys, values, lengths
 
     @jax.jit
     def step(hidden, counters):
-        query = attended
+        following, counters = fused_qkv(hidden, weights.next_qkv, None, *state, counters, config=case.config)
         for _ in range(4):
-            hidden, following, counters = case.run((query, hidden, weights, cos, sin, keys, values, lengths), counters)
-            query = following.query
-        return *case.run((query, hidden, last, cos, sin, None, None, lengths), counters)[::2], following
+            query = following.query + attended
+            hidden, following, counters = case.run((query, hidden, weights, *state), counters)
+        inputs = following.query, hidden, last, rotation, None, None, lengths
+        hidden, logits, counters = case.run(inputs, counters)
+        return (hidden, logits, *following), counters
 
-    first, counters, following = step(hidden, case.counters())
+    first, counters = step(hidden, case.counters())
     for _ in range(100):
-        again, counters, following_again = step(hidden, counters)
-        for x, y in zip((first, *following), (again, *following_again), strict=True):
+        again, counters = step(hidden, counters)
+        for x, y in zip(first, again, strict=True):
             assert (x == y).all()
 
 
@@ -245,4 +311,4 @@ def test_lowers_for_cuda():
     run = functools.partial(fused_layer, eps=EPS, config=case.config)
     text = jax.jit(run).trace(*inputs, jax.eval_shape(case.counters)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
-    assert text.count("output_operand_alias<") == 4
+    assert text.count("output_operand_alias<") == 3

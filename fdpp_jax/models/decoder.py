@@ -172,19 +172,20 @@ class CausalLM(nnx.Module):
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
         step = StepCache(self.config, cache, softmax, implementation)
-        redone, logits = step.redone(self.head(self.decode_states(tokens, step), implementation))  # [B, V]
+        redone, logits = step.redone(self.decode_logits(tokens, step))
         # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
         overflow = jnp.isnan(logits[:, 0]).any() if step.can_overflow else False
         return logits, step.grown(), overflow, redone
 
-    def decode_states(self, tokens: jax.Array, step: StepCache) -> jax.Array:
-        """What the head reads [B, D] of one new token a row, tokens [B]; a family may run its layers fused."""
+    def decode_logits(self, tokens: jax.Array, step: StepCache) -> jax.Array:
+        """[B, V] float32 behind one new token a row, tokens [B]; a family may run its layers fused."""
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             step.append(layer, key, value)
             return step.attend(layer, query)
 
-        return self.hidden_states(tokens[:, None], step.slots[:, None], attend, step.implementation)[:, 0]
+        hidden = self.hidden_states(tokens[:, None], step.slots[:, None], attend, step.implementation)[:, 0]
+        return self.head(hidden, step.implementation)
 
     def _causal_attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         options = self.config.attention_options(layer)

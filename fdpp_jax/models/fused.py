@@ -1,11 +1,16 @@
-"""A decode step of a LLaMA with two launches a layer: attention, and all that lies between it and the next one."""
+"""A decode step of a LLaMA with two launches a layer: attention, and all that lies between it and the next one.
+
+What comes before the first attention but for the embedding and its norm is a launch, too, and the head is in the last.
+"""
 
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.config import FusedLayerConfig
+from fdpp_jax.models.plans import fuses_head
 from fdpp_jax.models.step_cache import StepCache
 from fdpp_jax.pallas import fused_layer
 
@@ -13,14 +18,14 @@ if TYPE_CHECKING:
     from fdpp_jax.models.llama import LlamaForCausalLM, LlamaLayer
 
 
-def decode_states(
+def decode_logits(
     model: "LlamaForCausalLM",
     tokens: jax.Array,
     step: StepCache,
     config: FusedLayerConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """`LlamaForCausalLM.decode_states` by `pallas.fused_layer`; the first layer's queries, keys and values are unfused.
+    """`LlamaForCausalLM.decode_logits` by `pallas.fused_layer`.
 
     Args:
       model: Without norms of queries and keys, and without biases but those of queries, keys and values.
@@ -30,40 +35,47 @@ def decode_states(
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      [B, D], after the final norm.
+      [B, V] float32.
     """
-    layers = model.model.layers
+    layers, depth = (
+        model.model.layers,
+        max(model.config.query_size, model.config.hidden_size, model.config.intermediate_size),
+    )
     x, rotation = model.embed(tokens[:, None], step.slots[:, None])
-    cos, sin = (angle[:, 0, 0] for angle in rotation)  # [B, H / 2]
-    query, key, value = layers[0].self_attn.project(layers[0].input_layernorm(x), rotation, None)
-    step.append(0, key, value)
     hidden = x[:, 0]
-    depth = max(model.config.query_size, model.config.hidden_size, model.config.intermediate_size)
-    counters = fused_layer.counters_for(depth, config)
+    rotation = jnp.stack([angle[:, 0, 0] for angle in rotation])  # [2, B, H / 2]
+    following, counters = fused_layer.fused_qkv(
+        step.settle(layers[0].input_layernorm(hidden)), layers[0].self_attn.qkv_proj.weight[...], _bias(layers[0]),
+        rotation, *step.arrays(0), step.slots, fused_layer.counters_for(depth, config),
+        config=config, interpret=interpret,
+    )  # fmt: skip
     for i, layer in enumerate(layers):
-        attended = step.attend(i, query, is_appended=i > 0)[:, 0]  # [B, N, H], right after the fused layer
-        next_layer = layers[i + 1] if i + 1 < len(layers) else None
+        step.replace(i, following.keys, following.values)
+        attended = step.attend(i, following.query[:, None], is_appended=True)[:, 0]  # [B, N, H]
         weights = fused_layer.LayerWeights(
             o=layer.self_attn.o_proj.weight[...],
             post_norm=layer.post_attention_layernorm.weight[...],
             gate_up=layer.mlp.gate_up_proj.weight[...],
             down=layer.mlp.down_proj.weight[...],
-            next_norm=None if next_layer is None else next_layer.input_layernorm.weight[...],
-            next_qkv=None if next_layer is None else next_layer.self_attn.qkv_proj.weight[...],
-            next_bias=_bias(next_layer),
         )
-        keys, values = (None, None) if next_layer is None else step.arrays(i + 1)
+        keys, values = None, None
+        if i + 1 < len(layers):
+            keys, values = step.arrays(i + 1)
+            weights = weights._replace(
+                next_norm=layers[i + 1].input_layernorm.weight[...],
+                next_qkv=layers[i + 1].self_attn.qkv_proj.weight[...],
+                next_bias=_bias(layers[i + 1]),
+            )
+        elif fuses_head(model.config):
+            weights = weights._replace(next_norm=model.model.norm.weight[...], head=model.head_weight[...])
         hidden, following, counters = fused_layer.fused_layer(
-            attended, hidden, weights, cos, sin, keys, values, step.slots, counters,
+            attended, hidden, weights, rotation, keys, values, step.slots, counters,
             eps=model.config.rms_norm_eps, config=config, interpret=interpret,
         )  # fmt: skip
-        if following is not None:
-            query = following.query[:, None]
-            step.replace(i + 1, following.keys, following.values)
-    return model.final_norm(hidden)
+    return model.head(model.final_norm(hidden)) if following is None else following
 
 
-def _bias(layer: "LlamaLayer | None") -> jax.Array | None:
+def _bias(layer: "LlamaLayer") -> jax.Array | None:
     """Of a layer's queries, keys and values."""
-    bias = None if layer is None else layer.self_attn.qkv_proj.bias
+    bias = layer.self_attn.qkv_proj.bias
     return None if bias is None else bias[...]

@@ -144,13 +144,18 @@ class LlamaForCausalLM(CausalLM):
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         return self.model.embed_tokens(tokens), rotation_at(self.config, positions)
 
-    def decode_states(self, tokens: jax.Array, step: StepCache) -> jax.Array:
+    def decode_logits(self, tokens: jax.Array, step: StepCache) -> jax.Array:
         plan = plan_layer(self.config, batch=tokens.shape[0], device=device.current(), dtype=self.dtype)
         if step.implementation is not None or plan.config is None or step.arrays(0)[0].dtype != self.dtype:
-            return super().decode_states(tokens, step)
+            return super().decode_logits(tokens, step)
         from fdpp_jax.models import fused
 
-        return fused.decode_states(self, tokens, step, plan.config)
+        return fused.decode_logits(self, tokens, step, plan.config)
+
+    @property
+    def head_weight(self) -> nnx.Param:
+        """[V, D]."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         if self.config.tie_word_embeddings:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import heuristics
-from fdpp_jax.config import AttentionPlan, AttentionShape, LayerPlan, LayerShape, MatmulPlan, MatmulShape
+from fdpp_jax.config import UNIT_WIDTH, AttentionPlan, AttentionShape, LayerPlan, LayerShape, MatmulPlan, MatmulShape
 from fdpp_jax.device import Device
 from fdpp_jax.models.config import DecoderConfig
 
@@ -16,6 +16,11 @@ def plan_layer(
     if config.unfused_because is not None:
         return LayerPlan("unfused", None, config.unfused_because)
     return heuristics.plan_layer(_layer_shape(config, batch, dtype), device)
+
+
+def fuses_head(config: DecoderConfig) -> bool:
+    """Whether a model with fused layers has its head in the last one."""
+    return config.vocab_size % (2 * UNIT_WIDTH) == 0
 
 
 def _layer_shape(config: DecoderConfig, batch: int, dtype: jax.typing.DTypeLike) -> LayerShape:
@@ -49,9 +54,9 @@ def model_plans(
 
     Returns:
       (name, shape, plan) of qkv, attention and layer, which run once a layer, then of the head. If the layer is fused,
-      it includes the next one's qkv, and the plan of qkv is the first layer's; else o, gate_up (up, where there is no
-      gate) and down follow upon it. Where layers differ in attention, each kind is there once, under a name that tells
-      its window.
+      it includes all matmuls of the step but for a head whose vocabulary is no multiple of 64; else o, gate_up (up,
+      where there is no gate) and down follow upon it. Where layers differ in attention, each kind is there once, under
+      a name that tells its window.
 
     Raises:
       ValueError: batch or capacity is not positive, or the device is unknown.
@@ -84,17 +89,22 @@ def model_plans(
     layer_plan = plan_layer(config, batch=batch, device=device, dtype=dtype)
     mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
     attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
+    qkv, head = (
+        matmul("qkv", config.hidden_size, config.qkv_size),
+        matmul("head", config.hidden_size, config.vocab_size),
+    )
     unfused = [
         matmul("o", config.query_size, config.hidden_size),
         matmul(mlp_in, config.hidden_size, config.mlp_in_size),
         matmul("down", config.intermediate_size, config.hidden_size),
     ]
+    is_fused = layer_plan.config is not None
     return [
-        matmul("qkv", config.hidden_size, config.qkv_size),
+        *([] if is_fused else [qkv]),
         *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
         ("layer", _layer_shape(config, batch, dtype), layer_plan),
-        *(unfused if layer_plan.config is None else []),
-        matmul("head", config.hidden_size, config.vocab_size),
+        *([] if is_fused else unfused),
+        *([] if is_fused and fuses_head(config) else [head]),
     ]
 
 

@@ -25,10 +25,13 @@ class StepCache:
     ):
         self._config, self._softmax = config, softmax
         self._keys, self._values, self._norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
-        self.slots = cache.lengths
+        self.slots, self._lengths = cache.lengths, cache.lengths + 1
         self.implementation = implementation
         self.can_overflow = False
-        self._redone: jax.Array | None = None  # [B, K] int32, once a layer has counted
+        self._has_redone = False  # whether a layer has counted
+        self._redone: jax.Array | None = None  # [B, K] int32
+        if softmax is not None:
+            self._redone = jnp.zeros((cache.keys[0].shape[0], cache.keys[0].shape[2]), jnp.int32)
 
     def append(self, layer: int, key: jax.Array, value: jax.Array) -> None:
         """Puts key and value [B, 1, K, H] there."""
@@ -49,37 +52,39 @@ class StepCache:
         if self._norms:
             self._norms[layer] = jnp.maximum(self._norms[layer], unified_max.max_norm(key))
 
+    def settle(self, x: jax.Array) -> jax.Array:
+        """x, once all is there that the first layer's attention reads and that the launch before it does not write."""
+        x, self._lengths, self._redone = jax.lax.optimization_barrier((x, self._lengths, self._redone))
+        return x
+
     def attend(self, layer: int, query: jax.Array, *, is_appended: bool = False) -> jax.Array:
         """Attention of query [B, 1, N, H] over all keys, the new ones included.
 
         is_appended: whether the launch before wrote at most the new keys and values of all that the cache holds.
         """
         softmax, num_layers = self._softmax, self._config.num_hidden_layers
-        before = self._redone
-        if softmax is not None and before is None:
-            before = jnp.zeros((query.shape[0], self._keys[layer].shape[2]), jnp.int32)
         out, redone = ops.unchecked_decode_attention(
             query,
             self._keys[layer],
             self._values[layer],
             **self._config.attention_options(layer),
             query_offset=self.slots,
-            key_value_seq_lengths=self.slots + 1,
+            key_value_seq_lengths=self._lengths,
             key_max_norm=self._norms[layer] if self._norms else None,
             softmax=None if softmax is None else softmax.for_layer(layer, num_layers),
-            redone=before,
+            redone=self._redone,
             is_appended=is_appended,
             implementation=self.implementation,
         )
         if redone is not None:
-            self._redone = redone
+            self._redone, self._has_redone = redone, True
         elif softmax is not None:
             self.can_overflow = True
         return out
 
     def redone(self, logits: jax.Array) -> tuple[jax.Array | bool, jax.Array]:
         """[] bool: whether the kernel redid a row in any layer; False: it cannot have. And the step's logits again."""
-        if self._redone is None:
+        if not self._has_redone:
             return False, logits
         # Looked at after the logits: before the last fused layer it would come between that and its attention.
         redone, logits = jax.lax.optimization_barrier((self._redone, logits))
@@ -88,4 +93,4 @@ class StepCache:
 
     def grown(self) -> KVCache:
         """The cache one token longer."""
-        return KVCache(tuple(self._keys), tuple(self._values), self.slots + 1, tuple(self._norms))
+        return KVCache(tuple(self._keys), tuple(self._values), self._lengths, tuple(self._norms))

@@ -1,4 +1,4 @@
-"""All matmuls of a decoder layer in one launch, from attention's output to the next layer's queries, keys and values.
+"""All matmuls between one attention and the next in one launch, or those behind the last one.
 
 Four products follow upon each other, each of the whole result of the one before, with what lies between them fused in:
 
@@ -6,6 +6,9 @@ Four products follow upon each other, each of the whole result of the one before
     inner = silu(g) * u,        g, u = norm(hidden) @ gate_up^T
     hidden += inner @ down^T
     query, key, value = norm(hidden) @ qkv^T, rotated; key and value go to their slots of the cache
+
+Behind the last layer there are logits = norm(hidden) @ head^T in their place, and the last line alone comes before the
+first attention (`fused_qkv`).
 
 A decode step is bound by reading the weights, so they must not stop coming. One CTA an SM runs through all products,
 and its four warpgroups run on their own:
@@ -51,9 +54,10 @@ class LayerWeights(NamedTuple):
       post_norm: [D], of the norm before the MLP.
       gate_up: [2 * F, D].
       down: [D, F].
-      next_norm: [D], of the next layer's first norm; None after the last layer.
+      next_norm: [D], of the norm before next_qkv or head; None without both.
       next_qkv: [(N + 2 K) * H, D], of the next layer; None after the last layer.
       next_bias: [(N + 2 K) * H], of the next layer's queries, keys and values, if it has one.
+      head: [V, D], V a multiple of 64; only after the last layer, where it may be left out.
     """
 
     o: jax.Array
@@ -63,6 +67,7 @@ class LayerWeights(NamedTuple):
     next_norm: jax.Array | None = None
     next_qkv: jax.Array | None = None
     next_bias: jax.Array | None = None
+    head: jax.Array | None = None
 
 
 class NextLayer(NamedTuple):
@@ -73,22 +78,14 @@ class NextLayer(NamedTuple):
     values: jax.Array
 
 
-class Counters(NamedTuple):
-    """What the grid counts.
-
-    Attributes:
-      results: A row for each of the products that another reads: units that are done of each chunk.
-      guests: A row for each product: guests that are done of each unit that is split.
-    """
-
-    results: jax.Array
-    guests: jax.Array
+# A row for each of the products that another reads: units that are done of each chunk. A row for each product: guests
+# that are done of each unit that is split.
+_RESULTS, _GUESTS = 3, 4
 
 
-def counters_for(max_depth: int, config: FusedLayerConfig) -> Counters:
-    """Counters at zero, for products with up to max_depth columns of x."""
-    results = grid_sync.counters(3, pl.cdiv(max_depth, config.chunk))
-    return Counters(results, grid_sync.counters(4, config.num_ctas))
+def counters_for(max_depth: int, config: FusedLayerConfig) -> jax.Array:
+    """What the grid counts, all at zero, for products with up to max_depth columns of x."""
+    return grid_sync.counters(_RESULTS + _GUESTS, max(pl.cdiv(max_depth, config.chunk), config.num_ctas))
 
 
 # Jitted so that a model's layers share one trace and one lowering: a kernel takes some 0.3 s to lower.
@@ -97,25 +94,23 @@ def fused_layer(
     attended: jax.Array,
     hidden: jax.Array,
     weights: LayerWeights,
-    cos: jax.Array,
-    sin: jax.Array,
+    rotation: jax.Array,
     keys: jax.Array | None,
     values: jax.Array | None,
     lengths: jax.Array,
-    counters: Counters,
+    counters: jax.Array,
     *,
     eps: float,
     config: FusedLayerConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[jax.Array, NextLayer | None, Counters]:
+) -> tuple[jax.Array, NextLayer | jax.Array | None, jax.Array]:
     """A layer after its attention, and the next layer up to its own.
 
     Args:
       attended: [B, N, H] bfloat16, attention's output.
       hidden: [B, D] bfloat16, the residual stream before the layer.
       weights: Of this layer and the next.
-      cos: [B, H / 2] float32, of the rotary angles of the tokens' positions.
-      sin: As cos.
+      rotation: [2, B, H / 2] float32, cosines and sines of the rotary angles of the tokens' positions.
       keys: [B, S, K, H] bfloat16, of the next layer; donated. None after the last layer.
       values: As keys.
       lengths: [B] int32, the slot that each row's new key and value go to; one beyond S goes nowhere.
@@ -125,62 +120,125 @@ def fused_layer(
       interpret: Runs the kernel interpreted on the CPU, a launch a step: it runs one CTA after the other.
 
     Returns:
-      hidden [B, D] after the layer, what the next layer's attention reads (None after the last layer), and counters.
+      hidden [B, D] after the layer; what the next layer's attention reads, or after the last layer logits [B, V]
+      float32, or None without a head; and counters.
     """
     batch, num_heads, head_dim = attended.shape
     hidden_size, inner_size = hidden.shape[1], weights.down.shape[1]
-    capacity, num_kv_heads = (0, 0) if keys is None else keys.shape[1:3]
     facts = Facts(
         num_rows=round_up(batch, 8),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=0 if keys is None else keys.shape[2],
         head_dim=head_dim,
         hidden_size=hidden_size,
         inner_size=inner_size,
         eps=eps,
         config=config,
         is_interpreted=interpret is not None,
+        vocab_size=0 if weights.head is None else weights.head.shape[0],
     )
-    x_rows = ring.loadable_rows(batch)
-    inputs: dict[str, Any] = dict(
-        attended=jnp.pad(attended.reshape(batch, -1), ((0, x_rows - batch), (0, 0))), hidden=hidden, cos=cos, sin=sin,
-        **{name: weight for name, weight in weights._asdict().items() if weight is not None},
-    )  # fmt: skip
+    inputs: dict[str, Any] = dict(attended=_loadable(attended.reshape(batch, -1)), hidden=hidden)
+    inputs |= {name: weight for name, weight in weights._asdict().items() if weight is not None}
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    x = rows((x_rows, hidden_size))
+    x = rows((ring.loadable_rows(batch), hidden_size))
     squares = jax.ShapeDtypeStruct((round_up(2 * hidden_size // WIDTH, HEIGHT), facts.num_rows), jnp.float32)
     outputs: dict[str, Any] = dict(
         middle=rows(hidden.shape), scaled_middle=x, middle_squares=squares,
-        inner=rows((x_rows, inner_size)), last=rows(hidden.shape),
-        parts=jax.ShapeDtypeStruct((len(facts.phases), config.num_ctas, HEIGHT * facts.num_rows), jnp.float32),
+        inner=rows((x.shape[0], inner_size)), last=rows(hidden.shape),
     )  # fmt: skip
-    state: dict[str, Any] = counters._asdict()
-    if keys is not None:
-        assert values is not None
-        outputs |= dict(scaled_last=x, last_squares=squares, query=rows((batch, num_heads * head_dim)))
-        slots = jnp.where(lengths < capacity, jnp.arange(batch) * capacity + lengths, batch * capacity)
-        inputs["slots"] = slots.astype(jnp.int32)
-        flat = batch * capacity, num_kv_heads * head_dim
-        state |= dict(keys=keys.reshape(flat), values=values.reshape(flat))
-    results = _run(outputs, state, inputs=inputs, facts=facts, interpret=interpret)
-    counters = Counters(results["results"], results["guests"])
-    if keys is None:
-        return results["last"], None, counters
-    query = results["query"].reshape(attended.shape)
-    next_layer = NextLayer(query, results["keys"].reshape(keys.shape), results["values"].reshape(keys.shape))
-    return results["last"], next_layer, counters
+    if weights.next_norm is not None:
+        outputs |= dict(scaled_last=x, last_squares=squares)
+    if weights.head is not None:
+        outputs["logits"] = jax.ShapeDtypeStruct((batch, facts.vocab_size), jnp.float32)
+    cache = None if keys is None or values is None else _Cache(keys, values, lengths, rotation)
+    results, following = _run(facts, inputs, outputs, cache, counters, interpret)
+    return results["last"], results.get("logits") if following is None else following, results["counters"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def fused_qkv(
+    x: jax.Array,
+    qkv: jax.Array,
+    bias: jax.Array | None,
+    rotation: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: jax.Array,
+    counters: jax.Array,
+    *,
+    config: FusedLayerConfig,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[NextLayer, jax.Array]:
+    """The first layer up to its attention.
+
+    Args:
+      x: [B, D] bfloat16, after the layer's first norm.
+      qkv: [(N + 2 K) * H, D] bfloat16.
+      bias: [(N + 2 K) * H] bfloat16, if there is one.
+      rotation: As in `fused_layer`, like all that follows.
+      keys: [B, S, K, H].
+      values: [B, S, K, H].
+      lengths: [B] int32.
+      counters: What `fused_layer` gets then.
+      config: Tiles and stages.
+      interpret: Runs the kernel interpreted on the CPU.
+
+    Returns:
+      What the layer's attention reads, and counters.
+    """
+    num_kv_heads, head_dim = keys.shape[2:]
+    facts = Facts(
+        num_rows=round_up(x.shape[0], 8),
+        num_heads=qkv.shape[0] // head_dim - 2 * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=x.shape[1],
+        inner_size=0,
+        eps=0.0,
+        config=config,
+        is_interpreted=interpret is not None,
+        is_first=True,
+    )
+    inputs = dict(scaled_last=_loadable(x), next_qkv=qkv) | ({} if bias is None else dict(next_bias=bias))
+    results, following = _run(facts, inputs, {}, _Cache(keys, values, lengths, rotation), counters, interpret)
+    assert following is not None
+    return following, results["counters"]
+
+
+def _loadable(x: jax.Array) -> jax.Array:
+    """x [B, columns] with as many rows as TMA reads."""
+    return jnp.pad(x, ((0, ring.loadable_rows(x.shape[0]) - x.shape[0]), (0, 0)))
+
+
+class _Cache(NamedTuple):
+    """Where queries, keys and values go to; as in `fused_layer`."""
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+    rotation: jax.Array
 
 
 def _run(
-    outputs: dict[str, Any],
-    state: dict[str, Any],
-    *,
-    inputs: dict[str, Any],
     facts: Facts,
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    cache: _Cache | None,
+    counters: jax.Array,
     interpret: plgpu.InterpretGPUParams | None,
-) -> dict[str, jax.Array]:
-    """outputs and state, which the kernel updates in place, by name."""
-    refs = {name: jax.new_ref(x) for name, x in state.items()}
+) -> tuple[dict[str, jax.Array], NextLayer | None]:
+    """The outputs and counters by name, and what the next attention reads, if there is one."""
+    num_ctas, f32 = facts.config.num_ctas, jnp.float32
+    outputs["parts"] = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, HEIGHT * facts.num_rows), f32)
+    state = dict(counters=counters)
+    if cache is not None:
+        batch, capacity, num_kv_heads, head_dim = cache.keys.shape
+        outputs["query"] = jax.ShapeDtypeStruct((batch, facts.num_heads * head_dim), jnp.bfloat16)
+        slots = jnp.where(cache.lengths < capacity, jnp.arange(batch) * capacity + cache.lengths, batch * capacity)
+        inputs |= dict(slots=slots.astype(jnp.int32), rotation=cache.rotation)
+        flat = batch * capacity, num_kv_heads * head_dim
+        state |= dict(keys=cache.keys.reshape(flat), values=cache.values.reshape(flat))
+    refs = {name: jax.new_ref(x) for name, x in state.items()}  # updated in place
     if interpret is None:
         results = _launch(facts, facts.steps, inputs, refs, outputs, interpret)
     else:  # memory that nobody has written is NaN
@@ -188,7 +246,12 @@ def _run(
         for step in facts.steps:
             _launch(facts, (step,), inputs, refs | made, {}, interpret)
         results = {name: jax.freeze(ref) for name, ref in made.items()}
-    return results | {name: jax.freeze(ref) for name, ref in refs.items()}
+    results |= {name: jax.freeze(ref) for name, ref in refs.items()}
+    if cache is None:
+        return results, None
+    query = results["query"].reshape(batch, facts.num_heads, head_dim)
+    keys, values = (results[name].reshape(cache.keys.shape) for name in ("keys", "values"))
+    return results, NextLayer(query, keys, values)
 
 
 def _launch(
@@ -214,6 +277,8 @@ def _launch(
 
     def body(*args: Any, **smem: Any) -> None:
         gmem = types.SimpleNamespace(**dict(zip((*operands, *outputs), args, strict=True)))
+        gmem.results = gmem.counters.at[pl.ds(0, _RESULTS)]
+        gmem.guests = gmem.counters.at[pl.ds(_RESULTS, _GUESTS)]
         arguments = gmem, types.SimpleNamespace(**smem), facts, steps
         products, finish = Products(*arguments), Results(*arguments).finish
         group = lax.axis_index("warpgroup")

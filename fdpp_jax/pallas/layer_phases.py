@@ -27,11 +27,11 @@ _MAX_SPLIT = 0.9
 class Phase:
     """One product, of the array named x [rows, depth] with the weights named w [columns, depth].
 
-    Of its num_units, each is UNIT_WIDTH columns, with as many partner columns if the kind has some: gate and up, and
-    the halves of a head that rotate together.
+    Of its num_units, each is UNIT_WIDTH columns, with as many partner columns if the kind has some: gate and up, the
+    halves of a head that rotate together, and of the logits the columns beside them.
     """
 
-    kind: Literal["residual", "gate", "qkv"]
+    kind: Literal["residual", "gate", "qkv", "head"]
     x: str
     w: str
     depth: int
@@ -62,7 +62,13 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Static facts of a fused layer; num_kv_heads is 0 after the last layer."""
+    """Static facts of a launch.
+
+    Attributes:
+      num_kv_heads: 0 if no layer follows.
+      vocab_size: 0 if the model's head does not follow.
+      is_first: Whether it has the first layer's queries, keys and values only.
+    """
 
     num_rows: int
     num_heads: int
@@ -73,6 +79,8 @@ class Facts:
     eps: float
     config: FusedLayerConfig
     is_interpreted: bool
+    vocab_size: int = 0
+    is_first: bool = False
 
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -82,12 +90,15 @@ class Facts:
         def add(kind: Any, x: str, w: str, depth: int, num_units: int) -> None:
             phases.append(Phase(kind, x, w, depth, num_units))
 
-        add("residual", "attended", "o", self.num_heads * self.head_dim, self.hidden_size // UNIT_WIDTH)
-        add("gate", "scaled_middle", "gate_up", self.hidden_size, self.inner_size // UNIT_WIDTH)
-        add("residual", "inner", "down", self.inner_size, self.hidden_size // UNIT_WIDTH)
+        if not self.is_first:
+            add("residual", "attended", "o", self.num_heads * self.head_dim, self.hidden_size // UNIT_WIDTH)
+            add("gate", "scaled_middle", "gate_up", self.hidden_size, self.inner_size // UNIT_WIDTH)
+            add("residual", "inner", "down", self.inner_size, self.hidden_size // UNIT_WIDTH)
         if self.num_kv_heads:
             columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
             add("qkv", "scaled_last", "next_qkv", self.hidden_size, columns // (2 * UNIT_WIDTH))
+        elif self.vocab_size:
+            add("head", "scaled_last", "head", self.hidden_size, self.vocab_size // (2 * UNIT_WIDTH))
         return tuple(phases)
 
     def num_tiles(self, phase: Phase) -> int:
@@ -161,6 +172,8 @@ class Facts:
             return unit * UNIT_WIDTH, unit * UNIT_WIDTH
         if phase.kind == "gate":
             return unit * UNIT_WIDTH, unit * UNIT_WIDTH + self.inner_size
+        if phase.kind == "head":
+            return 2 * unit * UNIT_WIDTH, 2 * unit * UNIT_WIDTH + UNIT_WIDTH
         half = self.head_dim // 2
         units_per_head = jnp.int32(half // UNIT_WIDTH)
         low = lax.div(unit, units_per_head) * self.head_dim + lax.rem(unit, units_per_head) * UNIT_WIDTH

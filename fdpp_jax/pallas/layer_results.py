@@ -37,7 +37,7 @@ class Results:
                 self.facts.for_segments(step, self.cta, functools.partial(self._leave, step), None)
                 continue
             factor = None
-            if step.phase.kind != "residual":
+            if step.phase.kind != "residual" and not self.facts.is_first:
                 factor = self._factor(step)
             self.facts.for_segments(step, self.cta, functools.partial(self._finish, step, factor), None)
             if self.is_whole and step.index == 1:  # all CTAs have a whole unit of it, for which they saw all of row 0
@@ -94,11 +94,11 @@ class Results:
             if facts.num_split(phase):
                 num_guests = jnp.where(turn == 0, facts.num_guests(phase, self.cta, segment.unit), 0)
                 ys = self._with_guests(step, segment.unit, num_guests, ys)
-            if factor is None:  # each half is of half of K
+            if phase.kind == "residual":  # each half is of half of K
                 ys = (ys[0] + ys[1],)
-            else:
-                # Rounded as a matmul of its own would leave it.
+            if factor is not None:
                 ys = tuple(y * lax.broadcast_in_dim(factor, y.shape, [1]) for y in ys)
+            if phase.kind in ("gate", "qkv"):  # rounded as a matmul of its own would leave it
                 ys = tuple(y.astype(jnp.bfloat16).astype(jnp.float32) for y in ys)
             finish(*ys)
             if facts.num_split(phase):
@@ -177,7 +177,7 @@ class Results:
         gmem, facts = self.gmem, self.facts
         load = functools.partial(accumulators.load, num_rows=facts.num_rows, is_interpreted=facts.is_interpreted)
         angle = lax.rem(low, jnp.int32(facts.head_dim))
-        cos, sin = load(gmem.cos, angle), load(gmem.sin, angle)
+        cos, sin = (load(gmem.rotation.at[i], angle) for i in range(2))
         biases = [load(gmem.next_bias, column) for column in (low, high)] if hasattr(gmem, "next_bias") else []
         key, value = facts.num_heads * facts.head_dim, (facts.num_heads + facts.num_kv_heads) * facts.head_dim
 
@@ -195,6 +195,15 @@ class Results:
                 slots = None if name == "query" else gmem.slots
                 for part, column in zip(turned, (low, high), strict=True):
                     pl.when(is_here)(functools.partial(self._store, part, name, column - start, slots))
+
+        return finish
+
+    def _head(self, index: int, unit: jax.Array, low: jax.Array, high: jax.Array) -> Any:
+        del index, unit
+
+        def finish(y: jax.Array, partner: jax.Array) -> None:
+            self._store(y, "logits", low)
+            self._store(partner, "logits", high)
 
         return finish
 
