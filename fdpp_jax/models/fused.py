@@ -37,17 +37,15 @@ def decode_logits(
     Returns:
       [B, V] float32.
     """
-    layers, depth = (
-        model.model.layers,
-        max(model.config.query_size, model.config.hidden_size, model.config.intermediate_size),
-    )
+    layers = model.model.layers
+    first = layers[0]
+    depth = max(model.config.query_size, model.config.hidden_size, model.config.intermediate_size)
     x, rotation = model.embed(tokens[:, None], step.slots[:, None])
     hidden = x[:, 0]
     rotation = jnp.stack([angle[:, 0, 0] for angle in rotation])  # [2, B, H / 2]
     following, counters = fused_layer.fused_qkv(
-        step.settle(layers[0].input_layernorm(hidden)), layers[0].self_attn.qkv_proj.weight[...], _bias(layers[0]),
-        rotation, *step.arrays(0), step.slots, fused_layer.counters_for(depth, config),
-        config=config, interpret=interpret,
+        step.settle(first.input_layernorm(hidden)), first.self_attn.qkv_proj.weight[...], _bias(first), rotation,
+        *step.arrays(0), step.slots, fused_layer.counters_for(depth, config), config=config, interpret=interpret,
     )  # fmt: skip
     for i, layer in enumerate(layers):
         step.replace(i, following.keys, following.values)

@@ -229,13 +229,13 @@ def _run(
 ) -> tuple[dict[str, jax.Array], NextLayer | None]:
     """The outputs and counters by name, and what the next attention reads, if there is one."""
     num_ctas, f32 = facts.config.num_ctas, jnp.float32
-    outputs["parts"] = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, HEIGHT * facts.num_rows), f32)
-    state = dict(counters=counters)
+    parts = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, HEIGHT * facts.num_rows), f32)
+    outputs, state = outputs | dict(parts=parts), dict(counters=counters)
     if cache is not None:
         batch, capacity, num_kv_heads, head_dim = cache.keys.shape
         outputs["query"] = jax.ShapeDtypeStruct((batch, facts.num_heads * head_dim), jnp.bfloat16)
         slots = jnp.where(cache.lengths < capacity, jnp.arange(batch) * capacity + cache.lengths, batch * capacity)
-        inputs |= dict(slots=slots.astype(jnp.int32), rotation=cache.rotation)
+        inputs = inputs | dict(slots=slots.astype(jnp.int32), rotation=cache.rotation)
         flat = batch * capacity, num_kv_heads * head_dim
         state |= dict(keys=cache.keys.reshape(flat), values=cache.values.reshape(flat))
     refs = {name: jax.new_ref(x) for name, x in state.items()}  # updated in place
