@@ -1,5 +1,7 @@
 """Which kernels one decode step of a model runs, for any device and without a checkpoint."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -99,6 +101,9 @@ def model_plans(
         matmul("down", config.intermediate_size, config.hidden_size),
     ]
     is_fused = layer_plan.config is not None
+    if is_fused:
+        others = "qkv and head" if fuses_head(config) else "qkv"
+        layer_plan = dataclasses.replace(layer_plan, reason=f"{layer_plan.reason}; with {others}")
     return [
         *([] if is_fused else [qkv]),
         *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),

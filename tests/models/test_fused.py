@@ -126,5 +126,6 @@ def test_plans_say_why(name, implementation, why):
 
 def test_a_head_may_be_too_ragged_for_the_last_layer():
     config = dataclasses.replace(PRESETS["llama-2-7b"], vocab_size=32001)
-    kernels = [kernel for kernel, _, _ in model_plans(config, batch=1, capacity=1024, device="H200")]
-    assert kernels == ["attention", "layer", "head"]
+    plans = {kernel: plan for kernel, _, plan in model_plans(config, batch=1, capacity=1024, device="H200")}
+    assert list(plans) == ["attention", "layer", "head"]
+    assert plans["layer"].reason.endswith("with qkv")
