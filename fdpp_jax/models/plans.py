@@ -91,25 +91,23 @@ def model_plans(
     layer_plan = plan_layer(config, batch=batch, device=device, dtype=dtype)
     mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
     attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
-    qkv, head = (
-        matmul("qkv", config.hidden_size, config.qkv_size),
-        matmul("head", config.hidden_size, config.vocab_size),
-    )
-    unfused = [
+    before = [matmul("qkv", config.hidden_size, config.qkv_size)]
+    behind = [
         matmul("o", config.query_size, config.hidden_size),
         matmul(mlp_in, config.hidden_size, config.mlp_in_size),
         matmul("down", config.intermediate_size, config.hidden_size),
+        matmul("head", config.hidden_size, config.vocab_size),
     ]
-    is_fused = layer_plan.config is not None
-    if is_fused:
-        others = "qkv and head" if fuses_head(config) else "qkv"
+    if layer_plan.config is not None:
+        before, behind, others = [], behind[-1:], "qkv"
+        if fuses_head(config):
+            behind, others = [], "qkv and head"
         layer_plan = dataclasses.replace(layer_plan, reason=f"{layer_plan.reason}; with {others}")
     return [
-        *([] if is_fused else [qkv]),
+        *before,
         *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
         ("layer", _layer_shape(config, batch, dtype), layer_plan),
-        *([] if is_fused else unfused),
-        *([] if is_fused and fuses_head(config) else [head]),
+        *behind,
     ]
 
 
