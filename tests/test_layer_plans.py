@@ -34,7 +34,7 @@ def test_every_layer_has_a_legal_plan_everywhere(model, name):
         assert plan.config.num_stages >= 2
         assert plan.config.num_ctas <= min(known.num_sms, config.intermediate_size // UNIT_WIDTH)
         depth = max(config.query_size, config.hidden_size, config.intermediate_size)
-        assert depth <= 128 * plan.config.num_x_tiles * plan.config.block_k  # counters: a thread each clears them
+        assert depth <= 128 * plan.config.num_x_tiles * plan.config.block_k  # counters: a thread each waits for them
 
 
 @pytest.mark.parametrize(
