@@ -10,12 +10,14 @@ tests each score, which fires on small scores that do no harm; we test the row's
 
 import dataclasses
 import math
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax.config import Recompute
+# Where a row that left the safe window is redone: in the kernel, by the CTA that merges its partial sums; by a second
+# launch, which exits early where no row failed; or by a second call under lax.cond.
+Recompute = Literal["kernel", "launch", "cond"]
 
 # 2^+-64 leaves more than 2^60 of float32's range on either side for |v| and for the terms of the sum.
 _DEN_MIN = 2.0**-64
@@ -25,9 +27,6 @@ _FLOAT16_DEN_MAX = 2.0**15
 # float16 rounds p to within 2^-25 once p is subnormal. Over S keys that is S * 2^-25 of error in the sum,
 # which must stay below float16's own 2^-11 of the denominator.
 _FLOAT16_DEN_MIN_PER_KEY = 2.0**-14
-# What rounding can lift a score above its bound by: nats, and a share of the bound (products of float32 accumulators).
-_BOUND_MARGIN = 1.0
-_BOUND_SLACK = 2.0**-16
 
 
 @jax.tree_util.register_dataclass
@@ -110,74 +109,20 @@ def leaves_window(den: jax.Array, num_keys: int, dtype: jax.typing.DTypeLike) ->
     return ~((den >= den_min) & (den <= den_max))
 
 
-def row_phi(
-    softmax: UnifiedMax,
-    query: jax.Array,
-    key: jax.Array,
-    scale: float,
-    lengths: jax.Array | None,
-    *,
-    dtype: jax.typing.DTypeLike,
-    logits_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    page_table: jax.Array | None = None,
-    key_scale: jax.Array | None = None,
-    key_max_norm: jax.Array | None = None,
-) -> jax.Array:
-    """phi of every row of a decode step.
-
-    A bound stands at the top of the window: with no score above the bound, den <= S e^(bound - phi), and phi is so
-    far below the bound that this just fits. All of the window is then room for rows below their bound.
-
-    Args:
-      softmax: The policy.
-      query: [B, T, N, H].
-      key: [B, S, K, H], or a pool [P, page_size, K, H] with page_table.
-      scale: Factor on the scores.
-      lengths: [B] int32 live keys, or None for all S. Keys beyond them do not count.
-      dtype: dtype of p as it meets the values, which decides the window.
-      logits_soft_cap: Bounds the scores too.
-      sinks: [N], terms of the denominator.
-      page_table: [B, pages] int32.
-      key_scale: [K], or like key without H.
-      key_max_norm: [B, K] float32, max |k|; computed from key if missing.
-
-    Returns:
-      float32 [] where softmax.phi is a scalar, else [B, N].
-
-    Raises:
-      ValueError: softmax.phi does not broadcast to [B, N].
-    """
-    batch, _, num_heads, _ = query.shape
-    if not softmax.is_bound:
-        phi = jnp.asarray(softmax.phi, jnp.float32)
-        if phi.ndim == 0:
-            return phi
-        if phi.ndim > 2 or any(n not in (1, row) for n, row in zip(phi.shape[::-1], (num_heads, batch), strict=False)):
-            raise ValueError(f"phi must broadcast to [B, N] = {[batch, num_heads]}, got shape {phi.shape}")
-        return jnp.broadcast_to(phi, (batch, num_heads))
-    if key_max_norm is None:
-        key_max_norm = max_norm(key, lengths, page_table, key_scale)
-    query_norm = jnp.linalg.norm(query.astype(jnp.float32), axis=-1).max(axis=1)  # [B, N]
-    bound = abs(scale) * query_norm * jnp.repeat(key_max_norm, num_heads // key.shape[2], axis=1)
-    if logits_soft_cap is not None:
-        bound = jnp.minimum(bound, logits_soft_cap)
-    if sinks is not None:
-        bound = jnp.maximum(bound, sinks.astype(jnp.float32))
-    capacity = key.shape[1] if page_table is None else page_table.shape[1] * key.shape[1]
-    _, den_max = window(dtype, capacity)
-    num_terms = max(capacity, 1) + (sinks is not None)
-    room = math.log(den_max) - math.log(num_terms) - _BOUND_MARGIN
-    return bound * (1 + _BOUND_SLACK) - room
-
-
 def max_norm(
     key: jax.Array,
     lengths: jax.Array | None = None,
     page_table: jax.Array | None = None,
     key_scale: jax.Array | None = None,
 ) -> jax.Array:
-    """max |k| over the live keys, [B, K] float32; arguments as `row_phi`."""
+    """max |k| over the live keys, [B, K] float32.
+
+    Args:
+      key: [B, S, K, H], or with page_table a pool [P, page_size, K, H].
+      lengths: [B] int32 live keys; None: all.
+      page_table: [B, pages] int32.
+      key_scale: float32 factor on a quantised key, [K] or like key without H.
+    """
     norm = jnp.linalg.norm(key.astype(jnp.float32), axis=-1)  # [B, S, K] or [P, page_size, K]
     if key_scale is not None:
         norm *= jnp.abs(key_scale)

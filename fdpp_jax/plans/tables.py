@@ -12,17 +12,18 @@ import math
 import os
 import pathlib
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape, WeightOrder
+from fdpp_jax.json_fields import INDEX, LIST, OBJECT, POSITIVE, SIZE, TEXT, Kind, equal_to, one_of, read_field
+from fdpp_jax.plans.backends import with_kernels
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.shapes import MatmulImplementation, MatmulShape, WeightOrder
 
 FORMAT = 1
 SHIPPED_DIRECTORY = pathlib.Path(__file__).parent / "tuned"
 # A weight answers for another that is at most so many times as deep and as wide, or as shallow and as narrow.
 NEAR = 2.0
-_CONFIG_TYPES: dict[str, type[FlatMatmulConfig] | type[GemvConfig]] = {"flat": FlatMatmulConfig, "gemv": GemvConfig}
 _IMPLEMENTATIONS = get_args(MatmulImplementation)
 
 # The order that models store, and that tables are measured in. They answer for the other, too.
@@ -59,14 +60,14 @@ class Entry:
     implementation: MatmulImplementation
     floor_us: float
     time_us: Mapping[str, float]
-    configs: Mapping[str, FlatMatmulConfig | GemvConfig]
+    configs: Mapping[str, Any]
     run: Run
     where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """All configs of the flat kernel, and XLA, on one weight: microseconds by `config_text`, and "xla"."""
+    """All configs of the flat kernel, and XLA, on one weight: microseconds by the config's text, and "xla"."""
 
     shape: MatmulShape
     time_us: Mapping[str, float]
@@ -121,12 +122,6 @@ def weight_key(shape: MatmulShape) -> WeightKey:
     return shape.k, shape.n, shape.dtype
 
 
-def config_text(config: FlatMatmulConfig | GemvConfig) -> str:
-    """ "64 x 256, 5 stages, 132 CTAs", or of gemv "64 x 128, 5 stages, split 2"."""
-    shares = f"split {config.split_k}" if isinstance(config, GemvConfig) else f"{config.num_ctas} CTAs"
-    return f"{config.block_n} x {config.block_k}, {config.num_stages} stages, {shares}"
-
-
 def cache_directory() -> pathlib.Path:
     """Where what can be made again is kept: fdpp_jax in the user's cache directory (XDG)."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fdpp_jax"
@@ -145,7 +140,7 @@ def file_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
 
 
-def lookup(shape: MatmulShape, device_kind: str) -> Match | None:
+def lookup(shape: MatmulShape, device: Device) -> Match | None:
     """The measured row for a matmul: of its own weight, else of the nearest, else None.
 
     Of a weight's entries it is the one of the smallest measured M that is at least the shape's. The nearest weight has
@@ -155,7 +150,7 @@ def lookup(shape: MatmulShape, device_kind: str) -> Match | None:
     Raises:
       ValueError: A table is malformed; names the file and the field.
     """
-    weights = _weights(device_kind, tuple(file_stamp(path) for path in _paths(device_kind)))
+    weights = _weights(device, tuple(file_stamp(path) for path in _paths(device.kind)))
     key = weight_key(shape)
     if key in weights:
         jax_kind, entries = weights[key]
@@ -174,37 +169,38 @@ def lookup(shape: MatmulShape, device_kind: str) -> Match | None:
     return Match(entry, jax_kind, is_exact=False)
 
 
-def load(path: pathlib.Path, device_kind: str) -> Table:
-    """Reads what `save` wrote for that kind of device.
+def load(path: pathlib.Path, device: Device) -> Table:
+    """Reads what `save` wrote for that kind of device, which has kernels.
 
     Raises:
       ValueError: The file is malformed or of another device; names it, the field, what was expected and what it has.
       OSError: There is no such file.
     """
+    backend = with_kernels(device, "matmul")
+    assert backend is not None
+    assert backend.matmul is not None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = _field(content, "format", int)
-        if found != FORMAT:
-            raise ValueError(f"format must be {FORMAT}, got {found}")
-        device = _field(content, "device", dict)
-        for name in ("kind", "jax_kind"):
-            _field(device, name, str, "device.")
-        if device["kind"] != device_kind:
-            raise ValueError(f"device.kind must be {device_kind!r}, got {device['kind']!r}")
-        runs = [_run(run, f"runs[{i}].") for i, run in enumerate(_field(content, "runs", list))]
+        read_field(content, "format", equal_to(FORMAT))
+        figures = read_field(content, "device", OBJECT)
+        read_field(figures, "kind", equal_to(device.kind), "device.")
+        read_field(figures, "jax_kind", TEXT, "device.")
+        runs = [_run(run, f"runs[{i}].") for i, run in enumerate(read_field(content, "runs", LIST))]
         entries = tuple(
-            _entry(entry, runs, f"entries[{i}].", f"{path}: entries[{i}]")
-            for i, entry in enumerate(_field(content, "entries", list))
+            _entry(entry, runs, backend.matmul.configs, f"entries[{i}].", f"{path}: entries[{i}]")
+            for i, entry in enumerate(read_field(content, "entries", LIST))
         )
         seen: dict[MatmulShape, int] = {}
         for i, entry in enumerate(entries):
             if (first := seen.setdefault(entry.shape, i)) != i:
                 raise ValueError(f"entries[{i}] must be of another m, k, n or dtype than entries[{first}]")
-        sweeps = tuple(_sweep(sweep, runs, f"sweeps[{i}].") for i, sweep in enumerate(_field(content, "sweeps", list)))
+        sweeps = tuple(
+            _sweep(sweep, runs, f"sweeps[{i}].") for i, sweep in enumerate(read_field(content, "sweeps", LIST))
+        )
     except ValueError as error:
         hint = "mend or remove it, or measure again with fdpp-jax tune --fresh"
         raise ValueError(f"{path} is not a table of tuned matmuls: {error} ({hint})") from error
-    return Table(device, entries, sweeps)
+    return Table(figures, entries, sweeps)
 
 
 def save(table: Table, path: pathlib.Path) -> None:
@@ -253,13 +249,13 @@ def file_stamp(path: pathlib.Path) -> FileStamp | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _weights(device_kind: str, stamps: tuple[FileStamp | None, ...]) -> dict[WeightKey, tuple[str, tuple[Entry, ...]]]:
+def _weights(device: Device, stamps: tuple[FileStamp | None, ...]) -> dict[WeightKey, tuple[str, tuple[Entry, ...]]]:
     """JAX's name of the device, and the entries by rows, of each weight in the files, of which later ones win."""
     weights: dict[WeightKey, tuple[str, tuple[Entry, ...]]] = {}
     for stamp in stamps:
         if stamp is None:
             continue
-        table = load(stamp[0], device_kind)
+        table = load(stamp[0], device)
         weights |= {key: (table.device["jax_kind"], entries) for key, entries in _by_weight(table.entries).items()}
     return weights
 
@@ -277,34 +273,6 @@ def _at_least(entries: Sequence[Entry], m: int) -> Entry | None:
     return entries[index] if index < len(entries) else None
 
 
-def _field(content: Any, name: str, kind: type | tuple[type, ...], where: str = "") -> Any:
-    """One field of a JSON object, or ValueError that names it."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where.rstrip('.') or 'the file'} must be an object, got {reprlib.repr(content)}")
-    if name not in content:
-        raise ValueError(f"{where}{name} is missing")
-    value = content[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise ValueError(f"{where}{name} must be of type {expected}, got {reprlib.repr(value)}")
-    return value
-
-
-def _one_of(content: Any, name: str, choices: Sequence[str], where: str) -> str:
-    value = _field(content, name, str, where)
-    if value not in choices:
-        raise ValueError(f"{where}{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def _positive(content: Any, name: str, where: str, kind: type | tuple[type, ...] = int) -> Any:
-    value = _field(content, name, kind, where)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{where}{name} must be positive, got {value}")
-    return value
-
-
 def _known_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for name in content:
         if name not in known:
@@ -312,53 +280,56 @@ def _known_keys(content: Mapping[str, Any], known: Sequence[str], where: str) ->
 
 
 def _run(content: Any, where: str) -> Run:
-    versions = _field(content, "versions", dict, where)
+    versions = read_field(content, "versions", OBJECT, where)
     for name in versions:
-        _field(versions, name, str, f"{where}versions.")
-    return Run(_field(content, "date", str, where), versions, _field(content, "commit", (str, type(None)), where))
+        read_field(versions, name, TEXT, f"{where}versions.")
+    date = read_field(content, "date", TEXT, where)
+    return Run(date, versions, read_field(content, "commit", TEXT.or_null, where))
 
 
 def _shape_and_run(content: Any, runs: Sequence[Run], where: str) -> tuple[MatmulShape, Run]:
-    m, k, n = (_positive(content, name, where) for name in ("m", "k", "n"))
-    dtype = _one_of(content, "dtype", ("bfloat16", "float16"), where)
-    run = _field(content, "run", int, where)
-    if not 0 <= run < len(runs):
-        raise ValueError(f"{where}run must be below {len(runs)}, the number of runs, got {run}")
-    return MatmulShape(m, k, n, dtype, W_ORDER), runs[run]
+    m, k, n = (read_field(content, name, SIZE, where) for name in ("m", "k", "n"))
+    dtype = read_field(content, "dtype", one_of("bfloat16", "float16"), where)
+    known = Kind(
+        f"{INDEX.text}, below {len(runs)}, the number of runs", lambda run: INDEX.holds(run) and run < len(runs)
+    )
+    return MatmulShape(m, k, n, dtype, W_ORDER), runs[read_field(content, "run", known, where)]
 
 
 def _times(content: Any, where: str) -> dict[str, float]:
-    times = _field(content, "time_us", dict, where)
-    return {name: _positive(times, name, f"{where}time_us.", (int, float)) for name in times}
+    times = read_field(content, "time_us", OBJECT, where)
+    return {name: read_field(times, name, POSITIVE, f"{where}time_us.") for name in times}
 
 
-def _entry(content: Any, runs: Sequence[Run], where: str, in_file: str) -> Entry:
+def _entry(
+    content: Any, runs: Sequence[Run], config_types: Mapping[str, type | None], where: str, in_file: str
+) -> Entry:
     shape, run = _shape_and_run(content, runs, where)
-    implementation = _one_of(content, "implementation", _IMPLEMENTATIONS, where)
+    implementation: MatmulImplementation = read_field(content, "implementation", one_of(*_IMPLEMENTATIONS), where)
     times = _times(content, where)
     _known_keys(times, _IMPLEMENTATIONS, f"{where}time_us.")
-    configs = _field(content, "configs", dict, where)
-    _known_keys(configs, tuple(_CONFIG_TYPES), f"{where}configs.")
+    configs = read_field(content, "configs", OBJECT, where)
+    _known_keys(configs, tuple(config_types), f"{where}configs.")
     if implementation not in times:
         raise ValueError(f"{where}time_us.{implementation} is missing, the time of the chosen implementation")
     if implementation != "xla" and implementation not in configs:
         raise ValueError(f"{where}configs.{implementation} is missing, the config of the chosen implementation")
     return Entry(
         shape=shape,
-        implementation=cast(MatmulImplementation, implementation),
-        floor_us=_positive(content, "floor_us", where, (int, float)),
+        implementation=implementation,
+        floor_us=read_field(content, "floor_us", POSITIVE, where),
         time_us=times,
-        configs={name: _config(configs, name, f"{where}configs.") for name in configs},
+        configs={name: _config(configs, name, config_types[name], f"{where}configs.") for name in configs},
         run=run,
         where=in_file,
     )
 
 
-def _config(configs: Any, name: str, where: str) -> FlatMatmulConfig | GemvConfig:
-    content = _field(configs, name, dict, where)
-    names = [field.name for field in dataclasses.fields(_CONFIG_TYPES[name])]
+def _config(configs: Any, name: str, config_type: Any, where: str) -> Any:
+    content = read_field(configs, name, OBJECT, where)
+    names = [field.name for field in dataclasses.fields(config_type)]
     _known_keys(content, names, f"{where}{name}.")
-    return _CONFIG_TYPES[name](**{field: _positive(content, field, f"{where}{name}.") for field in names})
+    return config_type(**{field: read_field(content, field, SIZE, f"{where}{name}.") for field in names})
 
 
 def _sweep(content: Any, runs: Sequence[Run], where: str) -> Sweep:

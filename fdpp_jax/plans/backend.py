@@ -1,0 +1,153 @@
+"""Plans, and what they are made by: a record for each backend. The table of backends is `backends`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
+from fdpp_jax.unified_max import Recompute
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which kernel computes a call, and why.
+
+    Attributes:
+      backend: Whose kernel it is, such as "mosaic_gpu" or "xla".
+      algorithm: Which one of the backend's, such as "gemv" or "cudnn".
+      config: Its tiles; None where it has none.
+      reason: Why, in one line.
+    """
+
+    backend: str
+    algorithm: str
+    config: Any
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan(Plan):
+    """How attention is computed.
+
+    Attributes:
+      recompute: Where a row that left the window is redone, unless `UnifiedMax.recompute` names a place.
+    """
+
+    recompute: Recompute = "cond"
+
+    @property
+    def implementation(self) -> str:
+        """The backend, by which a caller asks for it."""
+        return self.backend
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulPlan(Plan):
+    """How a matmul is computed."""
+
+    @property
+    def implementation(self) -> str:
+        """The paper's name of the algorithm, by which a caller asks for it: "gemv", "flat" or "xla"."""
+        return "xla" if self.backend == "xla" else self.algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan(Plan):
+    """Whether a layer's matmuls are one launch ("fused") or one each ("unfused").
+
+    Attributes:
+      fuses_head: Whether the last layer's launch has the model's head, too.
+      overlaps_attention: Whether attention may start before the layer's launch has ended (its `starts_early`). XLA must
+        then not record the launches as CUDA graphs.
+    """
+
+    fuses_head: bool = False
+    overlaps_attention: bool = False
+
+    @property
+    def implementation(self) -> str:
+        """The algorithm."""
+        return self.algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class Op[S, P: Plan]:
+    """How a backend computes one op.
+
+    Attributes:
+      configs: The class of each algorithm's config, None where it has none; in the order in which they are tried where
+        a caller names the backend.
+      refuse: refuse(shape, device, algorithm) -> why the algorithm cannot compute the shape there, or None if it can.
+        Without an algorithm it speaks of the one that the rule would choose.
+      config: config(shape, device, algorithm) -> the algorithm's tiles by rule, whether or not it is the rule's choice.
+      plan: plan(shape, device, why) -> the rule's plan; `why` the backends before refused.
+    """
+
+    configs: Mapping[str, type | None]
+    refuse: Callable[[S, Device, str | None], str | None]
+    config: Callable[[S, Device, str], Any]
+    plan: Callable[[S, Device, str], P]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOp(Op[AttentionShape, AttentionPlan]):
+    """How a backend computes attention.
+
+    Attributes:
+      recomputes: Where it can redo a row that left the safe window.
+      weights_dtype: weights_dtype(shape) -> dtype of the weights e^(s - phi) as they meet the values, which decides the
+        safe window.
+    """
+
+    recomputes: tuple[Recompute, ...]
+    weights_dtype: Callable[[AttentionShape], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulOp(Op[MatmulShape, MatmulPlan]):
+    """How a backend computes matmuls of few rows.
+
+    Attributes:
+      refuse_config: refuse_config(shape, device, algorithm, config) -> why the algorithm cannot compute the shape with
+        a config, or None if it can: of a table's configs.
+      candidates: candidates(shape, device, algorithm) -> configs worth a measurement, all of them legal, the rule's
+        first.
+      fit: fit(shape, device, config) -> a candidate of the same weight at fewer rows, changed to fit this many.
+    """
+
+    refuse_config: Callable[[MatmulShape, Device, str, Any], str | None]
+    candidates: Callable[[MatmulShape, Device, str], list[Any]]
+    fit: Callable[[MatmulShape, Device, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A backend: a folder of kernels, and what plans know of it.
+
+    Attributes:
+      name: By which a caller asks for it.
+      architectures: Of the devices that it runs on, as `Device.arch` names them; empty: all.
+      run: The module that runs its plans: see below. A name, since plans lie below kernels, and a kernel is imported
+        when it is first called (`ops.running`).
+      attention: How it computes attention; None: not at all.
+      matmul: How it computes matmuls of few rows.
+      layer: How it computes what lies between two attentions.
+
+    The module of `run` has these functions, as far as the backend computes the op (`plans.calls` has their arrays):
+
+    - attention(arrays, options, plan, *, recompute=None, redone=None, starts_early=False) -> out [B, T, N, H], with
+      `redone` the pair of out and redone. Lengths are given. Rows outside the safe window are NaN, unless `recompute`
+      is one of `AttentionOp.recomputes` other than "cond".
+    - matmul(x [..., K], w, plan, *, out_dtype, w_order) -> [..., N].
+    - layer_state(shape, plan) -> the state of a decode step; first_layer(x, weights, cache, state, spec, plan) ->
+      (NextAttention, state); layer(attended, hidden, weights, following, cache, state, spec, plan) -> (hidden,
+      NextAttention, logits or None, state): see `ops.layer.FusedLayers`.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    run: str
+    attention: AttentionOp | None = None
+    matmul: MatmulOp | None = None
+    layer: Op[LayerShape, LayerPlan] | None = None

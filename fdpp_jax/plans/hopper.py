@@ -1,0 +1,50 @@
+"""What the plans of all Mosaic GPU kernels share: the device, dtypes, stages of the ring, the roofline."""
+
+import dataclasses
+from typing import Any, Protocol
+
+from fdpp_jax.plans.device import Device
+
+NAME = "mosaic_gpu"
+ARCHITECTURE = "sm_90"  # wgmma exists on Hopper only
+DTYPES = ("bfloat16", "float16")
+MIN_STAGES, MAX_STAGES = 2, 8
+# Bytes of barriers, alignment and reduction scratch that Mosaic GPU adds to what a kernel asks for.
+SMEM_RESERVE = 8 * 1024
+
+
+class _Config(Protocol):
+    """The config of a kernel that streams through a ring."""
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def smem_bytes(self, shape: Any) -> int: ...
+
+
+def refuse_device(device: Device) -> str | None:
+    """Why no Mosaic GPU kernel runs on a device, or None if they do."""
+    if device.arch == ARCHITECTURE:
+        return None
+    if device.is_gpu:
+        return f"no kernel for {device.arch} yet"
+    return f"no kernel for {device.kind}"
+
+
+def is_other_gpu(device: Device) -> bool:
+    """Whether the device is a GPU of another architecture, whose reason also says what the rule would choose."""
+    return device.is_gpu and device.arch != ARCHITECTURE
+
+
+def with_stages_that_fit[C: _Config](config: C, shape: Any, smem_bytes: int) -> C:
+    """The config with no more stages than fit `smem_bytes` with a shape of its kernel, but at least two."""
+    while config.num_stages > MIN_STAGES and config.smem_bytes(shape) > smem_bytes:
+        config = dataclasses.replace(config, num_stages=config.num_stages - 1)  # type: ignore[type-var]
+    return config
+
+
+def bound(intensity: float, device: Device) -> str:
+    """ "memory-bound: intensity 8 < ridge 153", flop per byte."""
+    if intensity < device.ridge:
+        return f"memory-bound: intensity {intensity:.0f} < ridge {device.ridge:.0f}"
+    return f"compute-bound: intensity {intensity:.0f} >= ridge {device.ridge:.0f}"

@@ -1,0 +1,128 @@
+"""The fused layer on Hopper (`pallas.fused_layer`): its config, what it refuses, and the rule that plans it.
+
+Every constant of the rule was measured: docs/experiments/fused_layer.md.
+"""
+
+import dataclasses
+
+from fdpp_jax.plans import hopper
+from fdpp_jax.plans.backend import LayerPlan, Op
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.hopper import SMEM_RESERVE, with_stages_that_fit
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Rotation, round_up
+
+# Limits of the kernel.
+UNIT_WIDTH = 32  # columns of a result that one CTA finishes, half the rows of wgmma's large operand
+MAX_COUNTERS = 128  # pieces of a result that CTAs can wait for one by one: a thread of a warpgroup each
+_SWIZZLE_COLUMNS = 64  # of which TMA wants whole ones, but for a last axis that has less
+
+# The rule: docs/experiments/fused_layer.md#rows and #tiles-and-rings
+MAX_ROWS = 32  # beyond, a launch per product is as fast
+_BLOCK_K = 256
+_MAX_STAGES = 5
+_X_TILES = 6  # of the ring of x
+_X_BYTES = 64 * 1024
+
+
+def padded_rows(shape: LayerShape) -> int:
+    """Rows of the products: the batch, padded to a multiple of 8."""
+    return round_up(shape.batch, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedLayerConfig:
+    """Tiles of `pallas.fused_layer`.
+
+    Attributes:
+      num_ctas: CTAs, one per SM.
+      block_k: Columns of a tile of weights, which has 64 rows.
+      num_stages: Tiles in the ring of weights.
+      num_x_tiles: Tiles of x, each of block_k columns, that are loaded together: a chunk.
+      num_x_stages: Chunks in the ring of x.
+    """
+
+    num_ctas: int
+    block_k: int
+    num_stages: int
+    num_x_tiles: int
+    num_x_stages: int
+
+    @property
+    def chunk(self) -> int:
+        """Columns of x that are loaded together."""
+        return self.num_x_tiles * self.block_k
+
+    def smem_bytes(self, shape: LayerShape) -> int:
+        """Shared memory per CTA: both rings, and a product on its way from one warpgroup to another."""
+        rows = padded_rows(shape)
+        ring = self.num_stages * 2 * UNIT_WIDTH * self.block_k * 2
+        x_ring = self.num_x_stages * rows * self.chunk * 2
+        return ring + x_ring + 2 * UNIT_WIDTH * rows * 4 + SMEM_RESERVE
+
+
+def refuse(shape: LayerShape, device: Device, algorithm: str | None = "fused") -> str | None:
+    """Why the fused layer cannot compute `shape` on `device`, or None if it can; see `backend.Op`."""
+    del algorithm  # there is one
+    refusal = refuse_spec(shape.spec) or hopper.refuse_device(device)
+    if refusal is not None:
+        return refusal
+    if shape.dtype != "bfloat16":
+        return f"the fused layer takes bfloat16, got {shape.dtype}"
+    if not 1 <= shape.batch <= MAX_ROWS:
+        return f"1 to {MAX_ROWS} rows are faster fused, more in a launch for each product, got B = {shape.batch}"
+    if shape.head_dim % (2 * UNIT_WIDTH):
+        return f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}"
+    sizes = shape.hidden_size, shape.intermediate_size
+    if any(size % _SWIZZLE_COLUMNS for size in sizes):
+        return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
+    depth = max(shape.num_query_heads * shape.head_dim, *sizes)
+    max_depth = MAX_COUNTERS * fused_layer_config(shape, device).chunk
+    if depth > max_depth:
+        return f"the fused layer multiplies at most {max_depth} columns, got {depth}"
+    return None
+
+
+def refuse_spec(spec: LayerSpec) -> str | None:
+    """Why the kernel does not compute such a layer whatever its sizes, or None if it does."""
+    if spec.norms_products:
+        gelu = ", and no GELU" if spec.activation == "gelu_tanh" else ""
+        return f"the fused layer knows no norms after a product{gelu}"
+    if spec.norm.kind != "rms" or spec.norm.gain_offset:
+        return "the fused layer is that of LLaMA: its norms are RMSNorm, with the weights as gains"
+    if spec.activation != "silu" or not spec.is_gated:
+        got = f"{spec.activation}, {'gated' if spec.is_gated else 'not gated'}"
+        return f"the fused layer is that of LLaMA: its MLP is a gated SiLU, got {got}"
+    if spec.rotation != Rotation():
+        return "the fused layer is that of LLaMA: it turns whole heads, one half with the other"
+    if spec.has_o_bias or spec.has_mlp_bias:
+        return "the fused layer adds biases to queries, keys and values only"
+    if spec.norms_queries_and_keys:
+        return "the fused layer does not normalise queries and keys"
+    return None
+
+
+def fused_layer_config(shape: LayerShape, device: Device) -> FusedLayerConfig:
+    """Tiles by rule: as deep a ring as shared memory holds, up to what a wait for the grid lasts."""
+    # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
+    num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
+    rows = padded_rows(shape)
+    num_x_tiles = 2 if rows == 8 else 1
+    num_x_stages = min(_X_TILES, _X_BYTES // (2 * rows * _BLOCK_K)) // num_x_tiles
+    config = FusedLayerConfig(num_ctas, _BLOCK_K, _MAX_STAGES, num_x_tiles, num_x_stages)
+    return with_stages_that_fit(config, shape, device.smem_bytes)
+
+
+def _config(shape: LayerShape, device: Device, algorithm: str) -> FusedLayerConfig:
+    assert algorithm == "fused"
+    return fused_layer_config(shape, device)
+
+
+def _plan(shape: LayerShape, device: Device, why: str) -> LayerPlan:
+    del why  # it is the first choice wherever it runs
+    config = fused_layer_config(shape, device)
+    fuses_head = shape.vocab_size > 0 and shape.vocab_size % (2 * UNIT_WIDTH) == 0
+    reason = f"one stream of weights through {config.num_ctas} CTAs, which wait for each other in memory"
+    return LayerPlan(hopper.NAME, "fused", config, reason, fuses_head, overlaps_attention=True)
+
+
+OP = Op(configs={"fused": FusedLayerConfig}, refuse=refuse, config=_config, plan=_plan)

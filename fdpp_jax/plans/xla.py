@@ -1,0 +1,69 @@
+"""Plain XLA, which computes everything everywhere: cuDNN's attention where it can, else the float32 reference."""
+
+from fdpp_jax.plans.backend import AttentionOp, AttentionPlan, Backend, LayerPlan, MatmulOp, MatmulPlan, Op
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.shapes import AttentionShape
+
+NAME = "xla"
+_CUDNN_DTYPES = ("bfloat16", "float16")
+
+
+def refuse_cudnn(shape: AttentionShape, device: Device) -> str | None:
+    """Why cuDNN cannot compute `shape` on `device`, or None if it can."""
+    if device.compute_capability < 80:
+        return f"no cuDNN attention on {device.arch}"
+    if shape.has_lengths:
+        return "cuDNN lets NaN beyond the lengths through"
+    if shape.page_size is not None or shape.kv_dtype not in (None, shape.dtype):
+        return "no paged or quantised cache through cuDNN"
+    if shape.has_sinks or shape.has_query_offset:
+        return "no sinks or query offset through cuDNN"
+    if shape.dtype not in _CUDNN_DTYPES:
+        return f"cuDNN has no {shape.dtype}"
+    if shape.local_window_size is not None or shape.logits_soft_cap is not None:
+        return "no local window or soft cap through cuDNN"
+    max_head_dim = 256 if device.compute_capability >= 90 else 128
+    if shape.head_dim % 8 or shape.head_dim > max_head_dim:
+        return f"cuDNN takes head dims up to {max_head_dim} in steps of 8, got H = {shape.head_dim}"
+    return None
+
+
+def _refuse_attention(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:
+    return refuse_cudnn(shape, device) if algorithm == "cudnn" else None
+
+
+def _plan_attention(shape: AttentionShape, device: Device, why: str) -> AttentionPlan:
+    why_not_cudnn = refuse_cudnn(shape, device)
+    if why_not_cudnn is None:
+        return AttentionPlan(NAME, "cudnn", None, f"cuDNN; {why}")
+    return AttentionPlan(NAME, "reference", None, f"float32 reference: {why_not_cudnn}; {why}")
+
+
+BACKEND = Backend(
+    name=NAME,
+    architectures=(),
+    run="fdpp_jax.ops.xla",
+    attention=AttentionOp(
+        configs={"cudnn": None, "reference": None},
+        refuse=_refuse_attention,
+        config=lambda *_: None,
+        plan=_plan_attention,
+        recomputes=("cond",),
+        weights_dtype=lambda _: "float32",
+    ),
+    matmul=MatmulOp(
+        configs={"dot": None},
+        refuse=lambda *_: None,
+        config=lambda *_: None,
+        plan=lambda shape, device, why: MatmulPlan(NAME, "dot", None, why),
+        refuse_config=lambda *_: None,
+        candidates=lambda *_: [None],
+        fit=lambda *_: None,
+    ),
+    layer=Op(
+        configs={"unfused": None},
+        refuse=lambda *_: None,
+        config=lambda *_: None,
+        plan=lambda shape, device, why: LayerPlan(NAME, "unfused", None, why),
+    ),
+)
