@@ -3,14 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fdpp_jax._version import __version__
+
 if TYPE_CHECKING:
     from fdpp_jax import calibration, heuristics, models
     from fdpp_jax.calibration import Calibration, calibrate
     from fdpp_jax.generation import generate
     from fdpp_jax.ops import dot_product_attention, flat_matmul
     from fdpp_jax.unified_max import UnifiedMax
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
