@@ -1,9 +1,11 @@
-"""What becomes of a transposed product [64, rows] float32 in registers: to and from rows of global memory, by column.
+"""A transposed product [64, rows] float32 in registers: to and from other warpgroups, and rows of global memory.
 
-As wgmma leaves it (Layout.WGMMA), a thread (warp w, lane 4 g + t) holds y[h, row] for h = 16 w + 8 r + g and
-row = 8 n + 2 t + e, with r and e in 0..1. Row-major arrays [rows, columns] are its transpose, so that eight lanes hold
-neighbours in memory. Of a fused layer's 64 columns only the first WIDTH belong together; the others are those columns'
-partners, which the same threads get from `left`.
+Used by `flat_matmul` and `fused_layer`.
+
+wgmma leaves a product in Layout.WGMMA: a thread (warp w, lane 4 g + t) holds y[h, row] for h = 16 w + 8 r + g and
+row = 8 n + 2 t + e, with r and e in 0..1. Arrays in memory are the transpose [rows, columns], so eight lanes hold
+neighbours. In a fused layer the first WIDTH of the 64 columns are a unit's, and the others are their partner columns.
+`left` gives them to the threads that hold the unit's columns.
 """
 
 from typing import Any
@@ -17,27 +19,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from fdpp_jax.config import UNIT_WIDTH
-from fdpp_jax.pallas import registers
+from fdpp_jax.pallas.parts import registers
+from fdpp_jax.plans.hopper_layer import UNIT_WIDTH
 
 LAYOUT = plgpu.Layout.WGMMA
-BY_ROW = LAYOUT.reduce(0)
-WIDTH = UNIT_WIDTH  # what warps 0 and 1 hold
+WIDTH = UNIT_WIDTH  # columns that warps 0 and 1 hold
 HEIGHT = 2 * WIDTH
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-_LINE_BYTES = 128  # of the L2; no product [64, rows] has more lines than a warpgroup threads
-_THREAD = (".reg .b32 thread;", "mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;")
+_LINE_BYTES = 128  # of the L2; a product [64, rows] has no more lines than a warpgroup has threads
 _PACKED = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 
-# h, t2 = 2 t, and whether this thread's first column is among the first {height}.
+# h for r = 0, t2 = 2 t, and whether h is among the first {height} columns.
 _LOCATE = """
   .reg .pred live, inside;
   .reg .b16 half;
-  .reg .b32 thread, h, t2, row;
+  .reg .b32 h, t2, row;
   .reg .b64 base, address;
-  mov.u32 thread, %tid.x;
-  and.b32 thread, thread, 127;
   and.b32 t2, thread, 3;
   shl.b32 t2, t2, 1;
   shr.u32 h, thread, 2;
@@ -46,7 +44,7 @@ _LOCATE = """
   mad.lo.u32 h, row, 16, h;
   setp.lt.u32 inside, h, {height};
 """
-# For four neighbours of a row a thread, of row 8 n + g: h = 16 w + 8 (t % 2) + 4 (t / 2).
+# h and g for a thread that stores four neighbours of row 8 n + g: h = 16 w + 8 (t % 2) + 4 (t / 2).
 _TO_FOURS = """
   .reg .pred is_odd;
   .reg .b32 g, low, high, other;
@@ -60,17 +58,17 @@ _TO_FOURS = """
 """
 
 
-def leave(y: jax.Array, target: Any, *, is_interpreted: bool) -> None:
-    """Leaves a product [64, rows] float32 in target [64 * rows], in shared or global memory, for another warpgroup.
+def leave(y: jax.Array, target: jax.Ref, *, is_interpreted: bool) -> None:
+    """Stores a product [64, rows] float32 in target [64 * rows], in shared or global memory, for another warpgroup.
 
-    Each thread's registers go where the same thread of the other one finds them with `left`.
+    The order is that of threads and their registers, in which `left` loads the product.
     """
     if is_interpreted:
         target[...] = y.reshape(-1)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
-    def emit(_: Any, target: Any, y: Any) -> None:
+    def emit(_: mgpu.LaunchContext, target: ir.Value, y: mgpu.FragmentedArray) -> None:
         elements = registers.extracted(y.registers)
         pairs = range(len(elements) // 2)
         space, address = _address(target)
@@ -84,15 +82,15 @@ def leave(y: jax.Array, target: Any, *, is_interpreted: bool) -> None:
     emit(target, y)
 
 
-def left(source: Any, num_rows: int, *, is_partner: bool, is_interpreted: bool) -> jax.Array:
-    """The product [64, num_rows] that was left in source, or that with its halves changed for each other."""
+def left(source: jax.Ref, num_rows: int, *, is_partner: bool, is_interpreted: bool) -> jax.Array:
+    """The product [64, num_rows] that `leave` stored in source; if is_partner, with its two halves swapped."""
     shape = HEIGHT, num_rows
     if is_interpreted:
         return jnp.roll(source[...].reshape(shape), WIDTH if is_partner else 0, axis=0)
     returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=LAYOUT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returned)
-    def emit(_: Any, source: Any) -> Any:
+    def emit(_: mgpu.LaunchContext, source: ir.Value) -> mgpu.FragmentedArray:
         count = num_rows // 2
         space, address = _address(source)
         how = "relaxed.gpu.global" if space == "global" else space
@@ -105,17 +103,20 @@ def left(source: Any, num_rows: int, *, is_partner: bool, is_interpreted: bool) 
     return emit(source)
 
 
-def discard(source_gmem: Any, *, is_interpreted: bool) -> None:
-    """Drops what `left` has read [64 * rows] from the L2, which would write it to memory: 1 us for each MB (H200)."""
+def discard(source_gmem: jax.Ref, *, is_interpreted: bool) -> None:
+    """Drops a product [64 * rows] that `left` has loaded from the L2, which would otherwise write it to memory.
+
+    Writes slow the reads of weights: docs/experiments/matmul.md#what-stays-in-the-l2
+    """
     if is_interpreted:
         return
     num_lines = source_gmem.shape[0] * 4 // _LINE_BYTES
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def emit(_: Any, source: Any) -> None:
-        mgpu.utils.warpgroup_barrier()  # other threads have read, too
+    def emit(_: mgpu.LaunchContext, source: ir.Value) -> None:
+        mgpu.utils.warpgroup_barrier()  # all threads have loaded their part
         lines = [
-            *_THREAD,
+            registers.THREAD,
             ".reg .pred is_mine;",
             ".reg .b64 line;",
             f"setp.lt.u32 is_mine, thread, {num_lines};",
@@ -127,17 +128,21 @@ def discard(source_gmem: Any, *, is_interpreted: bool) -> None:
     emit(source_gmem)
 
 
+def _locate(height: int) -> str:
+    return registers.THREAD + _LOCATE.format(height=height)
+
+
 def _place(space: str, argument: int, *, other_half: bool = False) -> list[str]:
-    """PTX of where a thread's first registers lie, given the operand that is their array's address."""
-    lines = [*_THREAD]
-    if other_half:  # warps 0 and 1 hold the first, 2 and 3 the second
+    """PTX of the address of a thread's first registers, given the operand that is their array's address."""
+    lines = [registers.THREAD]
+    if other_half:  # warps 0 and 1 hold the first half, 2 and 3 the second
         lines.append("xor.b32 thread, thread, 64;")
     if space == "global":
         return [*lines, ".reg .b64 place;", f"mad.wide.u32 place, thread, 8, ${argument};"]
     return [*lines, ".reg .b32 place;", f"mad.lo.u32 place, thread, 8, ${argument};"]
 
 
-def _address(ref: Any) -> tuple[str, Any]:
+def _address(ref: ir.Value) -> tuple[str, ir.Value]:
     """The PTX state space of an array, and its address there."""
     pointer = mgpu.utils.memref_ptr(ref)
     if mgpu.utils.is_smem_ref(ref):
@@ -145,14 +150,14 @@ def _address(ref: Any) -> tuple[str, Any]:
     return "global", pointer
 
 
-def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: bool) -> jax.Array:
+def load(source_gmem: jax.Ref, column: jax.Array, num_rows: int, *, is_interpreted: bool) -> jax.Array:
     """[64, num_rows] float32: columns [column, column + WIDTH) of source_gmem, zeros elsewhere.
 
     Args:
-      source_gmem: [rows, columns] bfloat16 or float32; [columns] is one row, which all rows get.
+      source_gmem: [rows, columns] bfloat16 or float32; or [columns], which every row of the result gets.
       column: [] int32.
-      num_rows: Of the result, a multiple of 8.
-      is_interpreted: Whether the interpreter runs it.
+      num_rows: Rows of the result, a multiple of 8.
+      is_interpreted: Whether the interpreter runs the kernel.
     """
     if is_interpreted:
         part = source_gmem[..., pl.ds(column, WIDTH)].astype(jnp.float32)
@@ -164,7 +169,7 @@ def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: 
     returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=LAYOUT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=returned)
-    def emit(_: Any, source: Any, column: Any) -> Any:
+    def emit(_: mgpu.LaunchContext, source: ir.Value, column: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         num_elements = num_rows // 2
         lines = [
             f"add.u32 h, h, ${num_elements + 1};",
@@ -187,7 +192,7 @@ def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: 
             else:
                 lines += [f"@live ld.relaxed.gpu.global.b16 half, {where};", f"@live cvt.f32.bf16 ${i}, half;"]
         elements = mgpu.utils.inline_ptx(
-            registers.ptx_block(_LOCATE.format(height=WIDTH), *lines),
+            registers.ptx_block(_locate(WIDTH), *lines),
             mgpu.utils.memref_ptr(source),
             column.registers.item(),
             result_types=[ir.F32Type.get()] * num_elements,
@@ -200,22 +205,22 @@ def load(source_gmem: Any, column: jax.Array, num_rows: int, *, is_interpreted: 
 
 def store(
     y: jax.Array,
-    target_gmem: Any,
+    target_gmem: jax.Ref,
     column: jax.Array,
     *,
     height: int = WIDTH,
     is_interpreted: bool,
-    rows_gmem: Any = None,
+    rows_gmem: jax.Ref | None = None,
 ) -> None:
-    """target_gmem[row, column + h] = y[h, row] for the first `height` h, as far as the target has such columns.
+    """target_gmem[row, column + h] = y[h, row] for the first `height` h. Columns beyond the target are dropped.
 
     Args:
       y: [64, num_rows] float32.
       target_gmem: [rows, columns] bfloat16, float16 or float32.
       column: [] int32.
       height: WIDTH or HEIGHT.
-      is_interpreted: Whether the interpreter runs it; all columns must be the target's then.
-      rows_gmem: [rows of y] int32, where each row goes to; one beyond the last goes nowhere.
+      is_interpreted: Whether the interpreter runs the kernel; no column may lie beyond the target then.
+      rows_gmem: [rows of y] int32, the row of the target that each row goes to; beyond the last row it is dropped.
     """
     if is_interpreted:
         part = y[:height].T.astype(target_gmem.dtype)
@@ -237,7 +242,7 @@ def store(
     first = len(refs) + 1  # of y's registers among the operands
 
     def locate(row: str) -> list[str]:
-        """PTX of a row's address, and of whether this thread stores there."""
+        """PTX of a row's address, and of whether this thread stores to it."""
         lines = [f"add.u32 row, {row};", f"setp.lt.and.u32 live, row, {num_live}, inside;"]
         if rows_gmem is not None:
             lines += [
@@ -248,12 +253,12 @@ def store(
         return [*lines, f"mad.wide.u32 address, row, {num_columns * itemsize}, base;"]
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), _SCALAR, LAYOUT))
-    def emit(_: Any, target: Any, *rest: Any) -> None:
+    def emit(_: mgpu.LaunchContext, target: ir.Value, *rest: Any) -> None:
         *rows, column, y = rest
-        declared, kept, policy = registers.kept_in_l2(rows_gmem is None)  # what goes to a cache goes to memory
+        declared, kept, policy = registers.kept_in_l2(rows_gmem is None)  # new keys and values go to memory
         lines = [declared, _TO_FOURS if itemsize == 2 else ""]
         lines += ["add.u32 h, h, $1;", f"mad.wide.u32 base, h, {itemsize}, $0;"]
-        if num_columns % height:  # the last block is ragged, in whole 16
+        if num_columns % height:  # the last block is ragged, by multiples of 16
             lines.append(f"setp.lt.and.u32 inside, h, {num_columns}, inside;")
         if itemsize == 2:
             for n in range(y.shape[1] // 8):
@@ -266,7 +271,7 @@ def store(
                     f"@live st.global{kept}.f32 [address + {8 * r * itemsize}], ${first + i}{policy};",
                 ]
         mgpu.utils.inline_ptx(
-            registers.ptx_block(_LOCATE.format(height=height), *lines),
+            registers.ptx_block(_locate(height), *lines),
             mgpu.utils.memref_ptr(target),
             column.registers.item(),
             *(mgpu.utils.memref_ptr(ref) for ref in rows),
@@ -279,9 +284,10 @@ def store(
 
 
 def _fours(pack: str, first: int) -> list[str]:
-    """PTX that packs elements (r, e) from operand `first` on in 16 bits and gives each thread four neighbours of a row.
+    """PTX that packs elements (r, e), from operand `first` on, in 16 bits; each thread gets four neighbours of a row.
 
-    Tensor cores' transpose leaves two to a thread, of r = 0 and of r = 1; its neighbour has those beside them.
+    movmatrix transposes, which leaves each thread two neighbours for r = 0 and two for r = 1. An exchange with the next
+    lane makes them four.
     """
     lines = []
     for r, half in enumerate(("low", "high")):
@@ -298,13 +304,13 @@ def _fours(pack: str, first: int) -> list[str]:
     ]
 
 
-def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None:
-    """sums_gmem[w, row] = the sum of y[h, row]^2 over the h of warp w, for the two warps that hold the first WIDTH.
+def store_squares(y: jax.Array, sums_gmem: jax.Ref, *, is_interpreted: bool) -> None:
+    """sums_gmem[w, row] = sum of y[h, row]^2 over the h of warp w, for the two warps that hold the first WIDTH.
 
     Args:
       y: [64, rows] float32.
       sums_gmem: [2, rows] float32.
-      is_interpreted: Whether the interpreter runs it.
+      is_interpreted: Whether the interpreter runs the kernel.
     """
     if is_interpreted:
         squares = y[:WIDTH] * y[:WIDTH]
@@ -312,18 +318,18 @@ def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
-    def emit(_: Any, sums: Any, y: Any) -> None:
+    def emit(_: mgpu.LaunchContext, sums: ir.Value, y: mgpu.FragmentedArray) -> None:
         num_rows = y.shape[1]
         by_place = dict(zip(_places(num_rows), registers.extracted(y.registers), strict=True))
         lines = [
             ".reg .f32 sum, other;",
             "and.b32 row, thread, 28;",
-            "setp.eq.and.u32 live, row, 0, inside;",  # one lane of the eight that share rows
+            "setp.eq.and.u32 live, row, 0, inside;",  # one of the eight lanes that share rows
             "shr.u32 row, thread, 5;",
             f"mad.lo.u32 row, row, {num_rows}, t2;",
             "mad.wide.u32 address, row, 4, $0;",
         ]
-        elements: list[Any] = []
+        elements: list[ir.Value] = []
         for n in range(num_rows // 8):
             for e in range(2):
                 low, high = (f"${1 + len(elements) + r}" for r in range(2))
@@ -335,14 +341,14 @@ def store_squares(y: jax.Array, sums_gmem: Any, *, is_interpreted: bool) -> None
                         "add.f32 sum, sum, other;",
                     ]
                 lines.append(f"@live st.global.f32 [address + {4 * (8 * n + e)}], sum;")
-        text = registers.ptx_block(_LOCATE.format(height=WIDTH), *lines)
+        text = registers.ptx_block(_locate(WIDTH), *lines)
         mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(sums), *elements, has_side_effects=True, convergent=True)
 
     emit(sums_gmem, y)
 
 
 def _places(num_rows: int) -> list[tuple[int, int, int]]:
-    """(n, r, e) of a thread's elements in the order of its registers."""
+    """(n, r, e) of each element of a thread, in the order of its registers."""
     return list(np.ndindex(num_rows // 8, 2, 2))
 
 

@@ -1,4 +1,7 @@
-"""The ring of TMA stages that every kernel streams through: how a tile lies in it, whose share, what to load first."""
+"""The ring of TMA stages that a kernel streams through: layout of its tiles, shares of CTAs, first loads, the end.
+
+Used by all kernels.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,15 +13,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.config import round_up
+from fdpp_jax.plans.shapes import round_up
+
+type Barrier = Any  # the ref of a barrier, whose type in JAX is private
 
 
 def tile_transforms(
     minor_size: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """How tiles of an array lie in shared memory: the widest swizzle whose width divides the array's last axis.
+    """Layout of an array's tiles in shared memory: the widest swizzle whose width divides the array's last axis.
 
-    TMA reads whole swizzle widths, so a last axis of 32 * odd bytes, such as OPT's vocabulary, gets a narrower one.
+    TMA reads whole swizzle widths, so a last axis of 32 * odd bytes, such as OPT's vocabulary, needs the narrowest.
     """
     itemsize = jnp.dtype(dtype).itemsize
     for swizzle_bytes in (128, 64, 32):
@@ -28,12 +33,12 @@ def tile_transforms(
 
 
 def loadable_rows(num_rows: int) -> int:
-    """Rows that num_rows are padded to for TMA, whose boxes of 8 rows may reach beyond an array of 5, not of 12."""
+    """num_rows, padded for TMA: a box of 8 rows may reach beyond an array of 5 rows, but not of 12."""
     return num_rows if num_rows < 8 else round_up(num_rows, 8)
 
 
 def share(index: jax.Array, num_shares: jax.Array | int, num_tiles: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """First tile of share `index` and of the next one: even shares of `num_tiles`, known at run time or before."""
+    """The tiles [first, last) of share `index`, where num_tiles tiles are shared evenly."""
     first = lax.div(index * num_tiles, jnp.int32(num_shares))
     return first, lax.div((index + 1) * num_tiles, jnp.int32(num_shares))
 
@@ -44,8 +49,8 @@ def fill(fetch: Callable[..., None], first: jax.Array, last: jax.Array, num_stag
         pl.when(first + slot < last)(functools.partial(fetch, first + slot, slot))
 
 
-def drain(free: Any, done: jax.Array, num_stages: int) -> None:
-    """Waits until all `done` tiles have been read: a barrier may not go while an arrival is on its way."""
+def drain(free: Barrier, done: jax.Array, num_stages: int) -> None:
+    """Waits until all `done` tiles have been read. A CTA must not end while an arrival at its barriers is pending."""
     for i in range(num_stages):
         item = done - num_stages + i
         slot = lax.rem(item, jnp.int32(num_stages))

@@ -1,0 +1,1 @@
+"""Parts that kernels share; the table in `fdpp_jax.pallas` says which kernel uses which part."""
