@@ -1,7 +1,4 @@
-"""Of a fused layer the warpgroups that stream weights and inputs and multiply them; `fused_layer` has the whole.
-
-`gmem` and `smem` hold the kernel's refs by name.
-"""
+"""The fused layer's warpgroups that stream weights and inputs, and the one that multiplies them."""
 
 import functools
 from typing import Any
@@ -12,44 +9,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas import accumulators, grid_sync, overlap, ring
-from fdpp_jax.pallas.accumulators import HEIGHT, WIDTH
-from fdpp_jax.pallas.layer_phases import Facts, Phase, Segment, Step
+from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Phase, Segment, Step
+from fdpp_jax.pallas.fused_layer.refs import GlobalRefs, SharedRefs
+from fdpp_jax.pallas.parts import accumulators, grid_sync, overlap, ring
+from fdpp_jax.pallas.parts.accumulators import HEIGHT, WIDTH
 
 
 class Products:
-    """One CTA's; see the module."""
+    """The products of one CTA."""
 
-    def __init__(self, gmem: Any, smem: Any, facts: Facts, steps: tuple[Step, ...]):
+    def __init__(self, gmem: GlobalRefs, smem: SharedRefs, facts: LayerFacts, steps: tuple[Step, ...]):
         self.gmem, self.smem, self.facts, self.steps = gmem, smem, facts, steps
         self.cta = lax.axis_index("cta")
-        self.is_whole = len(steps) > 1
+        self.awaits_grid = len(steps) > 1  # an interpreted launch has one step
 
     # Warpgroup 1
 
     def stream_weights(self) -> None:
-        num_stages, block_k, smem = self.facts.config.num_stages, self.facts.config.block_k, self.smem
         done = jnp.int32(0)
         for step in self.steps:
-            source, num_blocks = getattr(self.gmem, step.phase.w), step.phase.num_blocks
-
-            def stream(
-                _: Any, segment: Segment, done: jax.Array, step=step, source=source, num_blocks=num_blocks
-            ) -> jax.Array:
-                def tile(k: jax.Array, done: jax.Array) -> jax.Array:
-                    slot = lax.rem(done, jnp.int32(num_stages))
-                    pl.when(done >= num_stages)(lambda: plgpu.barrier_wait(smem.w_free.at[slot]))
-                    for half, row in enumerate(self.facts.columns(step.phase, segment.unit)):
-                        block = k * num_blocks + half % num_blocks
-                        part = source.at[pl.ds(row, WIDTH), pl.ds(block * block_k, block_k)]
-                        target = smem.w.at[slot, pl.ds(half * WIDTH, WIDTH)]
-                        plgpu.copy_gmem_to_smem(part, target, smem.w_ready.at[slot])
-                    return done + 1
-
-                return lax.fori_loop(segment.start, segment.stop, tile, done)
-
+            stream = functools.partial(self._stream_weights, step.phase)
             done = self.facts.for_segments(step, self.cta, stream, done)
-        ring.drain(smem.w_free, done, num_stages)
+        ring.drain(self.smem.w_free, done, self.facts.config.num_stages)
+
+    def _stream_weights(self, phase: Phase, _: jax.Array, segment: Segment, done: jax.Array) -> jax.Array:
+        load = functools.partial(self._load_weights, phase, segment.unit)
+        return lax.fori_loop(segment.start, segment.stop, load, done)
+
+    def _load_weights(self, phase: Phase, unit: jax.Array, k: jax.Array, done: jax.Array) -> jax.Array:
+        """Loads tile k of a unit; `done` tiles were loaded before it."""
+        smem, num_stages, block_k = self.smem, self.facts.config.num_stages, self.facts.config.block_k
+        _, weights = self.gmem.operands(phase)
+        slot = lax.rem(done, jnp.int32(num_stages))
+        pl.when(done >= num_stages)(lambda: plgpu.barrier_wait(smem.w_free.at[slot]))
+        for half, row in enumerate(self.facts.columns(phase, unit)):
+            block = k * phase.num_blocks + half % phase.num_blocks
+            source = weights.at[pl.ds(row, WIDTH), pl.ds(block * block_k, block_k)]
+            target = smem.w.at[slot, pl.ds(half * WIDTH, WIDTH)]
+            plgpu.copy_gmem_to_smem(source, target, smem.w_ready.at[slot])
+        return done + 1
 
     # Warpgroup 2
 
@@ -57,23 +55,27 @@ class Products:
         overlap.await_predecessor(is_interpreted=self.facts.is_interpreted)
         chunks_done = jnp.int32(0)
         for step in self.steps:
-
-            def stream(_: jax.Array, segment: Segment, done: tuple[jax.Array, ...], step=step) -> tuple[jax.Array, ...]:
-                load = functools.partial(self._load_chunk, step)
-                return lax.fori_loop(*self.facts.chunks(step.phase, segment), load, done)
-
-            # All segments of a step begin with the same chunk, or there is but one.
+            stream = functools.partial(self._stream_inputs, step)
+            # A step has one segment, or all its segments begin with chunk 0. So chunks known to be complete stay so.
             chunks_done, _ = self.facts.for_segments(step, self.cta, stream, (chunks_done, jnp.int32(0)))
         ring.drain(self.smem.x_free, chunks_done, self.facts.config.num_x_stages)
 
-    def _load_chunk(self, step: Step, chunk: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Loads a chunk of x once it is complete."""
+    def _stream_inputs(
+        self, step: Step, _: jax.Array, segment: Segment, done: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return lax.fori_loop(*self.facts.chunks(step.phase, segment), functools.partial(self._load_chunk, step), done)
+
+    def _load_chunk(
+        self, step: Step, chunk: jax.Array, done: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Loads a chunk of x once it is complete. done: chunks loaded before, end of those known to be complete."""
         facts, config, gmem, smem = self.facts, self.facts.config, self.gmem, self.smem
+        x, _ = gmem.operands(step.phase)
         chunks_done, complete = done
         slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
         pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
-        if self.is_whole and step.index > 0:
-            row, num_parts = gmem.results.at[step.index - 1], step.phase.depth // WIDTH
+        if self.awaits_grid and step.index > 0:
+            row, num_parts = gmem.result_counters.at[step.index - 1], step.phase.depth // WIDTH
 
             def await_chunk() -> jax.Array:
                 return grid_sync.await_ahead(row, chunk, num_parts, config.chunk // WIDTH, smem.seen)
@@ -82,9 +84,9 @@ class Products:
             is_awaited = (chunk >= complete) & (chunk * config.chunk < step.phase.depth)
             complete = lax.cond(is_awaited, await_chunk, lambda: complete)
         for i in range(config.num_x_tiles):
-            # Rows and columns beyond the array's come as zeros, which takes a traced start.
+            # TMA fills rows and columns beyond the array with zeros. Pallas allows such a box if its start is traced.
             columns = pl.ds(chunk * config.chunk + i * config.block_k, config.block_k)
-            source = getattr(gmem, step.phase.x).at[pl.ds(self.cta * 0, facts.num_rows), columns]
+            source = x.at[pl.ds(self.cta * 0, facts.num_rows), columns]
             plgpu.copy_gmem_to_smem(source, smem.x.at[slot, i], smem.x_ready.at[slot])
         return chunks_done + 1, complete
 
@@ -97,8 +99,8 @@ class Products:
         pl.when(done[-1] > 0)(lambda: plgpu.barrier_wait(self.smem.y_free))
 
     def _multiply(
-        self, phase: Phase, _: jax.Array, segment: Segment, done: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
+        self, phase: Phase, _: jax.Array, segment: Segment, done: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         smem, facts = self.smem, self.facts
         tiles_done, chunks_done, products_done = done
         num_tiles = segment.stop - segment.start
@@ -118,7 +120,7 @@ class Products:
     def _product(
         self, phase: Phase, segment: Segment, tiles_done: jax.Array, chunks_done: jax.Array, *accs: Any
     ) -> jax.Array:
-        """[HEIGHT, rows]. Of tiles with two blocks of K the upper half is of one and the lower half of the other."""
+        """[HEIGHT, rows]. With two blocks of K per tile, each half of HEIGHT sums up one of the two blocks."""
         config, smem, num_blocks = self.facts.config, self.smem, phase.num_blocks
         num_x_tiles = jnp.int32(config.num_x_tiles)
         first_chunk, _ = self.facts.chunks(phase, segment)
@@ -131,11 +133,11 @@ class Products:
             chunk = chunks_done + lax.div(block, num_x_tiles) - first_chunk
             return lax.rem(chunk, jnp.int32(config.num_x_stages))
 
-        def release(block: jax.Array, is_tile: bool, is_chunk: jax.Array) -> None:
-            """What the product with a block has read, if it was the last one of its tile and of its chunk."""
-            if is_tile:
+        def release(block: jax.Array, ends_tile: bool, ends_chunk: jax.Array) -> None:
+            """Frees the stages that the product with a block was the last one to read."""
+            if ends_tile:
                 plgpu.barrier_arrive(smem.w_free.at[w_slot(lax.div(block, jnp.int32(num_blocks)))])
-            pl.when(is_chunk)(lambda: plgpu.barrier_arrive(smem.x_free.at[x_slot(block)]))
+            pl.when(ends_chunk)(lambda: plgpu.barrier_arrive(smem.x_free.at[x_slot(block)]))
 
         def multiply(k: jax.Array, _: None) -> None:
             slot = w_slot(k)
@@ -146,7 +148,7 @@ class Products:
                 if j == 0:
                     plgpu.barrier_wait(smem.w_ready.at[slot])
                 plgpu.wgmma(acc, smem.w.at[slot], smem.x.at[x_slot(block), i].transpose((1, 0)))
-                plgpu.wgmma_wait(1)
+                plgpu.wgmma_wait(1)  # the product with the block before is done
                 before = functools.partial(release, block - 1, j == 0, i == 0)
                 pl.when(jnp.logical_not(is_first))(before)
 
