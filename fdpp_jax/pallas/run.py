@@ -1,0 +1,120 @@
+"""Runs the plans of backend "mosaic_gpu", with a function for each op (see `plans.backend.Backend`)."""
+
+from typing import Any
+
+import jax
+
+from fdpp_jax.pallas.decode_attention.kernel import attend
+from fdpp_jax.pallas.flat_matmul import flat_matmul
+from fdpp_jax.pallas.fused_layer import kernel as fused_layer
+from fdpp_jax.pallas.gemv import gemv
+from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan
+from fdpp_jax.plans.calls import (
+    AttentionArrays,
+    AttentionOptions,
+    HeadWeights,
+    LayerCache,
+    LayerWeights,
+    NextAttention,
+)
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, WeightOrder
+from fdpp_jax.unified_max import Recompute
+
+
+def attention(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    plan: AttentionPlan,
+    *,
+    recompute: Recompute | None = None,
+    redone: jax.Array | None = None,
+    starts_early: bool = False,
+    interpret: Any = None,
+) -> Any:
+    """Attention by `decode_attention`.
+
+    Args:
+      arrays: With lengths.
+      options: Static facts.
+      plan: Whose config it is.
+      recompute: "kernel" or "launch" redoes rows that left the safe window; else they are NaN.
+      redone: [B, K] int32; becomes 1 where a row was redone.
+      starts_early: As in `decode_attention`.
+      interpret: Runs the kernel interpreted on the CPU.
+
+    Returns:
+      [B, T, N, H], with redone the pair of this and redone.
+    """
+    if recompute == "kernel":
+        return attend(
+            arrays, options, plan.config, recompute=True, redone=redone, starts_early=starts_early, interpret=interpret
+        )
+    out = attend(arrays, options, plan.config, starts_early=starts_early, interpret=interpret)
+    if recompute != "launch":
+        return out
+    online = arrays._replace(phi=None)
+    return attend(online, options, plan.config, prior=out, redone=redone, interpret=interpret)
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    plan: MatmulPlan,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    w_order: WeightOrder,
+    interpret: Any = None,
+) -> jax.Array:
+    """x [..., K] @ w -> [..., N], by `gemv` or `flat_matmul`."""
+    kernel = gemv if plan.algorithm == "gemv" else flat_matmul
+    rows = x.reshape(-1, x.shape[-1])
+    out = kernel(rows, w, config=plan.config, out_dtype=out_dtype, w_order=w_order, interpret=interpret)
+    return out.reshape(*x.shape[:-1], w.shape[w_order.index("n")])
+
+
+def layer_state(shape: LayerShape, plan: LayerPlan) -> jax.Array:
+    """What the launches of one decode step hand on from one to the next: counters, at zero."""
+    depth = max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size)
+    return fused_layer.counters_for(depth, plan.config)
+
+
+def first_layer(
+    x: jax.Array,
+    weights: LayerWeights,
+    cache: LayerCache,
+    state: jax.Array,
+    spec: LayerSpec,
+    plan: LayerPlan,
+    *,
+    interpret: Any = None,
+) -> tuple[NextAttention, jax.Array]:
+    """The first layer up to its attention, of x [B, D] behind its norm; and the state."""
+    return fused_layer.fused_qkv(
+        x, weights.qkv, weights.qkv_bias, cache, state, spec=spec, config=plan.config, interpret=interpret
+    )
+
+
+def layer(
+    attended: jax.Array,
+    hidden: jax.Array,
+    weights: LayerWeights,
+    following: LayerWeights | HeadWeights | None,
+    cache: LayerCache | None,
+    state: jax.Array,
+    spec: LayerSpec,
+    plan: LayerPlan,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, NextAttention | jax.Array | None, jax.Array]:
+    """A layer after its attention, up to what follows: the next layer's attention, the logits, or nothing."""
+    next_norm, next_qkv, next_bias, head = None, None, None, None
+    if isinstance(following, LayerWeights):
+        next_norm, next_qkv, next_bias = following.input_norm, following.qkv, following.qkv_bias
+    elif following is not None:
+        next_norm, head = following
+    between = fused_layer.BetweenWeights(
+        weights.o, weights.mlp_norm, weights.mlp_in, weights.mlp_out, next_norm, next_qkv, next_bias, head
+    )
+    return fused_layer.fused_layer(
+        attended, hidden, between, cache, state, spec=spec, config=plan.config, interpret=interpret
+    )
