@@ -9,60 +9,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import WeightOrder
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
+from fdpp_jax.plans.shapes import WeightOrder
 
 
-def dot_product_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array | None = None,
-    phi: jax.Array | None = None,
-    *,
-    scale: float,
-    query_offset: jax.Array | None = None,
-    is_causal: bool = False,
-    local_window_size: tuple[int, int] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    page_table: jax.Array | None = None,
-    key_scale: jax.Array | None = None,
-    value_scale: jax.Array | None = None,
-) -> jax.Array:
+def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
     """softmax(scale * q k^T) v, with the row's own max, or with phi in its place.
 
     Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H], K divides N; or a pool [P, page_size, K, H] with page_table.
-      value: As key.
-      lengths: [B] int32 live keys, or None for all S.
-      phi: [B, N] or [] float32, natural-log units, or None for the exact max of each row.
-      scale: Factor on the scores.
-      query_offset: [B] int32, the position of query 0 among the keys; None means 0.
-      is_causal: A query sees the keys up to its position.
-      local_window_size: (left, right) keys around its position that a query sees.
-      logits_soft_cap: The scores become cap * tanh(scores / cap).
-      sinks: [N], one more score of each head, with a value of zero. Neither scaled nor capped.
-      page_table: [B, pages] int32; entries of pages beyond the lengths may be anything.
-      key_scale: [K] or like key without H, float32: the factor on a quantised key.
-      value_scale: As key_scale.
+      arrays: The arrays of the call. With phi, rows whose denominator left the safe window of `unified_max`, or whose
+        sum of values is not finite, are NaN, and must be recomputed without phi.
+      options: Its static facts.
 
     Returns:
-      [B, T, N, H] in the query's dtype. With phi, rows whose denominator left the safe window of
-      `unified_max`, or whose sum of values is not finite, are NaN and must be recomputed without it.
+      [B, T, N, H] in the query's dtype.
     """
+    query, phi, sinks = arrays.query, arrays.phi, arrays.sinks
     batch, query_length, num_heads, head_dim = query.shape
-    key, value = _contiguous(key, key_scale, page_table), _contiguous(value, value_scale, page_table)
+    key = _contiguous(arrays.key, arrays.key_scale, arrays.page_table)
+    value = _contiguous(arrays.value, arrays.value_scale, arrays.page_table)
     _, capacity, num_kv_heads, _ = key.shape
     by_head = (num_kv_heads, num_heads // num_kv_heads)
-    mask = _attention_mask(
-        query_length,
-        capacity,
-        lengths=lengths,
-        query_offset=query_offset,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-    )[:, None, None]  # [B or 1, 1, 1, T, S]
+    mask = _attention_mask(arrays, options, capacity)[:, None, None]  # [B or 1, 1, 1, T, S]
     live_key = mask.any(axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
     # 0 * NaN would be NaN: of the values here, of the keys in the gradient.
     key, value = (jnp.where(live_key, x, 0) for x in (key, value))
@@ -74,9 +42,9 @@ def dot_product_attention(
         precision=precision,
         preferred_element_type=jnp.float32,
     )  # [B, K, G, T, S]
-    scores *= scale
-    if logits_soft_cap is not None:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+    scores *= options.scale
+    if (cap := options.logits_soft_cap) is not None:
+        scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask, scores, -jnp.inf)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *by_head, 1, 1)
     if phi is None:
@@ -102,28 +70,21 @@ def dot_product_attention(
     return (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
 
 
-def _attention_mask(
-    query_length: int,
-    capacity: int,
-    *,
-    lengths: jax.Array | None,
-    query_offset: jax.Array | None,
-    is_causal: bool,
-    local_window_size: tuple[int, int] | None,
-) -> jax.Array:
+def _attention_mask(arrays: AttentionArrays, options: AttentionOptions, capacity: int) -> jax.Array:
     """Which query sees which key, [B or 1, T, S] bool. Query t stands at position query_offset + t."""
+    query_length = arrays.query.shape[1]
     query_pos = jnp.arange(query_length)[None, :, None]  # [1, T, 1]
-    if query_offset is not None:
-        query_pos += query_offset[:, None, None]  # [B, T, 1]
+    if arrays.query_offset is not None:
+        query_pos += arrays.query_offset[:, None, None]  # [B, T, 1]
     key_pos = jnp.arange(capacity)[None, None, :]  # [1, 1, S]
     mask = jnp.ones((1, query_length, capacity), bool)
-    if is_causal:
+    if options.is_causal:
         mask &= key_pos <= query_pos
-    if local_window_size is not None:
-        left, right = local_window_size
+    if options.local_window_size is not None:
+        left, right = options.local_window_size
         mask &= (key_pos >= query_pos - left) & (key_pos <= query_pos + right)
-    if lengths is not None:
-        mask &= key_pos < lengths[:, None, None]
+    if arrays.lengths is not None:
+        mask &= key_pos < arrays.lengths[:, None, None]
     return mask
 
 

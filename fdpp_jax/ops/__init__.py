@@ -1,0 +1,6 @@
+"""The public ops. Each one checks a call, asks `heuristics` for a plan, and runs the plan on its backend."""
+
+from fdpp_jax.ops.attention import dot_product_attention, unchecked_decode_attention
+from fdpp_jax.ops.matmul import flat_matmul
+
+__all__ = ["dot_product_attention", "flat_matmul", "unchecked_decode_attention"]

@@ -1,0 +1,230 @@
+"""Attention: the public op, and the op of a decode step. Checks, plan, run, recompute."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdpp_jax import heuristics
+from fdpp_jax.ops import checks, kernel_call, reference
+from fdpp_jax.ops.phi import row_phi
+from fdpp_jax.ops.running import module_of
+from fdpp_jax.plans import device
+from fdpp_jax.plans.backend import AttentionPlan
+from fdpp_jax.plans.backends import by_name
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
+from fdpp_jax.plans.shapes import AttentionImplementation, AttentionShape
+from fdpp_jax.unified_max import Recompute, UnifiedMax
+
+# Beyond, keys are not split, and a unified max saves XLA nothing.
+_MAX_SPLIT_QUERIES = 16
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    query_offset: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    key_max_norm: jax.Array | None = None,
+    softmax: UnifiedMax | None = None,
+    implementation: AttentionImplementation | None = None,
+) -> jax.Array:
+    """softmax(scale * query key^T) value: jax.nn.dot_product_attention with kernels for decoding.
+
+    A row that sees no key gives zeros.
+
+    Args:
+      query: [B, T, N, H]; T == 1 is decoding, longer T works too. bfloat16, float16 or float32.
+      key: [B, S, K, H]; K divides N (MHA, GQA, MQA). S is the capacity of the cache. The query's dtype, or int8 or
+        float8_e4m3fn with key_scale and value_scale. With page_table a pool [P, page_size, K, H], where page_size
+        is 16, 32, 64, 128 or 256.
+      value: As key.
+      scale: Factor on the scores; 1 / sqrt(H) by default.
+      is_causal: A query sees the keys up to its position, which is t for query t, as in jax.nn.
+      query_seq_lengths: [B] int32, live queries of each sequence; the others give zeros.
+      key_value_seq_lengths: [B] int32, live keys of each sequence, at most S. Keys beyond them are never
+        seen, NaN included; length 0 gives zeros. A kernel's cost follows the lengths, not S.
+      local_window_size: (left, right) keys around its position that a query sees; an int w means (w, w).
+      logits_soft_cap: Scores become cap * tanh(scores / cap).
+      query_offset: [B] int32, moves query t to position query_offset + t. For the last T of the live keys, as in
+        speculative decoding: lengths - T.
+      sinks: [N] floating point, one more score of each query head, which takes part in the denominator alone.
+        Neither scaled nor capped.
+      page_table: [B, pages] int32: page p of a sequence holds its keys from p * page_size on, and S is
+        pages * page_size. Entries of pages beyond the lengths may be anything.
+      key_scale: float32 factor on a quantised key, [K] (by head) or like key without H (by token and head).
+      value_scale: As key_scale, of the same form.
+      key_max_norm: [B, K] float32, max |k| over the live keys (dequantised), for UnifiedMax.bound(). Computed from
+        all of key if missing.
+      softmax: None computes exact online softmax. UnifiedMax(...) computes decoding with a max fixed in
+        advance and recomputes with online softmax where a row leaves the safe window: same answer.
+      implementation: None lets the heuristics choose; a name means that one or an error.
+
+    Returns:
+      [B, T, N, H] in the query's dtype.
+
+    Raises:
+      ValueError: Shapes, dtypes or lengths do not fit together.
+      NotImplementedError: The named implementation refuses this call; the message says why.
+
+    Source: FlashDecoding++ (arXiv 2311.01282), section 3.
+    """
+    arrays = AttentionArrays(
+        checks.as_array(query),
+        checks.as_array(key),
+        checks.as_array(value),
+        lengths=checks.as_array(key_value_seq_lengths),
+        query_offset=checks.as_array(query_offset),
+        sinks=checks.as_array(sinks),
+        page_table=checks.as_array(page_table),
+        key_scale=checks.as_array(key_scale),
+        value_scale=checks.as_array(value_scale),
+    )
+    query_seq_lengths, key_max_norm = checks.as_array(query_seq_lengths), checks.as_array(key_max_norm)
+    checks.check_cache(arrays)
+    options = checks.checked_options(arrays.query, scale, is_causal, local_window_size, logits_soft_cap)
+    checks.check_names(softmax, implementation)
+    checks.check_integers(arrays, query_seq_lengths)
+    checks.check_pages(arrays)
+    checks.check_floats(arrays, key_max_norm)
+    if query_seq_lengths is None:
+        return _run(arrays, options, softmax, key_max_norm, implementation)
+    live = jnp.arange(arrays.query.shape[1]) < query_seq_lengths[:, None]  # [B, T]
+    live = live[:, :, None, None]
+    # Zero queries fit any window: what stands beyond the lengths causes no recompute.
+    arrays = arrays._replace(query=jnp.where(live, arrays.query, 0))
+    return jnp.where(live, _run(arrays, options, softmax, key_max_norm, implementation), 0)
+
+
+def _run(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    softmax: UnifiedMax | None,
+    key_max_norm: jax.Array | None,
+    implementation: AttentionImplementation | None,
+) -> jax.Array:
+    """The public op after its checks, [B, T, N, H]."""
+    shape = attention_shape(arrays, options, is_online=softmax is None)
+    plan = heuristics.plan_attention(shape, device.current(), implementation)
+    with_phi = functools.partial(_with_phi, shape=shape, plan=plan, softmax=softmax, key_max_norm=key_max_norm)
+    if plan.backend != "xla":
+        if arrays.lengths is None:
+            arrays = arrays._replace(lengths=jnp.full((shape.batch,), shape.capacity, jnp.int32))
+        return kernel_call.attention(options, plan, _recompute_of(plan, softmax), with_phi(arrays, options))
+    if plan.algorithm == "cudnn" or softmax is None or shape.query_length > _MAX_SPLIT_QUERIES:
+        out: jax.Array = module_of(plan).attention(arrays, options, plan)
+        return out
+    return _checked_reference(options, with_phi(arrays, options))
+
+
+def unchecked_decode_attention(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    *,
+    softmax: UnifiedMax | None = None,
+    key_max_norm: jax.Array | None = None,
+    redone: jax.Array | None = None,
+    starts_early: bool = False,
+    implementation: AttentionImplementation | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Decode attention that never takes a branch: for a model that redoes the whole step once where one is needed.
+
+    Where the kernel redoes rows that left the safe window, it marks them in `redone`. Elsewhere such rows are NaN. The
+    NaN runs through the rest of the model into every logit of the sequence, so that one look at the logits tells
+    whether any layer overflowed.
+
+    Args:
+      arrays: One query per sequence; lengths; keys and values that are finite also beyond the lengths. The offset
+        counts with a window only.
+      options: The static facts of the call.
+      softmax: As in `dot_product_attention`.
+      key_max_norm: As in `dot_product_attention`.
+      redone: [B, K] int32, of earlier layers. None: leave all failed rows NaN.
+      starts_early: Whether the kernel may start before the launch before it has ended. Of lengths, offsets, keys and
+        values that launch may write only each sequence's last key and value.
+      implementation: As in `dot_product_attention`.
+
+    Returns:
+      [B, 1, N, H], and redone with 1 for every sequence and head of which a row was redone. None in its place: rows
+      that must be recomputed with softmax=None are NaN.
+    """
+    if options.local_window_size is None:
+        arrays = arrays._replace(query_offset=None)  # the lengths alone say what the last token sees
+    checks.check_cache(arrays)
+    if arrays.query.shape[1] != 1:
+        raise ValueError(f"query must hold one token a sequence, [B, 1, N, H]; got {arrays.query.shape=}")
+    checks.check_names(softmax, implementation)
+    checks.check_integers(arrays, None)
+    checks.check_floats(arrays, key_max_norm)
+    # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
+    shape = attention_shape(arrays._replace(lengths=None), options, is_online=softmax is None)
+    shape = dataclasses.replace(shape, starts_early=starts_early)
+    plan = heuristics.plan_attention(shape, device.current(), implementation)
+    run = module_of(plan).attention
+    if softmax is None and plan.algorithm == "cudnn":
+        return run(arrays, options, plan), None
+    if plan.backend == "xla":  # cuDNN has no phi
+        return reference.attention(_with_phi(arrays, options, shape, plan, softmax, key_max_norm), options), None
+    arrays = _with_phi(arrays, options, shape, plan, softmax, key_max_norm)
+    recompute = None if softmax is None else _recompute_of(plan, softmax)
+    if redone is None or recompute in (None, "cond"):
+        return run(arrays, options, plan, starts_early=starts_early), None
+    out: tuple[jax.Array, jax.Array] = run(
+        arrays, options, plan, recompute=recompute, redone=redone, starts_early=starts_early
+    )
+    return out
+
+
+def _recompute_of(plan: AttentionPlan, softmax: UnifiedMax | None) -> Recompute:
+    """Where a row that left the window is redone: the policy's place if the backend has it, else the plan's."""
+    op = by_name(plan.backend).attention
+    if softmax is None or op is None or softmax.recompute not in op.recomputes:
+        return plan.recompute
+    return softmax.recompute
+
+
+def _with_phi(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    shape: AttentionShape,
+    plan: AttentionPlan,
+    softmax: UnifiedMax | None,
+    key_max_norm: jax.Array | None,
+) -> AttentionArrays:
+    """`arrays` with the phi of the policy, which carries no gradient: the answer does not depend on it."""
+    op = by_name(plan.backend).attention
+    if softmax is None or op is None:
+        return arrays
+    weights_dtype = op.weights_dtype(shape)
+    phi = row_phi(softmax, arrays, options, weights_dtype=weights_dtype, key_max_norm=key_max_norm)
+    return arrays._replace(phi=lax.stop_gradient(phi))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _checked_reference(options: AttentionOptions, arrays: AttentionArrays) -> jax.Array:
+    """The reference with phi and its recompute; its derivative, and the value beside it, are online softmax's."""
+    out = reference.attention(arrays, options)
+    online = arrays._replace(phi=None)
+    return lax.cond(jnp.isnan(out).any(), lambda: reference.attention(online, options), lambda: out)
+
+
+@_checked_reference.defjvp
+def _checked_reference_jvp(
+    options: AttentionOptions, primals: tuple[AttentionArrays], tangents: tuple[AttentionArrays]
+) -> tuple[jax.Array, jax.Array]:
+    # Through the branch that was not taken NaN would come back: 0 times the slope of an overflow.
+    arrays, tangent = (given[0]._replace(phi=None) for given in (primals, tangents))
+    return jax.jvp(lambda arrays: reference.attention(arrays, options), (arrays,), (tangent,))
