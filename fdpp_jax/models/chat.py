@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fdpp_jax.models.fields import BOOL, INDEX, NUMBER, TEXT, Kind, read_field
+from fdpp_jax.json_fields import BOOL, INDEX, NUMBER, TEXT, Kind, read_optional_field
 from fdpp_jax.models.loading import list_files, read_optional_json, resolve
 from fdpp_jax.models.tokenizer import special_token
 
@@ -39,10 +39,13 @@ def sampling_defaults(path_or_hub_id: str | pathlib.Path) -> SamplingDefaults:
     """
     directory = resolve(path_or_hub_id)
     settings, path = read_optional_json(directory, "generation_config.json"), directory / "generation_config.json"
-    if not read_field(settings, "do_sample", BOOL, path):
+    if not read_optional_field(settings, "do_sample", BOOL, path):
         return SamplingDefaults()
-    temperature = read_field(settings, "temperature", NUMBER, path)
-    top_k, top_p = read_field(settings, "top_k", INDEX, path), read_field(settings, "top_p", NUMBER, path)
+    temperature = read_optional_field(settings, "temperature", NUMBER, path)
+    top_k, top_p = (
+        read_optional_field(settings, "top_k", INDEX, path),
+        read_optional_field(settings, "top_p", NUMBER, path),
+    )
     return SamplingDefaults(
         temperature=1.0 if temperature is None else float(temperature),
         top_k=top_k or None,  # 0 stands for none
@@ -107,7 +110,7 @@ def _template(directory: pathlib.Path) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     name = "tokenizer_config.json"
-    template = read_field(read_optional_json(directory, name), "chat_template", _TEMPLATES, directory / name)
+    template = read_optional_field(read_optional_json(directory, name), "chat_template", _TEMPLATES, directory / name)
     if isinstance(template, list):  # several by name
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     if template is None:

@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import DecoderConfig, RopeScaling, common_problems, refuse
 from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
 from fdpp_jax.models.rotary import rotation_at
+from fdpp_jax.plans.calls import LayerWeights
+from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm, Rotation
 
 _SIZES = (
     "padded_vocab_size",
@@ -43,6 +44,14 @@ class ChatGLMConfig(DecoderConfig):
         super().__post_init__()
         if self.head_dim % 4:
             raise ValueError(f"head_dim must be divisible by 4, half of it is turned in pairs; got {self.head_dim}")
+
+    @property
+    def layer_spec(self) -> LayerSpec:
+        return LayerSpec(
+            norm=Norm("rms", self.layernorm_epsilon),
+            has_qkv_bias=self.add_qkv_bias,
+            rotation=Rotation("neighbours", share=0.5),
+        )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ChatGLMConfig":
@@ -166,6 +175,23 @@ class ChatGLMLayer(nnx.Module):
         x += self.self_attention(self.input_layernorm(x), rotation, attend, implementation)
         return x + self.mlp(self.post_attention_layernorm(x), implementation)
 
+    @property
+    def input_norm(self) -> RMSNorm:
+        return self.input_layernorm
+
+    @property
+    def weights(self) -> LayerWeights:
+        qkv = self.self_attention.query_key_value
+        return LayerWeights(
+            input_norm=self.input_layernorm.weight[...],
+            qkv=qkv.weight[...],
+            o=self.self_attention.dense.weight[...],
+            mlp_norm=self.post_attention_layernorm.weight[...],
+            mlp_in=self.mlp.dense_h_to_4h.weight[...],
+            mlp_out=self.mlp.dense_4h_to_h.weight[...],
+            qkv_bias=qkv.bias_array,
+        )
+
 
 class WordEmbedding(nnx.Module):
     """The rows of the tokens, under the checkpoint's name."""
@@ -217,8 +243,12 @@ class ChatGLMForConditionalGeneration(CausalLM):
         return self.transformer.encoder.layers
 
     @property
-    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+    def final_norm(self) -> RMSNorm:
         return self.transformer.encoder.final_layernorm
+
+    @property
+    def head_weight(self) -> jax.Array:
+        return self.transformer.output_layer.weight[...]
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         rotation = rotation_at(_Rotary(self.config.head_dim // 2), positions)  # [B, T, 1, H / 4]

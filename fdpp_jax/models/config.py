@@ -1,10 +1,15 @@
 """Shapes and constants of a model, as a checkpoint's config.json has them: what all families share, and LLaMA's."""
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
-from fdpp_jax.models.fields import BOOL, INDEX, NUMBER, OBJECT, POSITIVE, SIZE, TEXT, TEXTS, Kind, field_problems
+import jax
+import jax.numpy as jnp
+
+from fdpp_jax.json_fields import BOOL, INDEX, NUMBER, OBJECT, POSITIVE, SIZE, TEXT, TEXTS, Kind, field_problems
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Norm
 from fdpp_jax.unified_max import UnifiedMax
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -57,7 +62,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
 
-class AttentionOptions(TypedDict, total=False):
+class AttentionArguments(TypedDict, total=False):
     """Arguments of `fdpp_jax.dot_product_attention` that a layer may set."""
 
     scale: float
@@ -66,7 +71,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(abc.ABC):
     """What every decoder has; field names as in Hugging Face's config.json.
 
     Raises:
@@ -119,9 +124,23 @@ class DecoderConfig:
         return 2 * self.intermediate_size
 
     @property
-    def unfused_because(self) -> str | None:
-        """Why `pallas.fused_layer` does not compute a layer, if it does not."""
-        return "the fused layer is that of LLaMA"
+    @abc.abstractmethod
+    def layer_spec(self) -> LayerSpec:
+        """What lies between two attentions."""
+
+    def layer_shape(self, batch: int, dtype: jax.typing.DTypeLike) -> LayerShape:
+        """The static shape of what lies between two attentions in a decode step of `batch` rows."""
+        return LayerShape(
+            batch=batch,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_query_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            dtype=jnp.dtype(dtype).name,
+            spec=self.layer_spec,
+            vocab_size=self.vocab_size,
+        )
 
     def uncalibrated_softmax(self, dtype: str) -> tuple[UnifiedMax | None, str]:
         """What to decode with in dtype until scores are recorded, None for online softmax, and why."""
@@ -129,7 +148,7 @@ class DecoderConfig:
             return None, "float16's window being narrow"
         return UnifiedMax(), "the default"
 
-    def attention_options(self, layer: int) -> AttentionOptions:
+    def attention_options(self, layer: int) -> AttentionArguments:
         """How a layer's attention differs from the plain one."""
         del layer
         return {}
@@ -162,10 +181,14 @@ class LlamaConfig(DecoderConfig):
     layer_types: tuple[str, ...] = ()
 
     @property
-    def unfused_because(self) -> str | None:
-        if self.o_bias or self.mlp_bias:
-            return "the fused layer adds biases to queries, keys and values only"
-        return "the fused layer does not normalise queries and keys" if self.qk_norm else None
+    def layer_spec(self) -> LayerSpec:
+        return LayerSpec(
+            norm=Norm("rms", self.rms_norm_eps),
+            norms_queries_and_keys=self.qk_norm,
+            has_qkv_bias=self.qkv_bias,
+            has_o_bias=self.o_bias,
+            has_mlp_bias=self.mlp_bias,
+        )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
@@ -201,7 +224,7 @@ class LlamaConfig(DecoderConfig):
             **fields,
         )
 
-    def attention_options(self, layer: int) -> AttentionOptions:
+    def attention_options(self, layer: int) -> AttentionArguments:
         windowed = not self.layer_types or self.layer_types[layer] == "sliding_attention"
         if self.sliding_window is None or not windowed:
             return {}

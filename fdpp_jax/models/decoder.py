@@ -4,26 +4,44 @@ import abc
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax import ops, unified_max
-from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.cache import KVCache, write_prompt
 from fdpp_jax.models.config import DecoderConfig
-from fdpp_jax.models.layers import Embedding
+from fdpp_jax.models.layers import Embedding, LayerNorm, RMSNorm
 from fdpp_jax.models.step_cache import StepCache
+from fdpp_jax.ops.layer import FusedLayers, plan_layer
+from fdpp_jax.plans.backend import LayerPlan
+from fdpp_jax.plans.calls import HeadWeights, LayerCache, LayerWeights
+from fdpp_jax.plans.shapes import MatmulImplementation
 from fdpp_jax.unified_max import UnifiedMax
 
 # attend(layer, query [B, T, N, H], key [B, T, K, H], value [B, T, K, H]) -> [B, T, N, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 # The same inside one layer.
 LayerAttend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# layer(x [B, T, D], context, attend, implementation) -> [B, T, D]; context is what `embed` gives.
-Layer = Callable[[jax.Array, Any, LayerAttend, MatmulImplementation | None], jax.Array]
+
+
+class Layer(Protocol):
+    """One transformer layer."""
+
+    def __call__(
+        self, x: jax.Array, context: Any, attend: LayerAttend, implementation: MatmulImplementation | None, /
+    ) -> jax.Array:
+        """x [B, T, D] behind the layer; context is what `embed` gives."""
+
+    @property
+    def input_norm(self) -> Callable[[jax.Array], jax.Array]:
+        """The norm before attention's projections."""
+
+    @property
+    def weights(self) -> LayerWeights:
+        """The layer's arrays by role, for a backend that fuses layers like the family's `layer_spec`."""
 
 
 class CausalLM(nnx.Module):
@@ -56,8 +74,13 @@ class CausalLM(nnx.Module):
 
     @property
     @abc.abstractmethod
-    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+    def final_norm(self) -> RMSNorm | LayerNorm:
         """The norm before the head."""
+
+    @property
+    def head_weight(self) -> jax.Array:
+        """[V, D]: the embedding's, unless the family has a head."""
+        return self.embedding.weight[...]
 
     @abc.abstractmethod
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
@@ -177,8 +200,15 @@ class CausalLM(nnx.Module):
         overflow = jnp.isnan(logits[:, 0]).any() if step.can_overflow else False
         return logits, step.grown(), overflow, redone
 
+    def layer_plan(self, batch: int) -> LayerPlan:
+        """Whether a decode step of `batch` rows runs fused layers on the device that JAX runs on now."""
+        return plan_layer(self.config.layer_shape(batch, self.dtype))
+
     def decode_logits(self, tokens: jax.Array, step: StepCache) -> jax.Array:
-        """[B, V] float32 behind one new token a row, tokens [B]; a family may run its layers fused."""
+        """[B, V] float32 behind one new token per row, tokens [B]; by fused layers where the plan has them."""
+        plan = self.layer_plan(tokens.shape[0])
+        if plan.algorithm == "fused" and step.implementation is None and step.arrays(0)[0].dtype == self.dtype:
+            return self.fused_logits(tokens, step, plan)
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             step.append(layer, key, value)
@@ -186,6 +216,34 @@ class CausalLM(nnx.Module):
 
         hidden = self.hidden_states(tokens[:, None], step.slots[:, None], attend, step.implementation)[:, 0]
         return self.head(hidden, step.implementation)
+
+    def fused_logits(self, tokens: jax.Array, step: StepCache, plan: LayerPlan, **options: Any) -> jax.Array:
+        """`decode_logits` with two launches per layer: attention, and all that lies between it and the next one.
+
+        All between the embedding's norm and the first attention is a launch, too, and the last one has the head where
+        the plan says so. The options are those of `ops.layer.FusedLayers`.
+        """
+        layers = self.layers
+        weights = [layer.weights for layer in layers]
+        x, context = self.embed(tokens[:, None], step.slots[:, None])
+        hidden, rotation = x[:, 0], None
+        if self.config.layer_spec.rotation is not None:
+            rotation = jnp.stack([angle[:, 0, 0] for angle in context])  # [2, B, R / 2]
+        fused = FusedLayers(self.config.layer_shape(tokens.shape[0], self.dtype), plan, **options)
+
+        def cache(layer: int) -> LayerCache:
+            return LayerCache(*step.arrays(layer), step.slots, rotation)
+
+        result: Any = fused.first(step.settle(layers[0].input_norm(hidden)), weights[0], cache(0))
+        head = HeadWeights(self.final_norm.weight[...], self.head_weight) if plan.fuses_head else None
+        for i in range(len(layers)):
+            step.replace(i, result.keys, result.values)
+            query = result.query[:, None]  # [B, 1, N, H]
+            attended = step.attend(i, query, starts_early=plan.overlaps_attention)[:, 0]  # [B, N, H]
+            is_last = i + 1 == len(layers)
+            following, next_cache = (head, None) if is_last else (weights[i + 1], cache(i + 1))
+            hidden, result = fused.after_attention(attended, hidden, weights[i], following, next_cache)
+        return self.head(self.final_norm(hidden)) if result is None else result
 
     def _causal_attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         options = self.config.attention_options(layer)

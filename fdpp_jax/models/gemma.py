@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import (
-    AttentionOptions,
+    AttentionArguments,
     LlamaConfig,
     activation_problems,
     common_problems,
@@ -24,6 +23,8 @@ from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, RMSNorm
 from fdpp_jax.models.llama import MLP, Attention
 from fdpp_jax.models.rotary import rotation_at
+from fdpp_jax.plans.calls import LayerWeights
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, MatmulImplementation, Norm
 from fdpp_jax.unified_max import UnifiedMax, window
 
 # What transformers assumes where config.json is silent.
@@ -87,8 +88,18 @@ class Gemma2Config(LlamaConfig):
         )
 
     @property
-    def unfused_because(self) -> str | None:
-        return "the fused layer knows no norms after a product, and no GELU"
+    def layer_spec(self) -> LayerSpec:
+        return dataclasses.replace(
+            super().layer_spec,
+            norm=Norm("rms", self.rms_norm_eps, gain_offset=1.0),
+            norms_products=True,
+            activation="gelu_tanh",
+        )
+
+    def layer_shape(self, batch: int, dtype: jax.typing.DTypeLike) -> LayerShape:
+        shape = super().layer_shape(batch, dtype)
+        # A fused head is one product, and knows no cap.
+        return shape if self.final_logit_softcapping is None else dataclasses.replace(shape, vocab_size=0)
 
     def uncalibrated_softmax(self, dtype: str) -> tuple[UnifiedMax | None, str]:
         cap, keys = self.attn_logit_softcapping, self.max_position_embeddings
@@ -97,7 +108,7 @@ class Gemma2Config(LlamaConfig):
         phi = float(math.ceil(cap + math.log(keys) - math.log(window(dtype, keys)[1])))
         return UnifiedMax(phi), f"with scores capped at {cap:g} no row of {keys} keys exceeds the window"
 
-    def attention_options(self, layer: int) -> AttentionOptions:
+    def attention_options(self, layer: int) -> AttentionArguments:
         options = super().attention_options(layer)
         options["scale"] = self.query_pre_attn_scalar**-0.5
         if self.attn_logit_softcapping is not None:
@@ -153,6 +164,21 @@ class Gemma2Layer(nnx.Module):
         y = self.mlp(self.pre_feedforward_layernorm(x), implementation)
         return x + self.post_feedforward_layernorm(y)
 
+    @property
+    def input_norm(self) -> RMSNorm:
+        return self.input_layernorm
+
+    @property
+    def weights(self) -> LayerWeights:
+        return LayerWeights(
+            input_norm=self.input_layernorm.weight[...],
+            mlp_norm=self.pre_feedforward_layernorm.weight[...],
+            o_norm=self.post_attention_layernorm.weight[...],
+            mlp_out_norm=self.post_feedforward_layernorm.weight[...],
+            **self.self_attn.weights,
+            **self.mlp.weights,
+        )
+
 
 class Gemma2Model(nnx.Module):
     """Embedding, layers and the final norm."""
@@ -189,7 +215,7 @@ class Gemma2ForCausalLM(CausalLM):
         return self.model.layers
 
     @property
-    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+    def final_norm(self) -> RMSNorm:
         return self.model.norm
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:

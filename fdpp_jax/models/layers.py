@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax import ops
-from fdpp_jax.config import MatmulImplementation
+from fdpp_jax.plans.shapes import MatmulImplementation
 
 _INIT_STDDEV = 0.02
 
@@ -73,6 +73,11 @@ class Linear(nnx.Module):
     ) -> jax.Array:
         y = ops.flat_matmul(x, self.weight[...], w_order="nk", out_dtype=out_dtype, implementation=implementation)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    @property
+    def bias_array(self) -> jax.Array | None:
+        """[out], if there is a bias."""
+        return None if self.bias is None else self.bias[...]
 
 
 class Embedding(nnx.Module):

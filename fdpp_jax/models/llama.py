@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax import device
-from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import LlamaConfig
 from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
-from fdpp_jax.models.plans import plan_layer
 from fdpp_jax.models.rotary import rotate, rotation_at
-from fdpp_jax.models.step_cache import StepCache
+from fdpp_jax.plans.calls import LayerWeights
+from fdpp_jax.plans.shapes import MatmulImplementation
 
 
 class Attention(nnx.Module):
@@ -56,6 +54,15 @@ class Attention(nnx.Module):
         query, key = jnp.split(rotate(query_key, *rotation), [heads], axis=2)
         return query, key, value
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Its part of a layer's `LayerWeights`."""
+        weights: dict[str, Any] = dict(qkv=self.qkv_proj.weight[...], qkv_bias=self.qkv_proj.bias_array)
+        weights |= dict(o=self.o_proj.weight[...], o_bias=self.o_proj.bias_array)
+        if self.config.qk_norm:
+            weights |= dict(query_norm=self.q_norm.weight[...], key_norm=self.k_norm.weight[...])
+        return weights
+
 
 class MLP(nnx.Module):
     """SwiGLU: (silu(x @ gate) * (x @ up)) @ down, or with another activation."""
@@ -78,6 +85,16 @@ class MLP(nnx.Module):
         gate, up = jnp.split(self.gate_up_proj(x, implementation=implementation), 2, axis=-1)
         return self.down_proj(self.activation(gate) * up, implementation=implementation)
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Its part of a layer's `LayerWeights`."""
+        return dict(
+            mlp_in=self.gate_up_proj.weight[...],
+            mlp_in_bias=self.gate_up_proj.bias_array,
+            mlp_out=self.down_proj.weight[...],
+            mlp_out_bias=self.down_proj.bias_array,
+        )
+
 
 class LlamaLayer(nnx.Module):
     """One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
@@ -98,6 +115,19 @@ class LlamaLayer(nnx.Module):
     ) -> jax.Array:
         x += self.self_attn(self.input_layernorm(x), rotation, attend, implementation)
         return x + self.mlp(self.post_attention_layernorm(x), implementation)
+
+    @property
+    def input_norm(self) -> RMSNorm:
+        return self.input_layernorm
+
+    @property
+    def weights(self) -> LayerWeights:
+        return LayerWeights(
+            input_norm=self.input_layernorm.weight[...],
+            mlp_norm=self.post_attention_layernorm.weight[...],
+            **self.self_attn.weights,
+            **self.mlp.weights,
+        )
 
 
 class LlamaModel(nnx.Module):
@@ -138,24 +168,15 @@ class LlamaForCausalLM(CausalLM):
         return self.model.layers
 
     @property
-    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+    def final_norm(self) -> RMSNorm:
         return self.model.norm
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         return self.model.embed_tokens(tokens), rotation_at(self.config, positions)
 
-    def decode_logits(self, tokens: jax.Array, step: StepCache) -> jax.Array:
-        plan = plan_layer(self.config, batch=tokens.shape[0], device=device.current(), dtype=self.dtype)
-        if step.implementation is not None or plan.config is None or step.arrays(0)[0].dtype != self.dtype:
-            return super().decode_logits(tokens, step)
-        from fdpp_jax.models import fused
-
-        return fused.decode_logits(self, tokens, step, plan.config)
-
     @property
-    def head_weight(self) -> nnx.Param:
-        """[V, D]."""
-        return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def head_weight(self) -> jax.Array:
+        return super().head_weight if self.config.tie_word_embeddings else self.lm_head.weight[...]
 
     def head(self, hidden: jax.Array, implementation: MatmulImplementation | None = None) -> jax.Array:
         if self.config.tie_word_embeddings:

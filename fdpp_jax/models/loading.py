@@ -10,8 +10,7 @@ import hashlib
 import json
 import pathlib
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,11 +18,12 @@ import jax.numpy as jnp
 import safetensors
 from flax import nnx
 
+from fdpp_jax.json_fields import OBJECT, TEXT, field_problems, read_optional_field
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.families import causal_lm, config_from_hf
-from fdpp_jax.models.fields import OBJECT, TEXT, field_problems, read_field
 from fdpp_jax.models.layers import Linear
+from fdpp_jax.progress import bar
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -69,9 +69,12 @@ def load(
     expected = {name: shape for parts in sources.values() for name, shape in parts.items()}
     with contextlib.ExitStack() as stack:
         shards = _open_shards(directory, expected, model, stack)
-        for name, parameter in _with_progress(parameters, f"Loading {directory.name}", progress):
+        title = f"Loading {directory.name}"
+        update = stack.enter_context(bar(title, len(parameters), is_shown=progress))
+        for done, (name, parameter) in enumerate(parameters, start=1):
             parts = [shards[source].get_tensor(source) for source in sources[name]]
             parameter.set_value(_fuse(parts, jnp.dtype(dtype)).block_until_ready())
+            update(done=done)
     model.checkpoint = directory.absolute()
     return model
 
@@ -247,7 +250,7 @@ def _open_shards(
 def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]:
     """The index's map from tensor to shard (empty without an index), and the names of all shards."""
     if (directory / _INDEX).is_file():
-        weight_map = read_field(read_json(directory, _INDEX), "weight_map", OBJECT, directory / _INDEX)
+        weight_map = read_optional_field(read_json(directory, _INDEX), "weight_map", OBJECT, directory / _INDEX)
         if not weight_map:
             raise ValueError(f"expected a weight_map from tensors to shards in {directory / _INDEX}, got {weight_map}")
         if problems := field_problems(weight_map, dict.fromkeys(weight_map, TEXT)):
@@ -289,14 +292,3 @@ def _runs(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _with_progress[T](items: Iterable[T], title: str, progress: bool | None) -> Iterator[T]:
-    """The items, with a bar on stderr if wanted."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield from items
-        return
-    import rich.console
-    import rich.progress
-
-    yield from rich.progress.track(list(items), title, console=rich.console.Console(stderr=True))

@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax.config import MatmulImplementation
 from fdpp_jax.models.config import DecoderConfig, activation_problems, common_problems, refuse
 from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, LayerNorm, Linear
+from fdpp_jax.plans.calls import LayerWeights
+from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm
 from fdpp_jax.unified_max import UnifiedMax
 
 _SIZES = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
@@ -60,6 +61,18 @@ class OPTConfig(DecoderConfig):
     def mlp_in_size(self) -> int:
         """Outputs of the MLP's first projection, which has no gate."""
         return self.intermediate_size
+
+    @property
+    def layer_spec(self) -> LayerSpec:
+        return LayerSpec(
+            norm=Norm("layer", _LAYER_NORM_EPS),
+            activation="relu",
+            is_gated=False,
+            has_qkv_bias=True,
+            has_o_bias=True,
+            has_mlp_bias=True,
+            rotation=None,
+        )
 
     def uncalibrated_softmax(self, dtype: str) -> tuple[UnifiedMax | None, str]:
         del dtype
@@ -132,6 +145,28 @@ class OPTLayer(nnx.Module):
         y = jax.nn.relu(self.fc1(self.final_layer_norm(x), implementation=implementation))
         return x + self.fc2(y, implementation=implementation)
 
+    @property
+    def input_norm(self) -> LayerNorm:
+        return self.self_attn_layer_norm
+
+    @property
+    def weights(self) -> LayerWeights:
+        attention = self.self_attn
+        return LayerWeights(
+            input_norm=self.self_attn_layer_norm.weight[...],
+            input_norm_bias=self.self_attn_layer_norm.bias[...],
+            qkv=attention.qkv_proj.weight[...],
+            qkv_bias=attention.qkv_proj.bias_array,
+            o=attention.out_proj.weight[...],
+            o_bias=attention.out_proj.bias_array,
+            mlp_norm=self.final_layer_norm.weight[...],
+            mlp_norm_bias=self.final_layer_norm.bias[...],
+            mlp_in=self.fc1.weight[...],
+            mlp_in_bias=self.fc1.bias_array,
+            mlp_out=self.fc2.weight[...],
+            mlp_out_bias=self.fc2.bias_array,
+        )
+
 
 class Decoder(nnx.Module):
     """Embeddings, layers and the final norm."""
@@ -177,7 +212,7 @@ class OPTForCausalLM(CausalLM):
         return self.model.decoder.layers
 
     @property
-    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+    def final_norm(self) -> LayerNorm:
         return self.model.decoder.final_layer_norm
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:

@@ -6,35 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import heuristics
-from fdpp_jax.config import UNIT_WIDTH, AttentionPlan, AttentionShape, LayerPlan, LayerShape, MatmulPlan, MatmulShape
-from fdpp_jax.device import Device
 from fdpp_jax.models.config import DecoderConfig
-
-
-def plan_layer(
-    config: DecoderConfig, *, batch: int, device: Device | str, dtype: jax.typing.DTypeLike = "bfloat16"
-) -> LayerPlan:
-    """Whether the matmuls of a layer of the model run as one launch in a decode step; arguments as `model_plans`."""
-    if config.unfused_because is not None:
-        return LayerPlan("unfused", None, config.unfused_because)
-    return heuristics.plan_layer(_layer_shape(config, batch, dtype), device)
-
-
-def fuses_head(config: DecoderConfig) -> bool:
-    """Whether a model with fused layers has its head in the last one."""
-    return config.vocab_size % (2 * UNIT_WIDTH) == 0
-
-
-def _layer_shape(config: DecoderConfig, batch: int, dtype: jax.typing.DTypeLike) -> LayerShape:
-    return LayerShape(
-        batch=batch,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_query_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        dtype=jnp.dtype(dtype).name,
-    )
+from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
 
 def model_plans(
@@ -56,8 +31,8 @@ def model_plans(
 
     Returns:
       (name, shape, plan) of qkv, attention and layer, which run once a layer, then of the head. If the layer is fused,
-      it includes all matmuls of the step but for a head whose vocabulary is no multiple of 64; else o, gate_up (up,
-      where there is no gate) and down follow upon it. Where layers differ in attention, each kind is there once, under
+      it includes all matmuls of the step but for a head that its plan does not fuse; else o, gate_up (up, where there
+      is no gate) and down follow upon it. Where layers differ in attention, each kind is there once, under
       a name that tells its window.
 
     Raises:
@@ -81,14 +56,15 @@ def model_plans(
             logits_soft_cap=options.get("logits_soft_cap"),
             has_query_offset="local_window_size" in options,
             has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
-            is_appended=layer_plan.config is not None,
+            starts_early=layer_plan.overlaps_attention,
         )
 
     def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:
         shape = MatmulShape(batch, k, n, name, w_order="nk")
         return what, shape, heuristics.plan_matmul(shape, device)
 
-    layer_plan = plan_layer(config, batch=batch, device=device, dtype=dtype)
+    layer_shape = config.layer_shape(batch, dtype)
+    layer_plan = heuristics.plan_layer(layer_shape, device)
     mlp_in = "gate_up" if config.mlp_in_size > config.intermediate_size else "up"
     attentions = list(dict.fromkeys(attention(layer) for layer in range(config.num_hidden_layers)))
     before = [matmul("qkv", config.hidden_size, config.qkv_size)]
@@ -98,15 +74,15 @@ def model_plans(
         matmul("down", config.intermediate_size, config.hidden_size),
         matmul("head", config.hidden_size, config.vocab_size),
     ]
-    if layer_plan.config is not None:
+    if layer_plan.algorithm == "fused":
         before, behind, others = [], behind[-1:], "qkv"
-        if fuses_head(config):
+        if layer_plan.fuses_head:
             behind, others = [], "qkv and head"
         layer_plan = dataclasses.replace(layer_plan, reason=f"{layer_plan.reason}; with {others}")
     return [
         *before,
         *((_name(shape, attentions), shape, heuristics.plan_attention(shape, device)) for shape in attentions),
-        ("layer", _layer_shape(config, batch, dtype), layer_plan),
+        ("layer", layer_shape, layer_plan),
         *behind,
     ]
 

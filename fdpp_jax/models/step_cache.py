@@ -1,6 +1,7 @@
 """The KV cache while a decode step grows it by one token, layer by layer."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from fdpp_jax import ops, unified_max
 from fdpp_jax.models.cache import KVCache, write_token
 from fdpp_jax.models.config import DecoderConfig
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.unified_max import UnifiedMax
 
 
@@ -57,23 +59,24 @@ class StepCache:
         x, self._lengths, self._redone = jax.lax.optimization_barrier((x, self._lengths, self._redone))
         return x
 
-    def attend(self, layer: int, query: jax.Array, *, is_appended: bool = False) -> jax.Array:
+    def attend(self, layer: int, query: jax.Array, *, starts_early: bool = False) -> jax.Array:
         """Attention of query [B, 1, N, H] over all keys, the new ones included.
 
-        is_appended: whether the launch before wrote at most the new keys and values of all that the cache holds.
+        starts_early: whether attention may start before the launch before it has ended. Of the cache that launch may
+        write only the new keys and values.
         """
         softmax, num_layers = self._softmax, self._config.num_hidden_layers
+        scale = 1.0 / math.sqrt(self._config.head_dim)
+        arguments: dict[str, Any] = dict(scale=scale) | dict(self._config.attention_options(layer))
         out, redone = ops.unchecked_decode_attention(
-            query,
-            self._keys[layer],
-            self._values[layer],
-            **self._config.attention_options(layer),
-            query_offset=self.slots,
-            key_value_seq_lengths=self._lengths,
+            AttentionArrays(
+                query, self._keys[layer], self._values[layer], lengths=self._lengths, query_offset=self.slots
+            ),
+            AttentionOptions(**arguments),
             key_max_norm=self._norms[layer] if self._norms else None,
             softmax=None if softmax is None else softmax.for_layer(layer, num_layers),
             redone=self._redone,
-            is_appended=is_appended,
+            starts_early=starts_early,
             implementation=self.implementation,
         )
         if redone is not None:

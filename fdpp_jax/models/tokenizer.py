@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from fdpp_jax.models.fields import BOOL, INDEX, TEXT, Kind, read_field
+from fdpp_jax.json_fields import BOOL, INDEX, TEXT, Kind, read_optional_field
 from fdpp_jax.models.loading import list_files, read_optional_json, resolve
 
 # ChatGLM3's own tokens, which its code numbers from the end of the SentencePiece vocabulary on. ChatGLM2 has the first
@@ -207,7 +207,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.
 def _eos_ids(directory: pathlib.Path) -> tuple[int, ...] | None:
     """generation_config.json knows best (Llama 3 has three), then config.json; None where both are silent."""
     for name in ("generation_config.json", "config.json"):
-        eos = read_field(read_optional_json(directory, name), "eos_token_id", _EOS_IDS, directory / name)
+        eos = read_optional_field(read_optional_json(directory, name), "eos_token_id", _EOS_IDS, directory / name)
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return None
@@ -215,7 +215,7 @@ def _eos_ids(directory: pathlib.Path) -> tuple[int, ...] | None:
 
 def _add_bos(directory: pathlib.Path) -> bool | None:
     """Whether a text starts with BOS; None where the checkpoint does not say."""
-    add_bos: bool | None = read_field(
+    add_bos: bool | None = read_optional_field(
         read_optional_json(directory, _SETTINGS), "add_bos_token", BOOL, directory / _SETTINGS
     )
     return add_bos
@@ -228,7 +228,7 @@ def special_token(directory: pathlib.Path, name: str) -> str | None:
       ValueError: It is neither text nor {"content": text, ...}.
     """
     for file in (_SETTINGS, "special_tokens_map.json"):  # the second is all that old checkpoints have
-        token = read_field(read_optional_json(directory, file), name, _TOKEN, directory / file)
+        token = read_optional_field(read_optional_json(directory, file), name, _TOKEN, directory / file)
         if token is not None:
             return str(token["content"] if isinstance(token, dict) else token)
     return None
