@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import fdpp_jax
-from fdpp_jax import score_stats, tuned_tables, unified_max
+from fdpp_jax import score_stats, unified_max
+from fdpp_jax._version import __version__
+from fdpp_jax.json_fields import OBJECT, SIZE, TEXT, equal_to, one_of, read_field
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.loading import fingerprint, read_config, read_json, resolve
+from fdpp_jax.plans.tables import FileStamp, file_stamp
 from fdpp_jax.score_stats import BIN_NATS, LOWEST_NATS, Stats
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -35,6 +37,16 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 FILE_NAME = "fdpp_calibration.json"
 _FORMAT = 1
+_FIELDS = {
+    "dtype": one_of("bfloat16", "float16", "float32"),
+    "max_keys": SIZE,
+    "num_sequences": SIZE,
+    "num_tokens": SIZE,
+    "versions": OBJECT,
+    "data": TEXT,
+    "weights": TEXT,
+    "date": TEXT,
+}
 # Of the recorded rows, in line with the paper's scores of which more than 99.99 % lie in range. A step of 1,024 rows
 # is then redone one time in ten at most, which is what `generate` puts up with.
 _MAX_RECOMPUTE_RATE = 1e-4
@@ -195,19 +207,9 @@ class Calibration:
         content = read_json(path.parent, path.name)
         try:
             for name, expected in dict(format=_FORMAT, lowest_bin_nats=LOWEST_NATS, bin_nats=BIN_NATS).items():
-                if score_stats.field(content, name, (int, float)) != expected:
-                    raise ValueError(f"{name} must be {expected}, got {content[name]}")
-            sizes = {
-                name: score_stats.field(content, name, int) for name in ("max_keys", "num_sequences", "num_tokens")
-            }
-            for name, size in sizes.items():
-                if size < 1:
-                    raise ValueError(f"{name} must be at least 1, got {size}")
-            texts = {name: score_stats.field(content, name, str) for name in ("dtype", "data", "weights", "date")}
-            if texts["dtype"] not in ("bfloat16", "float16", "float32"):
-                raise ValueError(f"dtype must be bfloat16, float16 or float32, got {texts['dtype']!r}")
-            versions = score_stats.field(content, "versions", dict)
-            return cls(score_stats.from_json(content, sizes["num_tokens"]), versions=versions, **sizes, **texts)
+                read_field(content, name, equal_to(expected))
+            fields = {name: read_field(content, name, kind) for name, kind in _FIELDS.items()}
+            return cls(score_stats.from_json(content, fields["num_tokens"]), **fields)
         except ValueError as error:
             raise ValueError(f"{path} is not a calibration: {error}") from error
 
@@ -318,7 +320,7 @@ def _check_finite(stats: Stats) -> None:
 
 def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return {"fdpp-jax": fdpp_jax.__version__} | packages
+    return {"fdpp-jax": __version__} | packages
 
 
 def find(path_or_hub_id: str | pathlib.Path) -> Calibration | None:
@@ -385,13 +387,13 @@ def choose_softmax(
     Raises:
       ValueError: The calibration beside the checkpoint is malformed or of another model.
     """
-    stamp = tuned_tables.file_stamp(checkpoint / FILE_NAME)
+    stamp = file_stamp(checkpoint / FILE_NAME)
     return _choose_softmax(config, checkpoint, jnp.dtype(dtype).name, stamp)
 
 
 @functools.lru_cache(maxsize=8)
 def _choose_softmax(
-    config: DecoderConfig, checkpoint: pathlib.Path, dtype: str, stamp: tuned_tables.FileStamp | None
+    config: DecoderConfig, checkpoint: pathlib.Path, dtype: str, stamp: FileStamp | None
 ) -> tuple[UnifiedMax | None, str]:
     found = None if stamp is None else find(checkpoint)  # which wants a directory that is still there
     if found is None:

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdpp_jax import calibration, device
-from fdpp_jax.config import round_up
+from fdpp_jax import calibration
 from fdpp_jax.models.cache import KVCache
 from fdpp_jax.models.decoder import CausalLM
-from fdpp_jax.models.plans import plan_layer
+from fdpp_jax.ops.layer import compiler_options
+from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.sampling import Sampling, make_sampling, sample
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -113,7 +113,7 @@ def generate(
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
     options = temperature, top_k, top_p, key, softmax, max_recompute_rate
-    # Between two chunks the GPU waits for some 5 ms. Drift is looked for there.
+    # Between two chunks the GPU waits, and drift is looked for: docs/experiments/decode_step.md#chunks-of-generate
     chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options, chunk_size=_STEPS_OF_DRIFT)
     while True:
         try:
@@ -395,7 +395,11 @@ def _decode_chunk(
 
 
 def flattened(model: CausalLM) -> tuple[Structure, list[jax.Array]]:
-    """All of a model but its arrays, hashable, and these: to pass an NNX state of 200 takes the host 0.6 ms more."""
+    """The hashable part of a model, and its arrays as a list.
+
+    A list passes through jit's dispatch faster than an NNX state does:
+    docs/experiments/decode_step.md#start-and-end-of-a-loop
+    """
     graphdef, state = nnx.split(model)
     weights, treedef = jax.tree.flatten(state)
     return (graphdef, treedef), weights
@@ -408,13 +412,8 @@ def rebuilt(structure: Structure, weights: list[jax.Array]) -> CausalLM:
 
 
 def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str]:
-    """Of XLA, for a loop of the model's decode steps with a batch of rows.
-
-    Fused layers and the attention between them overlap (`pallas.overlap`), but not where XLA records them as CUDA
-    graphs, each as one of its own. The many small launches of an unfused step are better off as graphs.
-    """
-    plan = plan_layer(model.config, batch=batch, device=device.current(), dtype=model.dtype)
-    return {} if plan.config is None else {"xla_gpu_enable_command_buffer": ""}
+    """XLA's options for a loop of the model's decode steps with a batch of rows."""
+    return compiler_options(model.layer_plan(batch))
 
 
 def decode_step(

@@ -5,7 +5,6 @@ scores are counted in bins as they pass.
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdpp_jax.config import round_up
+from fdpp_jax.json_fields import INDEX, LIST, NUMBER, Kind, read_field
+from fdpp_jax.plans.shapes import round_up
 
 # Bins over -1000 .. 1000 nats; what lies beyond counts in the outermost. Lowest and highest values are exact anyway.
 LOWEST_NATS = -1000.0
 BIN_NATS = 0.5
 _NUM_BINS = 4000
 _BLOCK_KEYS = 256
+
+_COUNTS = Kind(
+    "a list of integers of at least 0, some above 0",
+    lambda value: isinstance(value, list) and all(type(count) is int and count >= 0 for count in value) and any(value),
+)
 
 type _Array = Any  # np.ndarray on the host, jax.Array on the device
 
@@ -236,7 +241,7 @@ def from_json(content: Mapping[str, Any], num_rows: int) -> Stats:
     Raises:
       ValueError: Malformed; names the field.
     """
-    layers = field(content, "layers", list)
+    layers = read_field(content, "layers", LIST)
     if not layers:
         raise ValueError("layers is empty")
     stats = Stats(*(_distribution(layers, name) for name in _QUANTITIES))
@@ -250,8 +255,8 @@ def from_json(content: Mapping[str, Any], num_rows: int) -> Stats:
 
 
 def _distribution(layers: list[Any], name: str) -> Distribution:
-    heads_of = [field(layer, name, list, f"layers[{i}].") for i, layer in enumerate(layers)]
-    num_heads = len(field(layers[0], _QUANTITIES[0], list, "layers[0]."))
+    heads_of = [read_field(layer, name, LIST, f"layers[{i}].") for i, layer in enumerate(layers)]
+    num_heads = len(read_field(layers[0], _QUANTITIES[0], LIST, "layers[0]."))
     shape = len(layers), num_heads
     counts = np.zeros((*shape, _NUM_BINS), np.int64)
     low, high = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -260,32 +265,11 @@ def _distribution(layers: list[Any], name: str) -> Distribution:
             raise ValueError(f"layers[{layer}].{name} must hold {max(num_heads, 1)} heads, got {len(heads)}")
         for n, head in enumerate(heads):
             where = f"layers[{layer}].{name}[{n}]."
-            low[layer, n], high[layer, n] = (field(head, end, (int, float), where) for end in ("low", "high"))
-            first, bins = field(head, "first_bin", int, where), field(head, "counts", list, where)
-            if not all(type(count) is int and count >= 0 for count in bins) or not any(bins):
-                raise ValueError(f"{where}counts must be integers >= 0, some above 0; got {reprlib.repr(bins)}")
-            if first < 0 or first + len(bins) > _NUM_BINS:
+            low[layer, n], high[layer, n] = (read_field(head, end, NUMBER, where) for end in ("low", "high"))
+            first, bins = read_field(head, "first_bin", INDEX, where), read_field(head, "counts", _COUNTS, where)
+            if first + len(bins) > _NUM_BINS:
                 raise ValueError(f"{where}first_bin and {len(bins)} counts must lie in {_NUM_BINS} bins, got {first}")
             if not low[layer, n] <= high[layer, n]:
                 raise ValueError(f"{where}low must not exceed high, got {low[layer, n]} and {high[layer, n]}")
             counts[layer, n, first : first + len(bins)] = bins
     return Distribution(counts, low, high)
-
-
-def field(content: Any, name: str, kind: type | tuple[type, ...], where: str = "") -> Any:
-    """One field of a JSON object.
-
-    Raises:
-      ValueError: It is missing or of another type; names it with `where` in front.
-    """
-    if not isinstance(content, dict):
-        raise ValueError(f"{where.rstrip('.')} must be an object, got {reprlib.repr(content)}")
-    if name not in content:
-        raise ValueError(f"{where}{name} is missing")
-    value = content[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        raise ValueError(
-            f"{where}{name} must be of type {' or '.join(k.__name__ for k in kinds)}, got {reprlib.repr(value)}"
-        )
-    return value
