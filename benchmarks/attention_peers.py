@@ -48,7 +48,7 @@ _WORKSPACE_BYTES = 128 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape of fdpp_jax.bench_attention.TABLE, which a test compares with this file's."""
+    """A shape of fdpp_jax.bench.attention.TABLE, which a test compares with this file's."""
 
     batch: int
     num_heads: int
@@ -321,7 +321,7 @@ class _Graph:
 
 
 def _num_sets(live_bytes: int) -> int:
-    """As fdpp_jax.timing.num_sets."""
+    """As fdpp_jax.bench.clock.num_sets."""
     import torch
 
     past_l2 = -(-_PAST_L2 * torch.cuda.get_device_properties(0).L2_cache_size // live_bytes)

@@ -1,4 +1,4 @@
-"""How fast: a decode step and a matmul, each beside its peers and the read floor of the same run."""
+"""How fast a decode step is, beside plain XLA and the read floor of the same run."""
 
 import concurrent.futures
 import dataclasses
@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax import device, heuristics, limits, matmul, models, ops, timing
-from fdpp_jax.config import FlatMatmulConfig, MatmulImplementation, MatmulShape, WeightOrder, round_up
-from fdpp_jax.device import Device
+from fdpp_jax import models, progress
+from fdpp_jax.bench import clock
+from fdpp_jax.bench.clock import read_floor
+from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.generation import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
-from fdpp_jax.timing import BenchReport, Candidate, read_floor
+from fdpp_jax.plans import device
+from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.unified_max import UnifiedMax
 
 _CAPACITY_MULTIPLE = 64
@@ -27,67 +29,10 @@ _CAPACITY_MULTIPLE = 64
 type _Variant = tuple[UnifiedMax | None, Literal["xla"] | None]
 
 
-def bench_matmul(shape: MatmulShape) -> BenchReport:
-    """Times x [m, k] @ w in its order: each of our kernels that takes the shape, XLA's, and the read floor of w.
-
-    Where the flat kernel runs it is also timed without what the paper adds to it: see `matmul_candidates`.
-
-    Raises:
-      ValueError: A size is not positive.
-    """
-    if min(shape.m, shape.k, shape.n) < 1:
-        raise ValueError(f"expected sizes of at least 1, got m={shape.m}, k={shape.k} and n={shape.n}")
-    running = device.current()
-    x, sets, weight_bytes = timing.matmul_buffers(shape)
-    candidates = matmul_candidates(shape, running)
-    title = (
-        f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
-        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights"
-    )
-    timings = timing.time_kernels(candidates, x, sets, weight_bytes)
-    return timing.kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})
-
-
-def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidate]:
-    """What `bench_matmul` times, by label: our kernels, ablations of the flat one, `jnp.dot`.
-
-    The ablations are the planned tiles with rows padded to 64 instead of 8, with two stages (one tile on its way while
-    one is multiplied), and with a CTA for each column block, so that K is not split.
-    """
-    planned = heuristics.plan_matmul(shape, running).implementation
-    candidates: dict[str, Candidate] = {}
-    kernels: tuple[MatmulImplementation, ...] = ("gemv", "flat")
-    for name in kernels:
-        if limits.refuse_kernel_matmul(shape, running, name) is None:
-            label = f"ours, {name}" + (" (planned)" if name == planned else "")
-            candidates[label] = Candidate(
-                functools.partial(ops.flat_matmul, w_order=shape.w_order, implementation=name)
-            )
-    if limits.refuse_kernel_matmul(shape, running, "flat") is None:
-        config = heuristics.flat_matmul_config(shape, running)
-        padded = dataclasses.replace(shape, m=64)
-        unsplit = dataclasses.replace(config, num_ctas=-(-shape.n // config.block_n))
-        variants = {
-            "flat, rows padded to 64": (heuristics.with_stages_that_fit(config, padded, running.smem_bytes), 64),
-            "flat, two stages": (dataclasses.replace(config, num_stages=2), shape.m),
-            "flat, K unsplit": (unsplit, shape.m),
-        }
-        for label, (variant, rows) in variants.items():
-            candidates[label] = Candidate(functools.partial(_flat, config=variant, rows=rows, w_order=shape.w_order))
-    dot = functools.partial(jnp.einsum, f"mk,{shape.w_order}->mn")
-    candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = Candidate(dot, is_peer=True)
-    return candidates
-
-
-def _flat(x: jax.Array, w: jax.Array, *, config: FlatMatmulConfig, rows: int, w_order: WeightOrder) -> jax.Array:
-    padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-    return matmul.run_kernel(padded, w, config=config, out_dtype=x.dtype, w_order=w_order)[: x.shape[0]]
-
-
 def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
-    """Times greedy decoding with random weights: ours, ours with online softmax and plain XLA in turns; the read floor.
+    """Times greedy decoding with random weights: ours, ours with online softmax, and plain XLA, in turns.
 
-    The floor is that of all weights that a step needs and the live keys and values, inside a layer's local window.
+    The read floor is that of the weights that a step needs, and of the live keys and values inside a layer's window.
 
     Args:
       config: The model's shapes.
@@ -106,11 +51,11 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
         raise ValueError(f"expected a context of at most the model's {config.max_position_embeddings}, got {context}")
     running = device.current()
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
-    timing.progress("random weights")
+    progress.say("bench", "random weights")
     model = models.random_model(config, dtype)
     weight_bytes = _weight_bytes(model)
     kv_bytes = int(batch * _kv_bytes(config, context - steps / 2, dtype))  # live tokens on average
-    timing.progress("read floor")
+    progress.say("bench", "read floor")
     floors = [read_floor(weight_bytes + kv_bytes)]
 
     variants: dict[str, _Variant] = {
@@ -119,7 +64,9 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
         "plain XLA": (None, "xla"),
     }
     seconds, recomputed = _time_decode(model, batch, context, steps, variants)
-    floors.append(read_floor(weight_bytes + kv_bytes))  # before and after: it drifts as the GPU warms up
+    floors.append(
+        read_floor(weight_bytes + kv_bytes)
+    )  # before and behind the loops: the floor drifts as the GPU warms up
     floor = statistics.mean(floors)
     baseline = seconds["plain XLA"]
     rows = [
@@ -138,7 +85,7 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
         f"Decode on {running.kind}: {config.num_hidden_layers} layers of {config.hidden_size}, batch {batch}, "
         f"context {context}, {dtype.name}, {weight_bytes / 1e9:.2f} GB of weights, {kv_bytes / 1e9:.2f} GB of K and V"
     )
-    record = timing.provenance() | {
+    record = provenance() | {
         "config": dataclasses.asdict(config),
         "decode": {"batch": batch, "context": context, "steps": steps, "dtype": dtype.name},
         "bytes": {"weights": weight_bytes, "keys_and_values": kv_bytes},
@@ -151,7 +98,7 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
 
 
 def _weight_bytes(model: CausalLM) -> int:
-    """Bytes of weights that a decode step reads: all, but of an embedding that is no head only a few rows."""
+    """Bytes of weights that a decode step reads: all but an embedding that is no head, of which it reads a few rows."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     head = model.embedding if model.config.tie_word_embeddings else None
     tables = [m for _, m in nnx.iter_modules(model) if isinstance(m, Embedding) and m is not head]
@@ -159,7 +106,7 @@ def _weight_bytes(model: CausalLM) -> int:
 
 
 def _kv_bytes(config: DecoderConfig, live_tokens: float, dtype: jnp.dtype) -> float:
-    """Bytes of keys and values that a decode step reads of one row: the live ones, or those in the layer's window."""
+    """Bytes of keys and values that a decode step reads per row: the live ones, in a windowed layer those inside."""
     options = map(config.attention_options, range(config.num_hidden_layers))
     windows = (option.get("local_window_size") for option in options)
     seen = sum(live_tokens if window is None else min(live_tokens, window[0] + 1) for window in windows)
@@ -169,13 +116,13 @@ def _kv_bytes(config: DecoderConfig, live_tokens: float, dtype: jnp.dtype) -> fl
 def _time_decode(
     model: CausalLM, batch: int, context: int, steps: int, variants: Mapping[str, _Variant]
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """By name the median seconds a step of loops that take turns, and how many of a loop's steps were redone."""
+    """By name: median seconds per step of loops that take turns, and how many steps of a loop were redone."""
     structure, weights = flattened(model)
     cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
     tokens = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size
-    timing.progress(f"compile {', '.join(variants)}")
+    progress.say("bench", f"compile {', '.join(variants)}")
     compiling = {}
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # one is compiled while the next one is lowered
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # one is compiled while the next is lowered
         for name, (softmax, implementation) in variants.items():
             options = decode_compiler_options(model, batch) if implementation is None else {}
             loop = jax.jit(functools.partial(_decode_loop, structure, steps, implementation), donate_argnums=1)
@@ -183,10 +130,10 @@ def _time_decode(
             compiling[name] = pool.submit(lowered.compile, compiler_options=options)
     loops = {name: future.result() for name, future in compiling.items()}
 
-    timing.progress("time")
+    progress.say("bench", "time")
     samples, redone = {name: list[float]() for name in variants}, dict[str, int]()
-    for turn in range(1 + timing.REPEATS):  # the first loops of a process are the slowest
-        for name in timing.in_turn(variants, turn):
+    for turn in range(1 + clock.REPEATS):  # the first loops of a process are the slowest
+        for name in clock.in_turn(variants, turn):
             softmax, _ = variants[name]
             cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - steps, jnp.int32))
             jax.block_until_ready((weights, cache))
@@ -227,6 +174,6 @@ def _random_cache(model: CausalLM, batch: int, capacity: int) -> KVCache:
     empty = jax.eval_shape(lambda: KVCache.create(model.config, batch, capacity, model.dtype))
     leaves, treedef = jax.tree.flatten((empty.keys, empty.values))
     seeds = jax.random.split(jax.random.key(1), len(leaves))
-    filled = [timing.random_normal(seed, leaf.shape, leaf.dtype) for seed, leaf in zip(seeds, leaves, strict=True)]
+    filled = [clock.random_normal(seed, leaf.shape, leaf.dtype) for seed, leaf in zip(seeds, leaves, strict=True)]
     keys, values = jax.tree.unflatten(treedef, filled)
     return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))

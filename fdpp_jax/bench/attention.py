@@ -1,6 +1,6 @@
 """How fast decode attention is: kernel, ablations and public op, beside jax.nn and the read floor of the live keys.
 
-Ours gets lengths, as a decode step has them; jax.nn gets none where all keys are live, which spares it the mask.
+Ours gets lengths, as a decode step has them. jax.nn gets none where all keys are live, which spares it the mask.
 """
 
 import dataclasses
@@ -14,11 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdpp_jax import device, heuristics, ops, timing
-from fdpp_jax.config import MAX_CHUNK, AttentionPlan, AttentionShape, DecodeAttentionConfig, Recompute, ScaleKind
-from fdpp_jax.device import Device
-from fdpp_jax.timing import BenchReport, Candidate, Timings
-from fdpp_jax.unified_max import UnifiedMax
+from fdpp_jax import heuristics, ops, progress
+from fdpp_jax.bench import report
+from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, random_normal, time_kernels
+from fdpp_jax.bench.report import BenchReport
+from fdpp_jax.plans import device, hopper
+from fdpp_jax.plans.backend import AttentionPlan
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.hopper_attention import (
+    MAX_CHUNK,
+    DecodeAttentionConfig,
+    decode_attention_config,
+    grid_attention_config,
+)
+from fdpp_jax.plans.shapes import AttentionShape, ScaleKind
+from fdpp_jax.unified_max import Recompute, UnifiedMax
 
 type Lengths = Literal["full", "mixed"] | int
 
@@ -157,20 +168,20 @@ TABLE = (
 
 
 def bench_attention(case: AttentionCase, *, quick: bool = False) -> BenchReport:
-    """Times one shape, a line for each kernel.
+    """Times one shape, a line per kernel.
 
     - unified max: the kernel as planned, without a recompute; only where there is a kernel
     - public op: dot_product_attention with UnifiedMax, and with the recompute in its other places
     - online softmax: the kernel with a running max, as planned for it
-    - separate combine: the kernel without clusters, its splits added in a second launch
-    - jax.nn's two, where they can: no paged and no quantised cache
+    - separate combine: the kernel without clusters, its partial sums merged in a second launch
+    - jax.nn's two implementations, which take neither a paged nor a quantised cache
 
     Args:
       case: The shape.
       quick: Leaves out ablations and peers.
 
     Raises:
-      Exception: What one of ours raised; a peer may fail.
+      Exception: The error of a kernel of ours; a peer may fail.
     """
     running = device.current()
     candidates, timings, plan = _measure(case, running, quick, () if quick else _PLACES)
@@ -180,7 +191,7 @@ def bench_attention(case: AttentionCase, *, quick: bool = False) -> BenchReport:
     )
     what = {"attention": _record(case, plan)}
     baseline = _UNIFIED if _UNIFIED in candidates else _PUBLIC
-    return timing.kernel_report(title, candidates, timings, case.live_bytes, what, baseline)
+    return report.kernel_report(title, candidates, timings, case.live_bytes, what, baseline)
 
 
 _COLUMNS = (
@@ -202,59 +213,59 @@ _NUM_QUICK_COLUMNS = 6
 def bench_attention_table(
     cases: Sequence[AttentionCase] = TABLE, *, quick: bool = False, record_path: str | None = None
 ) -> BenchReport:
-    """Times many shapes, a line each; "ours" is the kernel as planned, or the public op where there is no kernel.
+    """Times many shapes, a line per shape; "ours" is the kernel as planned, or the public op where there is no kernel.
 
-    The recompute in its other places is left to `bench_attention`: `lax.cond` takes the longest to compile. A kernel
+    Only `bench_attention` times the recompute in its other places: `lax.cond` takes the longest to compile. A kernel
     that fails, ours or a peer, leaves its cell empty and its error in the record.
 
     Args:
       cases: The shapes.
       quick: Leaves out ablations and peers.
-      record_path: Where the record is written after each shape, so that a run that is cut short leaves what it has.
+      record_path: File to which the record is written after each shape, so that a run cut short leaves what it has.
     """
     running = device.current()
     columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
     rows: list[tuple[str, ...]] = []
-    record = timing.provenance() | {"attention_table": list[dict[str, Any]]()}
-    report = BenchReport(f"Decode attention on {running.kind}: medians in microseconds", columns, (), record)
+    record = report.provenance() | {"attention_table": list[dict[str, Any]]()}
+    table = BenchReport(f"Decode attention on {running.kind}: medians in microseconds", columns, (), record)
     for index, case in enumerate(cases):
-        timing.progress(f"{index + 1} of {len(cases)}: {case.label}")
+        progress.say("bench", f"{index + 1} of {len(cases)}: {case.label}")
         candidates, timings, plan = _measure(case, running, quick)
         for name, error in timings.failures.items():
-            timing.progress(f"{name} does not run: {timing.first_line(error)}")
+            progress.say("bench", f"{name} does not run: {report.first_line(error)}")
         rows.append(_table_cells(case, timings)[: len(columns)])
-        timing.progress(" | ".join(rows[-1]))
+        progress.say("bench", " | ".join(rows[-1]))
         record["attention_table"].append(
-            _record(case, plan) | timing.timings_record(candidates, timings, case.live_bytes)
+            _record(case, plan) | report.timings_record(candidates, timings, case.live_bytes)
         )
-        report = dataclasses.replace(report, rows=tuple(rows))
+        table = dataclasses.replace(table, rows=tuple(rows))
         if record_path is not None:
-            report.save(record_path)
-    return report
+            table.save(record_path)
+    return table
 
 
 def _table_cells(case: AttentionCase, timings: Timings) -> tuple[str, ...]:
     def cell(name: str) -> str:
-        return timing.us(timings.seconds[name]) if name in timings.seconds else "-"
+        return report.us(timings.seconds[name]) if name in timings.seconds else "-"
 
     def cell_saved(name: str) -> str:
         other = timings.seconds.get(name)
-        return "-" if other is None else f"{cell(name)} ({timing.saving(timings.seconds.get(ours), other)})"
+        return "-" if other is None else f"{cell(name)} ({report.saving(timings.seconds.get(ours), other)})"
 
     ours = _UNIFIED if _UNIFIED in timings.seconds else _PUBLIC
     ours_seconds = timings.seconds.get(ours, math.nan)
     return (
         case.label,
         f"{case.live_bytes / 1e6:.1f}",
-        timing.us(timings.floor),
+        report.us(timings.floor),
         cell(ours),
-        timing.ratio(ours_seconds, timings.floor),
+        report.ratio(ours_seconds, timings.floor),
         cell(_PUBLIC),
         cell_saved(_ONLINE),
         cell_saved(_SEPARATE),
         cell(_CUDNN),
         cell(_XLA),
-        timing.ratio(ours_seconds, timings.best(_PEERS)),
+        report.ratio(ours_seconds, timings.best(_PEERS)),
     )
 
 
@@ -263,7 +274,7 @@ def _record(case: AttentionCase, plan: AttentionPlan) -> dict[str, Any]:
         "label": case.label,
         "shape": dataclasses.asdict(case.shape),
         "lengths": list(case.live_lengths()),
-        "plan": dataclasses.asdict(plan),
+        "plan": dataclasses.asdict(plan) | {"implementation": plan.implementation},
     }
 
 
@@ -273,23 +284,23 @@ def _measure(
     plan = heuristics.plan_attention(case.shape, running)
     candidates = _candidates(case, plan, running, quick, places)
     x, kv = _inputs(case)
-    sets = timing.copies(kv, timing.num_sets(case.live_bytes, running))
-    # As a layer's query follows from the layer before; its values become small, which no kernel minds.
-    timings = timing.time_kernels(candidates, x, sets, case.live_bytes, lambda x, out: x | {"query": out})
+    sets = copies(kv, num_sets(case.live_bytes, running))
+    # Each query is the result before, as in a model. The values become small, which no kernel minds.
+    timings = time_kernels(candidates, x, sets, case.live_bytes, lambda x, out: x | {"query": out})
     return candidates, timings, plan
 
 
-# What is timed: functions of x (query, lengths and what else is small) and one cache.
+# The candidates are functions of x (the query, lengths and other small arrays) and of one cache.
 
 
 def _candidates(
     case: AttentionCase, plan: AttentionPlan, running: Device, quick: bool, places: Sequence[Recompute]
 ) -> dict[str, Candidate]:
     def ours(function: Callable[..., jax.Array], *, place: Recompute | None = None, **static: Any) -> Candidate:
-        # lax.cond breaks the command buffer: some 20 us each, and the longest to compile.
+        # lax.cond breaks the command buffer, and takes the longest to compile.
         return Candidate(functools.partial(function, case.shape, **static), is_short=place == "cond")
 
-    config = plan.config if isinstance(plan.config, DecodeAttentionConfig) else None
+    config: DecodeAttentionConfig | None = plan.config if plan.backend == hopper.NAME else None
     candidates = {}
     if config is not None:
         candidates[_UNIFIED] = ours(_kernel, config=config, phi=_PHI)
@@ -302,10 +313,10 @@ def _candidates(
         for place in places:
             if place != plan.recompute:
                 candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(_PHI, place), place=place)
-        online = heuristics.decode_attention_config(dataclasses.replace(case.shape, is_online=True), running)
+        online = decode_attention_config(dataclasses.replace(case.shape, is_online=True), running)
         candidates[_ONLINE] = ours(_kernel, config=online, phi=None)
-        grid = heuristics.grid_attention_config(case.shape, running)
-        splits = max(1, grid.num_splits // min(case.shape.batch, MAX_CHUNK))  # of each sequence
+        grid = grid_attention_config(case.shape, running)
+        splits = max(1, grid.num_splits // min(case.shape.batch, MAX_CHUNK))  # per sequence
         separate = dataclasses.replace(grid, combine="launch", num_splits=splits)
         candidates[_SEPARATE] = ours(_kernel, config=separate, phi=_PHI)
     if case.shape.page_size is None and case.shape.scales is None:
@@ -316,24 +327,17 @@ def _candidates(
 
 
 def _kernel(
-    shape: AttentionShape, x: dict[str, jax.Array], kv: dict[str, jax.Array], *, config: Any, phi: float | None
+    shape: AttentionShape,
+    x: dict[str, jax.Array],
+    kv: dict[str, jax.Array],
+    *,
+    config: DecodeAttentionConfig,
+    phi: float | None,
 ) -> jax.Array:
-    from fdpp_jax.pallas import decode_attention
+    from fdpp_jax.pallas.decode_attention.kernel import attend
 
-    small = {name: array for name, array in x.items() if name not in ("query", "lengths")}
-    large = {name: array for name, array in kv.items() if name not in ("key", "value")}
-    return decode_attention.decode_attention(
-        x["query"],
-        kv["key"],
-        kv["value"],
-        x["lengths"],
-        None if phi is None else jnp.float32(phi),
-        scale=1 / math.sqrt(shape.head_dim),
-        config=config,
-        is_causal=shape.is_causal,
-        **small,
-        **large,
-    )
+    arrays = AttentionArrays(**x, **kv, phi=None if phi is None else jnp.float32(phi))
+    return attend(arrays, AttentionOptions(1 / math.sqrt(shape.head_dim), shape.is_causal), config)
 
 
 def _op(
@@ -369,7 +373,7 @@ def _inputs(case: AttentionCase) -> tuple[dict[str, jax.Array], dict[str, jax.Ar
     keys = jax.random.split(jax.random.key(0), 5)
     query_shape = (shape.batch, shape.query_length, shape.num_query_heads, shape.head_dim)
     x = {
-        "query": timing.random_normal(keys[0], query_shape, jnp.dtype(shape.dtype)),
+        "query": random_normal(keys[0], query_shape, jnp.dtype(shape.dtype)),
         "lengths": jnp.array(case.live_lengths(), jnp.int32),
     }
     if shape.has_query_offset:
@@ -382,7 +386,7 @@ def _inputs(case: AttentionCase) -> tuple[dict[str, jax.Array], dict[str, jax.Ar
     cache_shape = (*rows, shape.num_kv_heads, shape.head_dim)
     kv = {"key": _random_cache(keys[1], cache_shape, shape), "value": _random_cache(keys[2], cache_shape, shape)}
     if shape.scales is not None:
-        # By a quarter around what makes the values normal again.
+        # Within a quarter of the scale that makes the values normal again.
         middle = _INT8_STEP if shape.kv_dtype == "int8" else 1.0
         per_token = shape.scales == "token"
         scale_shape = cache_shape[:3] if per_token else (shape.num_kv_heads,)
@@ -395,7 +399,7 @@ def _inputs(case: AttentionCase) -> tuple[dict[str, jax.Array], dict[str, jax.Ar
 def _random_cache(key: jax.Array, cache_shape: tuple[int, ...], shape: AttentionShape) -> jax.Array:
     if shape.kv_dtype == "int8":
         return _random_int8(key, cache_shape)
-    return timing.random_normal(key, cache_shape, jnp.dtype(shape.kv_dtype or shape.dtype))
+    return random_normal(key, cache_shape, jnp.dtype(shape.kv_dtype or shape.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="cache_shape")

@@ -1,7 +1,7 @@
 """Measures which kernel and which tiles are the fastest for a weight, by number of rows.
 
-For each weight [K, N]: a sweep over all candidates at eight rows; then its best ones, XLA's dot and the rule's config
-take turns at each number of rows. The fastest becomes an entry of a table (`tuned_tables`), from which
+Each weight [K, N] gets a sweep over all candidates at eight rows. Then the best of them, XLA's dot and the rule's
+config take turns at each number of rows. The fastest becomes an entry of a table (`plans.tables`), from which
 `heuristics.plan_matmul` answers. The paper's switch points follow from the entries: gemv below M1, flat below M2.
 
 Source: FlashDecoding++ (arXiv 2311.01282), section 5 (heuristic dataflow).
@@ -9,43 +9,43 @@ Source: FlashDecoding++ (arXiv 2311.01282), section 5 (heuristic dataflow).
 
 import dataclasses
 import functools
-import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax import heuristics, limits, matmul, models, timing
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulImplementation, MatmulShape
-from fdpp_jax.device import Device
+from fdpp_jax import models
+from fdpp_jax.bench.clock import REPEATS, Candidate, matmul_buffers, time_kernels
+from fdpp_jax.bench.report import first_line
 from fdpp_jax.models import DecoderConfig
-from fdpp_jax.tuned_tables import W_ORDER, Entry, Run, Sweep, Table, config_text
+from fdpp_jax.ops.running import module_of
+from fdpp_jax.plans import device as devices
+from fdpp_jax.plans.backend import MatmulOp, MatmulPlan
+from fdpp_jax.plans.backends import with_kernels
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.shapes import MatmulImplementation, MatmulShape
+from fdpp_jax.plans.tables import W_ORDER, Entry, Run, Sweep, Table
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-_SWEEP_ROWS = 8  # of the kernel below 9 rows too, which pads to 8
+_SWEEP_ROWS = 8  # the flat kernel pads fewer rows to 8
 _SWEEP_ROUNDS = 3
-_KEPT = 3  # of the sweep, from its rows on; below them the kernel is the same, and the best one does
-_TILES = ((64, 256), (64, 128), (128, 128))  # block_n, block_k: 16 or 32 KiB of weights
-_CTAS_PER_SM = (1, 2)
-_GEMV_TILES = ((64, 128), (128, 64))
-_GEMV_SPLITS = (1, 2, 4, 8)
-_DEEPEST = 8
-_MAX_CTAS_PER_SM = 4  # beyond, in waves, a split is only more to add up
+_KEPT = 3  # the sweep's best, timed from _SWEEP_ROWS on; below, the kernel is the same, and the best one suffices
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight [K, N], stored [n, k], and what it is: "llama-2-7b qkv"."""
+    """A weight [K, N], stored [N, K], and its name: "llama-2-7b qkv"."""
 
     k: int
     n: int
     label: str
 
     def shape(self, m: int, dtype: str) -> MatmulShape:
-        """Of the matmul with m rows."""
+        """The shape of the matmul with m rows."""
         return MatmulShape(m, self.k, self.n, dtype, W_ORDER)
 
     def __str__(self) -> str:
@@ -54,22 +54,22 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One kernel to time at m rows."""
+    """One kernel to time at m rows; its config is one of `MatmulOp.candidates`, None for XLA's dot."""
 
     m: int
     implementation: MatmulImplementation
-    config: FlatMatmulConfig | GemvConfig | None = None
+    config: Any = None
 
     @property
     def name(self) -> str:
         """ "M = 8, flat 64 x 256, 5 stages, 132 CTAs"."""
-        tiles = "" if self.config is None else f" {config_text(self.config)}"
+        tiles = "" if self.config is None else f" {self.config.text}"
         return f"M = {self.m}, {self.implementation}{tiles}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Microseconds of the jobs that ran and of reading the weight's bytes; what the others raised."""
+    """Microseconds of the jobs that ran and of reading the weight's bytes; the errors of the other jobs."""
 
     floor_us: float
     time_us: Mapping[Job, float]
@@ -91,13 +91,13 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class StaticCost:
-    """What one choice for all costs against the best for each.
+    """What one choice for all matmuls costs, beside the best choice for each.
 
     Attributes:
-      choice: What it is.
-      geomean: Of its time by the best's, over all weights.
-      worst: The largest of them.
-      where: Of which matmul that is.
+      choice: The choice, in words.
+      geomean: Of the ratios of its time to the best time, over all matmuls.
+      worst: The largest of these ratios.
+      where: The matmul that has it.
     """
 
     choice: str
@@ -133,50 +133,28 @@ def pending(weights: Sequence[Weight], dtype: str, table: Table, run: Run) -> li
     return [weight for weight in weights if not is_done(weight)]
 
 
-def candidates(shape: MatmulShape, device: Device, implementation: MatmulImplementation) -> list[Job]:
-    """The configs worth a try, all legal, each with as many stages as the CTAs of an SM have room for.
-
-    gemv's give every second SM a CTA at least and every SM four at most, where a split does so; the flat kernel's one
-    or two an SM. The rule's own is the first.
-    """
-    found = [heuristics.rule_matmul_config(shape, device, implementation)]
-    if implementation == "gemv":
-        for (block_n, block_k), split_k in itertools.product(_GEMV_TILES, _GEMV_SPLITS):
-            num_ctas = -(-shape.n // block_n) * split_k
-            enough = 2 * num_ctas >= device.num_sms or split_k == _GEMV_SPLITS[-1]
-            if enough and (split_k == 1 or num_ctas <= _MAX_CTAS_PER_SM * device.num_sms):
-                found.append(_fitting(GemvConfig(block_n, block_k, _DEEPEST, split_k), shape, device))
-    else:
-        for (block_n, block_k), ctas_per_sm in itertools.product(_TILES, _CTAS_PER_SM):
-            config = FlatMatmulConfig(ctas_per_sm * device.num_sms, block_n, block_k, _DEEPEST)
-            found.append(_fitting(config, shape, device))
-    legal = [config for config in found if limits.refuse_matmul_config(shape, device, config) is None]
-    return [Job(shape.m, implementation, config) for config in dict.fromkeys(legal)]
-
-
-def _fitting(
-    config: FlatMatmulConfig | GemvConfig, shape: MatmulShape, device: Device
-) -> FlatMatmulConfig | GemvConfig:
-    """The config with no more stages than one or two CTAs of an SM have room for, as many as the grid gives it."""
-    num_ctas = -(-shape.n // config.block_n) * config.split_k if isinstance(config, GemvConfig) else config.num_ctas
-    smem_bytes = device.smem_bytes_shared(min(2, -(-num_ctas // device.num_sms)))
-    return heuristics.with_stages_that_fit(config, shape, smem_bytes)
+def _kernels(device: Device) -> MatmulOp:
+    """How the kernels of the device compute matmuls."""
+    backend = with_kernels(device, "matmul")
+    assert backend is not None
+    assert backend.matmul is not None
+    return backend.matmul
 
 
 def weight_timer(weight: Weight, dtype: str) -> Timer:
-    """Random values for the weight, in as many buffers as get past the L2, and what times jobs on them."""
-    x, sets, weight_bytes = timing.matmul_buffers(weight.shape(max(ROWS), dtype))
+    """Fills as many buffers as get past the L2 with random values, and returns the function that times jobs on them."""
+    x, sets, weight_bytes = matmul_buffers(weight.shape(max(ROWS), dtype))
 
     def measure(jobs: Sequence[Job], rounds: int) -> Measured:
         by_name = {job.name: job for job in jobs}
-        steps = {name: timing.Candidate(functools.partial(_step, job)) for name, job in by_name.items()}
+        steps = {name: Candidate(functools.partial(_step, job)) for name, job in by_name.items()}
         rows = {job.m: x[: job.m] for job in jobs}
-        timings = timing.time_kernels(steps, rows, sets, weight_bytes, repeats=rounds, quiet=True)
+        timings = time_kernels(steps, rows, sets, weight_bytes, repeats=rounds, quiet=True)
         for name, error in timings.failures.items():
             if by_name[name].config is None:
-                raise error  # XLA's own: nothing to compare with
+                raise error  # XLA's own: there is nothing to compare with
         times = {by_name[name]: round(seconds * 1e6, 2) for name, seconds in timings.seconds.items()}
-        failures = {by_name[name]: timing.first_line(error) for name, error in timings.failures.items()}
+        failures = {by_name[name]: first_line(error) for name, error in timings.failures.items()}
         return Measured(round(timings.floor * 1e6, 2), times, failures)
 
     return measure
@@ -187,7 +165,11 @@ def _step(job: Job, rows: Mapping[int, jax.Array], w: jax.Array) -> jax.Array:
     x = rows[job.m]
     if job.config is None:
         return jnp.einsum(f"mk,{W_ORDER}->mn", x, w)
-    return matmul.run_kernel(x, w, config=job.config, out_dtype=x.dtype, w_order=W_ORDER)
+    backend = with_kernels(devices.current(), "matmul")
+    assert backend is not None
+    plan = MatmulPlan(backend.name, job.implementation, job.config, "a candidate")
+    out: jax.Array = module_of(plan).matmul(x, w, plan, out_dtype=x.dtype, w_order=W_ORDER)
+    return out
 
 
 def tune(
@@ -205,18 +187,18 @@ def tune(
     """Measures the weights one after the other.
 
     Args:
-      weights: Those to measure.
+      weights: The weights to measure.
       dtype: Of weights and rows.
-      device: The one that runs.
-      table: What was measured before, which the steps' tables add to.
-      run: Where the new numbers are from.
-      make_timer: make_timer(weight, dtype) -> what times kernels on it: `weight_timer`.
-      deadline: No weight is begun that would end after it at the pace of the slowest so far, by `clock`, in seconds.
+      device: The running device, which has kernels.
+      table: The measurements so far, to which the steps' tables add.
+      run: Versions, date and commit of the new measurements.
+      make_timer: make_timer(weight, dtype) -> a timer of kernels on the weight; see `weight_timer`.
+      deadline: In seconds of `clock`. No weight is begun that would end later at the pace of the slowest so far.
       clock: Seconds.
-      phase: Told what is done.
+      phase: Called with the weight and what is done with it.
 
     Yields:
-      A step for each weight; fewer than weights if the deadline came first.
+      A step per weight; fewer if the deadline comes first.
     """
     slowest = 0.0
     for weight in weights:
@@ -235,18 +217,20 @@ def _tune_weight(
     weight: Weight, dtype: str, device: Device, run: Run, time_jobs: Timer, phase: Callable[[str], None]
 ) -> tuple[list[Entry], Sweep, tuple[str, ...]]:
     shape = weight.shape(_SWEEP_ROWS, dtype)
-    jobs = [Job(_SWEEP_ROWS, "xla"), *candidates(shape, device, "flat")]
-    jobs += candidates(dataclasses.replace(shape, m=1), device, "gemv")
+    op = _kernels(device)
+    jobs = [Job(_SWEEP_ROWS, "xla")]
+    jobs += [Job(_SWEEP_ROWS, "flat", config) for config in op.candidates(shape, device, "flat")]
+    jobs += [Job(1, "gemv", config) for config in op.candidates(dataclasses.replace(shape, m=1), device, "gemv")]
     phase(f"sweep of {len(jobs)} kernels")
     swept = time_jobs(jobs, _SWEEP_ROUNDS)
     ranked = sorted(swept.time_us, key=lambda job: swept.time_us[job])
 
     jobs = [job for m in ROWS for job in _finalists(dataclasses.replace(shape, m=m), device, ranked)]
     phase(f"{len(jobs)} kernels at {len(ROWS)} numbers of rows")
-    final = time_jobs(jobs, timing.REPEATS)
+    final = time_jobs(jobs, REPEATS)
     entries = [_entry(dataclasses.replace(shape, m=m), final, run) for m in ROWS]
     times = {
-        "xla" if job.config is None else config_text(job.config): us
+        "xla" if job.config is None else job.config.text: us
         for job, us in swept.time_us.items()
         if job.implementation != "gemv"
     }
@@ -255,23 +239,25 @@ def _tune_weight(
 
 
 def _finalists(shape: MatmulShape, device: Device, ranked: Sequence[Job]) -> list[Job]:
-    """XLA, and what is timed against it: the sweep's best, with the stages that fit so many rows, and the rule's."""
+    """XLA's dot, the sweep's best with the stages that fit so many rows, and the rule's config."""
     jobs = [Job(shape.m, "xla")]
-    best_gemv = [job.config for job in ranked if job.implementation == "gemv"][:1]
-    best_flat = [job.config for job in ranked if job.implementation == "flat"]
-    configs = best_gemv + best_flat[: _KEPT if shape.m >= _SWEEP_ROWS else 1]
-    fitting = [_fitting(config, shape, device) for config in configs if config is not None]
+    op = _kernels(device)
+    best_gemv = [job for job in ranked if job.implementation == "gemv"][:1]
+    best_flat = [job for job in ranked if job.implementation == "flat"][: _KEPT if shape.m >= _SWEEP_ROWS else 1]
+    for job in best_gemv + best_flat:
+        jobs.append(Job(shape.m, job.implementation, op.fit(shape, device, job.config)))
     if shape.m > _SWEEP_ROWS:
-        fitting.append(heuristics.rule_matmul_config(shape, device, "flat"))
-    for config in dict.fromkeys(fitting):
-        if limits.refuse_matmul_config(shape, device, config) is None:
-            jobs.append(Job(shape.m, "gemv" if isinstance(config, GemvConfig) else "flat", config))
-    return jobs
+        jobs.append(Job(shape.m, "flat", op.config(shape, device, "flat")))
+    return [
+        job
+        for job in dict.fromkeys(jobs)
+        if job.config is None or op.refuse_config(shape, device, job.implementation, job.config) is None
+    ]
 
 
 def _entry(shape: MatmulShape, measured: Measured, run: Run) -> Entry:
     times: dict[str, float] = {}
-    configs: dict[str, FlatMatmulConfig | GemvConfig] = {}
+    configs: dict[str, Any] = {}
     ranked = sorted((job for job in measured.time_us if job.m == shape.m), key=lambda job: measured.time_us[job])
     for job in ranked:
         if job.implementation not in times:
@@ -291,7 +277,7 @@ def switch_points(entries: Sequence[Entry]) -> tuple[int, int]:
 def static_costs(table: Table, device: Device, dtype: str) -> list[StaticCost]:
     """What it costs to choose once for all measured weights: a config, the rule, an implementation.
 
-    Configs are compared at the 8 rows of the sweeps, an implementation at all rows where it was measured. Empty where
+    Configs are compared at the 8 rows of the sweeps, implementations at all rows where they were measured. Empty where
     nothing was measured.
     """
     sweeps = [sweep for sweep in table.sweeps if sweep.shape.dtype == dtype]
@@ -299,14 +285,15 @@ def static_costs(table: Table, device: Device, dtype: str) -> list[StaticCost]:
         return []
 
     def against_best(choice: str, names: Mapping[MatmulShape, str]) -> StaticCost:
-        """Names what is chosen for each sweep."""
+        """The cost of a choice; names: what it takes in each sweep."""
         ratios = {s.shape: s.time_us[names[s.shape]] / min(s.time_us.values()) for s in sweeps}
         return _static_cost(f"{choice}, M = {_SWEEP_ROWS}", ratios)
 
     shared = set.intersection(*(set(sweep.time_us) for sweep in sweeps)) - {"xla"}
     singles = [against_best(f"flat, {name}", {s.shape: name for s in sweeps}) for name in sorted(shared)]
     costs = [min(singles, key=lambda cost: cost.geomean)] if singles else []
-    rule = {s.shape: config_text(heuristics.rule_matmul_config(s.shape, device, "flat")) for s in sweeps}
+    op = _kernels(device)
+    rule = {s.shape: op.config(s.shape, device, "flat").text for s in sweeps}
     if all(rule[s.shape] in s.time_us for s in sweeps):
         costs.append(against_best("flat, the rule's config", rule))
     for name in ("flat", "xla"):

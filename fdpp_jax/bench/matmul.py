@@ -1,0 +1,79 @@
+"""How fast one matmul is, beside XLA's dot and the read floor of its weight."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fdpp_jax import heuristics, ops
+from fdpp_jax.bench.clock import Candidate, matmul_buffers, time_kernels
+from fdpp_jax.bench.report import BenchReport, kernel_report
+from fdpp_jax.plans import device, hopper_matmul
+from fdpp_jax.plans.backends import with_kernels
+from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.hopper import with_stages_that_fit
+from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig
+from fdpp_jax.plans.shapes import MatmulImplementation, MatmulShape, WeightOrder, cdiv
+
+
+def bench_matmul(shape: MatmulShape) -> BenchReport:
+    """Times x [m, k] @ w in its order: each kernel of ours that takes the shape, XLA's dot, and the read floor of w.
+
+    The flat kernel is also timed without each thing that the paper adds to it: see `matmul_candidates`.
+
+    Raises:
+      ValueError: A size is not positive.
+    """
+    if min(shape.m, shape.k, shape.n) < 1:
+        raise ValueError(f"expected sizes of at least 1, got m={shape.m}, k={shape.k} and n={shape.n}")
+    running = device.current()
+    x, sets, weight_bytes = matmul_buffers(shape)
+    candidates = matmul_candidates(shape, running)
+    title = (
+        f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
+        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights"
+    )
+    timings = time_kernels(candidates, x, sets, weight_bytes)
+    return kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})
+
+
+def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidate]:
+    """What `bench_matmul` times, by label: our kernels, ablations of the flat one, `jnp.dot`.
+
+    The ablations have the planned tiles, and change one thing each: rows are padded to 64 instead of 8, two stages (one
+    tile is loaded while another is multiplied), one CTA per column block, so that K is not split.
+    """
+    planned = heuristics.plan_matmul(shape, running).implementation
+    candidates: dict[str, Candidate] = {}
+    backend = with_kernels(running, "matmul")
+    op = None if backend is None else backend.matmul
+    kernels: tuple[MatmulImplementation, ...] = ("gemv", "flat")
+    for name in kernels:
+        if op is not None and op.refuse(shape, running, name) is None:
+            label = f"ours, {name}" + (" (planned)" if name == planned else "")
+            candidates[label] = Candidate(
+                functools.partial(ops.flat_matmul, w_order=shape.w_order, implementation=name)
+            )
+    if hopper_matmul.refuse(shape, running, "flat") is None:  # the ablations are of Hopper's kernel
+        config = heuristics.plan_matmul(shape, running, "flat").config
+        padded = dataclasses.replace(shape, m=64)
+        unsplit = dataclasses.replace(config, num_ctas=cdiv(shape.n, config.block_n))
+        variants = {
+            "flat, rows padded to 64": (with_stages_that_fit(config, padded, running.smem_bytes), 64),
+            "flat, two stages": (dataclasses.replace(config, num_stages=2), shape.m),
+            "flat, K unsplit": (unsplit, shape.m),
+        }
+        for label, (variant, rows) in variants.items():
+            candidates[label] = Candidate(functools.partial(_flat, config=variant, rows=rows, w_order=shape.w_order))
+    dot = functools.partial(jnp.einsum, f"mk,{shape.w_order}->mn")
+    candidates["jnp.dot" + (" (planned)" if planned == "xla" else "")] = Candidate(dot, is_peer=True)
+    return candidates
+
+
+def _flat(x: jax.Array, w: jax.Array, *, config: FlatMatmulConfig, rows: int, w_order: WeightOrder) -> jax.Array:
+    """The kernel on x padded to `rows` rows."""
+    from fdpp_jax.pallas.flat_matmul import flat_matmul
+
+    padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+    return flat_matmul(padded, w, config=config, out_dtype=x.dtype, w_order=w_order)[: x.shape[0]]
