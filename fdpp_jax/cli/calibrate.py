@@ -1,4 +1,4 @@
-"""`fdpp-jax calibrate`: its flags, and from text files to a calibration. And which softmax `generate` takes."""
+"""`fdpp-jax calibrate`: from text files to a calibration of a checkpoint."""
 
 import argparse
 import contextlib
@@ -9,31 +9,33 @@ import importlib.util
 import itertools
 import pathlib
 import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fdpp_jax.cli_types import output_file, unwritable_because
+from fdpp_jax.cli.arguments import Commands, add_checkpoint, add_command, output_file, unwritable_because
+from fdpp_jax.cli.checkpoints import checkpoint_directory, default_dtype, keep_compiled
+from fdpp_jax.cli.output import print_table
+from fdpp_jax.progress import bar
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fdpp_jax.calibration import Calibration
     from fdpp_jax.models import Tokenizer
-    from fdpp_jax.unified_max import UnifiedMax
 
-CALIBRATE_EXAMPLES = """\
+_EXAMPLES = """\
   fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts             then generate finds it beside the checkpoint
   fdpp-jax calibrate --data README.md --samples 8 --output tiny.json     the bundled model, on whatever device there is
   fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts --length 2048 --plot scores.png
 """
 _DEFAULT_LENGTH = 512
 
-type Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, columns, rows
 
-
-def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `calibrate`, but for --model and --dtype."""
+def add(commands: Commands) -> None:
+    """Adds the command's parser."""
+    summary = "record a model's attention scores on your texts, and find the phi for its unified max"
+    parser = add_command(commands, "calibrate", run, summary, _EXAMPLES)
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -59,55 +61,41 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str) -> tuple[list[Table], pathlib.Path]:
-    """Records, writes the file, and returns the tables to print and where the file is.
+def run(args: argparse.Namespace) -> None:
+    """Records, writes the file and prints its tables.
 
     Raises:
       ValueError: The flags, the data or a partial file do not fit.
-      KeyboardInterrupt: Ctrl-C or SIGTERM; what was recorded so far is in a partial file, with which the same command
-        goes on.
+      KeyboardInterrupt: Ctrl-C or SIGTERM. A partial file has what was recorded; the same command goes on from there.
     """
-    for name in ("samples", "batch", "length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'fdpp-jax[plots]'")
-    if args.plot and (kind := pathlib.Path(args.plot).suffix[1:].lower()) not in (kinds := _plot_kinds()):
-        raise ValueError(f"--plot must end in one of {', '.join(kinds)}; got {kind!r} in {args.plot}")
+    from fdpp_jax.plans import device
+
+    keep_compiled()
+    directory = checkpoint_directory(args.model)
+    dtype = args.dtype or default_dtype(device.current())
+    _check_flags(args)
     from fdpp_jax import calibration, models
     from fdpp_jax.models.loading import fingerprint, read_config
 
-    if not args.output and directory == models.bundled_path():
-        raise ValueError("the bundled model lies in the installed package, where nothing is written: name an --output")
-    output = pathlib.Path(args.output) if args.output else directory / calibration.FILE_NAME
-    partial = output.with_name(output.name + ".partial")
-    for path in (output, partial):
-        if reason := unwritable_because(path):
-            raise ValueError(f"{reason}; name another --output")
+    output, partial = _output_files(args.output, directory)
     config = read_config(directory)
     length = args.length or min(_DEFAULT_LENGTH, config.max_position_embeddings)
     tokenizer = models.load_tokenizer(directory, vocab_size=config.vocab_size)
     tokens, lengths = _samples(pathlib.Path(args.data), tokenizer, args.samples, length)
     digest = hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()[:16]
     data = f"{len(tokens)} pieces of {length} tokens from {pathlib.Path(args.data).name}, sha256 {digest}"
-
     weights = fingerprint(directory)
-    resumed = calibration.Calibration.load(partial) if partial.is_file() else None
-    if resumed is not None and (resumed.data, resumed.dtype, resumed.weights) != (data, dtype, weights):
-        raise ValueError(
-            f"{partial} holds another run, of {resumed.data} in {resumed.dtype} with weights {resumed.weights}; this "
-            f"one is of {data} in {dtype} with weights {weights}: remove it or name another --output"
-        )
+    resumed = _resumed(partial, data, dtype, weights)
+
     model = models.load(directory, dtype=dtype)
     done = 0 if resumed is None else resumed.num_sequences
     recorded = resumed
-    with _bar(len(tokens), done) as advance, _sigterm_as_ctrl_c():
+    with bar("Calibrating", len(tokens), done) as update, _sigterm_as_ctrl_c():
 
-        def progress(calibration: "Calibration") -> None:
+        def progress(so_far: "Calibration") -> None:
             nonlocal recorded
-            recorded = calibration
-            advance(calibration.num_sequences)
+            recorded = so_far
+            update(done=so_far.num_sequences)
 
         try:
             batches = _batches(tokens[done:], lengths[done:], args.batch)
@@ -124,7 +112,52 @@ def run_calibrate(args: argparse.Namespace, directory: pathlib.Path, dtype: str)
     partial.unlink(missing_ok=True)
     if args.plot:
         _save_plot(recorded, args.plot)
-    return _tables(recorded), output
+    _print_layers(recorded)
+    _print_levels(recorded)
+    print(f"wrote {output}")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that cannot be followed, before any work."""
+    for name in ("samples", "batch", "length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'fdpp-jax[plots]'")
+    if args.plot and (kind := pathlib.Path(args.plot).suffix[1:].lower()) not in (kinds := _plot_kinds()):
+        raise ValueError(f"--plot must end in one of {', '.join(kinds)}; got {kind!r} in {args.plot}")
+
+
+def _output_files(named: str | None, directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The file to write, and the partial one that an interrupted run leaves; both can be written."""
+    from fdpp_jax import calibration, models
+
+    if not named and directory == models.bundled_path():
+        raise ValueError("the bundled model lies in the installed package, where nothing is written: name an --output")
+    output = pathlib.Path(named) if named else directory / calibration.FILE_NAME
+    partial = output.with_name(output.name + ".partial")
+    for path in (output, partial):
+        if reason := unwritable_because(path):
+            raise ValueError(f"{reason}; name another --output")
+    return output, partial
+
+
+def _resumed(partial: pathlib.Path, data: str, dtype: str, weights: str) -> "Calibration | None":
+    """The calibration of an interrupted run of the same command; None where there is none.
+
+    Raises:
+      ValueError: The partial file is of another run.
+    """
+    from fdpp_jax import calibration
+
+    found = calibration.Calibration.load(partial) if partial.is_file() else None
+    if found is not None and (found.data, found.dtype, found.weights) != (data, dtype, weights):
+        raise ValueError(
+            f"{partial} holds another run, of {found.data} in {found.dtype} with weights {found.weights}; this "
+            f"one is of {data} in {dtype} with weights {weights}: remove it or name another --output"
+        )
+    return found
 
 
 def _samples(
@@ -132,7 +165,7 @@ def _samples(
 ) -> tuple["np.ndarray", "np.ndarray"]:
     """Up to num_samples pieces, evenly spread over the text: tokens [B, T] int32, right-padded, and lengths [B].
 
-    Each starts as the tokenizer starts a text.
+    Each piece starts as the tokenizer starts a text.
     """
     import numpy as np
 
@@ -155,7 +188,7 @@ def _samples(
 
 
 def _texts(path: pathlib.Path) -> Iterator[str]:
-    """The text of a file, or of all files below a directory that are UTF-8, in the order of their names."""
+    """The text of a file, or of all UTF-8 files below a directory, in the order of their names."""
     if not path.exists():
         raise ValueError(f"--data must be a file or a directory, got {path}")
     if path.is_file():
@@ -172,7 +205,7 @@ def _texts(path: pathlib.Path) -> Iterator[str]:
 
 
 def _batches(tokens: "np.ndarray", lengths: "np.ndarray", batch: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:
-    """Batches of one shape; rows of length 0 fill the last."""
+    """Batches of one shape; rows of length 0 fill the last batch."""
     import numpy as np
 
     for start in range(0, len(tokens), batch):
@@ -181,21 +214,8 @@ def _batches(tokens: "np.ndarray", lengths: "np.ndarray", batch: int) -> Iterato
 
 
 @contextlib.contextmanager
-def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; yields what sets it."""
-    import rich.console
-    import rich.progress
-
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("Calibrating", total=total, completed=done)
-        yield lambda completed: progress.update(task, completed=completed)
-
-
-@contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Schedulers end a job with SIGTERM, which would leave no partial file."""
+    """Schedulers end a job with SIGTERM, which alone would leave no partial file."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -203,9 +223,8 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _tables(recorded: "Calibration") -> list[Table]:
-    from fdpp_jax.calibration import LEVELS
-
+def _print_layers(recorded: "Calibration") -> None:
+    """The ranges of scores, by layer."""
     stats = recorded.stats
     bottom, top = recorded.window()
     rows = []
@@ -217,33 +236,33 @@ def _tables(recorded: "Calibration") -> list[Table]:
         margin = (top - bottom - (high - low)) / 2
         rows.append((str(layer), *(f"{low:.1f} .. {high:.1f}" for low, high in ranges), f"{margin:.1f}"))
     title = f"Scores in nats, {recorded.num_tokens} tokens in {recorded.dtype}"
-    columns = ("layer", "scores", "99.99 % of them", "row max", "ln den", "margin")
-    verdicts = []
+    print_table(title, ("layer", "scores", "99.99 % of them", "row max", "ln den", "margin"), rows)
+
+
+def _print_levels(recorded: "Calibration") -> None:
+    """Whether a phi fits the model, each layer or each head."""
+    from fdpp_jax.calibration import LEVELS
+
+    rows = []
     for level in LEVELS:
         judgement = recorded.judge(level)
-        phi = (judgement.phi.min(), judgement.phi.max())
-        verdicts.append(
+        low, high = judgement.phi.min(), judgement.phi.max()
+        rows.append(
             (
                 level,
-                f"{phi[0]:.2f}" if level == "model" else f"{phi[0]:.2f} .. {phi[1]:.2f}",
+                f"{low:.2f}" if level == "model" else f"{low:.2f} .. {high:.2f}",
                 f"{judgement.margin_nats:.1f}",
                 f"{judgement.recompute_rate:.4%}",
                 "unified max" if judgement.fits else "refused",
                 judgement.reason,
             )
         )
-    return [
-        (title, columns, rows),
-        (
-            "Unified max with one phi for the model, a layer or a head",
-            ("level", "phi", "margin", "rows outside", "verdict", "why"),
-            verdicts,
-        ),
-    ]
+    title = "Unified max with one phi for the model, a layer or a head"
+    print_table(title, ("level", "phi", "margin", "rows outside", "verdict", "why"), rows)
 
 
 def _plot_kinds() -> list[str]:
-    """What matplotlib can write, as ends of file names."""
+    """The formats that matplotlib can write, as ends of file names."""
     return sorted(importlib.import_module("matplotlib.figure").Figure().canvas.get_supported_filetypes())
 
 
@@ -253,37 +272,3 @@ def _save_plot(recorded: "Calibration", path: str) -> None:
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4), layout="constrained")
     calibration.plot(recorded, figure.subplots())
     figure.savefig(path, dpi=150)
-
-
-def add_softmax_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `choose_softmax` takes."""
-    parser.add_argument(
-        "--softmax",
-        choices=("auto", "unified", "bound", "online"),
-        default="auto",
-        help="auto: unified with a calibrated phi where one fits, without a calibration what suits the family; "
-        "unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: auto)",
-    )
-    parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
-
-
-def choose_softmax(
-    name: str, phi: float | None, directory: pathlib.Path, dtype: str
-) -> tuple["UnifiedMax | None", str]:
-    """The policy that --softmax and --phi ask for, and what to say of it.
-
-    Raises:
-      ValueError: The checkpoint's calibration is malformed or of another model.
-    """
-    from fdpp_jax import calibration
-    from fdpp_jax.models.loading import read_config
-    from fdpp_jax.unified_max import UnifiedMax
-
-    if name == "online":
-        return None, "online, as asked"
-    if name == "bound":
-        return UnifiedMax.bound(), "bound, as asked"
-    if phi is not None or name == "unified":
-        policy = UnifiedMax() if phi is None else UnifiedMax(phi)
-        return policy, f"unified, phi {policy.phi:g}, as asked"
-    return calibration.choose_softmax(read_config(directory), directory, dtype)

@@ -1,0 +1,88 @@
+"""Types of arguments and flags that several commands share."""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Callable
+
+# Where a command adds its parser.
+type Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+BUNDLED = "tiny"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str
+) -> argparse.ArgumentParser:
+    """Adds a command whose parser has no flags yet, and returns the parser."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--model and --dtype of a command that needs weights."""
+    parser.add_argument(
+        "--model",
+        type=model,
+        metavar="DIR-OR-HUB-ID",
+        help='checkpoint in Hugging Face format; a directory goes before a hub id, and before "tiny", the bundled one '
+        "(default: the bundled one)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+
+
+def add_model_shapes(parser: argparse.ArgumentParser, default: str) -> None:
+    """--model of a command that needs no weights."""
+    parser.add_argument(
+        "--model",
+        type=model,
+        metavar="PRESET-OR-DIR",
+        help='preset such as llama-2-7b, "tiny", or a directory with a config.json, which goes before a preset of its '
+        f"name (default: the preset {default})",
+    )
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """--batch of a decode step."""
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together (default: 1)")
+
+
+def add_dtype(parser: argparse.ArgumentParser, choices: tuple[str, ...] = DTYPES) -> None:
+    """--dtype, whose default depends on no device."""
+    parser.add_argument("--dtype", choices=choices, default="bfloat16", help="default: bfloat16")
+
+
+def model(text: str) -> str | pathlib.Path:
+    """The argument of --model: a directory that exists goes before "tiny", a preset or a hub id of the same name.
+
+    Defaults do not pass through here, so that "tiny" stays the bundled one where nobody asks for a directory.
+    """
+    path = pathlib.Path(text).expanduser()
+    return path if path.is_dir() else text
+
+
+def output_file(text: str) -> str:
+    """A file that can be written; the user learns that before the work, not after it."""
+    if reason := unwritable_because(pathlib.Path(text)):
+        raise argparse.ArgumentTypeError(reason)
+    return text
+
+
+def unwritable_because(path: pathlib.Path) -> str | None:
+    """Why a file cannot be written, or None if it can."""
+    if path.is_dir():
+        return f"expected a file, got the directory {path}"
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        return f"no directory {path.parent} to write {path.name} to"
+    if not os.access(path if path.exists() else directory, os.W_OK):
+        return f"no permission to write {path}"
+    return None

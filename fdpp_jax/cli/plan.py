@@ -1,0 +1,37 @@
+"""`fdpp-jax plan`: which kernels a decode step would run on a device, and why."""
+
+import argparse
+
+from fdpp_jax.cli.arguments import Commands, add_batch, add_command, add_dtype, add_model_shapes
+from fdpp_jax.cli.checkpoints import model_config
+from fdpp_jax.cli.output import print_plans
+
+_EXAMPLES = """\
+  fdpp-jax plan --model llama-2-7b --batch 8 --context 4096 --device A100
+  fdpp-jax plan --model llama-3-8b --device H200
+"""
+_DEFAULT_MODEL = "llama-2-7b"
+
+
+def add(commands: Commands) -> None:
+    """Adds the command's parser."""
+    summary = "show which kernels a decode step would run on a device, and why; needs no GPU and no checkpoint"
+    parser = add_command(commands, "plan", run, summary, _EXAMPLES)
+    add_model_shapes(parser, default=_DEFAULT_MODEL)
+    add_batch(parser)
+    parser.add_argument("--context", type=int, default=4096, help="slots of the KV cache (default: 4096)")
+    parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the table of plans."""
+    model = args.model or _DEFAULT_MODEL
+    config = model_config(model)
+    from fdpp_jax import models
+    from fdpp_jax.plans import device
+
+    target = device.by_name(args.device) if args.device else device.current()
+    plans = models.model_plans(config, batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
+    title = f"One decode step of {model} on {target.kind}: batch {args.batch}, context {args.context}, {args.dtype}"
+    print_plans(plans, title)
