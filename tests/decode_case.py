@@ -12,8 +12,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.config import DecodeAttentionConfig, round_up
 from fdpp_jax.pallas.decode_attention import decode_attention
+from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
+from fdpp_jax.plans.shapes import round_up
 
 ON_GPU = jax.default_backend() == "gpu"
 
@@ -54,7 +55,7 @@ class Case:
     page_size: int | None = None
     kv_dtype: str | None = None
     scales: str | None = None
-    is_appended: bool = False
+    starts_early: bool = False
 
     @property
     def options(self):
@@ -125,7 +126,7 @@ class Case:
             decode_attention,
             **self.options,
             config=self.config,
-            is_appended=self.is_appended,
+            starts_early=self.starts_early,
             interpret=interpret,
         )
         try:

@@ -17,7 +17,9 @@ from calibration_case import calibration_of
 from flax import nnx
 
 import fdpp_jax
-from fdpp_jax import Calibration, UnifiedMax, calibration, generation, models, reference, score_stats
+from fdpp_jax import Calibration, UnifiedMax, calibration, generation, models, score_stats
+from fdpp_jax.ops import reference
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.score_stats import Distribution
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "llama3_gqa"
@@ -66,7 +68,8 @@ def test_what_is_recorded_equals_float64(monkeypatch, length, options):
     out, stats = record(query, key, value, live)
 
     options = {"scale": size**-0.5, "is_causal": True} | options
-    expected = jax.jit(functools.partial(reference.dot_product_attention, **options))(query, key, value)
+    static = AttentionOptions(**options)
+    expected = jax.jit(lambda *arrays: reference.attention(AttentionArrays(*arrays), static))(query, key, value)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
     scores = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), key.repeat(2, axis=2)) * options["scale"]
@@ -380,21 +383,25 @@ def _break(content, keys, value):
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (["format"], 2, "format must be 1, got 2"),
-        (["bin_nats"], 1.0, "bin_nats must be 0.5, got 1.0"),
+        (["format"], 2, "expected format to be 1, got 2"),
+        (["bin_nats"], 1.0, "expected bin_nats to be 0.5, got 1.0"),
         (["dtype"], None, "dtype is missing"),
-        (["dtype"], "int8", "dtype must be bfloat16, float16 or float32, got 'int8'"),
-        (["num_tokens"], "many", "num_tokens must be of type int, got 'many'"),
+        (["dtype"], "int8", "expected dtype to be one of bfloat16, float16, float32, got 'int8'"),
+        (["num_tokens"], "many", "expected num_tokens to be a positive integer, got 'many'"),
         (["num_tokens"], 3, r"layers\[0\].row_max\[0\].counts must add up to num_tokens = 3, got 2"),
-        (["max_keys"], 0, "max_keys must be at least 1, got 0"),
-        (["versions"], [], "versions must be of type dict"),
+        (["max_keys"], 0, "expected max_keys to be a positive integer, got 0"),
+        (["versions"], [], r"expected versions to be an object, got \[\]"),
         (["layers"], [], "layers is empty"),
-        (["layers", 1], 7, r"layers\[1\] must be an object, got 7"),
+        (["layers", 1], 7, r"expected layers\[1\] to be an object, got 7"),
         (["layers", 1, "log_den"], None, r"layers\[1\].log_den is missing"),
         (["layers", 1, "log_den", 1], None, r"layers\[1\].log_den must hold 2 heads, got 1"),
-        (["layers", 0, "scores", 1, "low"], "x", r"layers\[0\].scores\[1\].low must be of type int or float, got 'x'"),
+        (["layers", 0, "scores", 1, "low"], "x", r"expected layers\[0\].scores\[1\].low to be a number, got 'x'"),
         (["layers", 0, "scores", 1, "low"], 1e9, r"layers\[0\].scores\[1\].low must not exceed high"),
-        (["layers", 0, "scores", 0, "counts"], [1, -1], r"layers\[0\].scores\[0\].counts must be integers >= 0"),
+        (
+            ["layers", 0, "scores", 0, "counts"],
+            [1, -1],
+            r"expected layers\[0\].scores\[0\].counts to be a list of integers of at least 0, .*, got \[1, -1\]",
+        ),
         (["layers", 0, "scores", 0, "first_bin"], 4000, r"first_bin and \d+ counts must lie in 4000 bins, got 4000"),
     ],
 )

@@ -3,10 +3,12 @@
 import dataclasses
 import zlib
 
-from fdpp_jax import device, tuned_tables, tuning
-from fdpp_jax.config import FlatMatmulConfig, MatmulShape
-from fdpp_jax.tuned_tables import Entry, Run, Table
-from fdpp_jax.tuning import Measured
+from fdpp_jax.bench import tuning
+from fdpp_jax.bench.tuning import Measured
+from fdpp_jax.plans import device, tables
+from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig
+from fdpp_jax.plans.shapes import MatmulShape
+from fdpp_jax.plans.tables import Entry, Run, Table
 
 H200 = device.by_name("H200")
 DEVICE = dataclasses.asdict(H200) | {"jax_kind": "NVIDIA H200"}
@@ -18,7 +20,7 @@ SHAPE = MatmulShape(8, 4096, 12288, w_order="nk")
 def empty_directories(tmp_path, monkeypatch):
     """Where the shipped tables and the user's lie: nothing is in them."""
     found = {"shipped": tmp_path / "shipped", "user": tmp_path / "user"}
-    monkeypatch.setattr(tuned_tables, "SHIPPED_DIRECTORY", found["shipped"])
+    monkeypatch.setattr(tables, "SHIPPED_DIRECTORY", found["shipped"])
     monkeypatch.setenv("FDPP_TUNED_DIR", str(found["user"]))
     return found
 
@@ -31,8 +33,8 @@ def entry(m=8, k=4096, n=12288, config=FLAT, dtype="bfloat16", run=RUN):
 
 
 def write(directory, *entries, kind="H200"):
-    path = directory / tuned_tables.file_name(kind)
-    tuned_tables.save(Table(DEVICE | {"kind": kind}, entries), path)
+    path = directory / tables.file_name(kind)
+    tables.save(Table(DEVICE | {"kind": kind}, entries), path)
     return path
 
 

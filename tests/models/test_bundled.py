@@ -10,7 +10,10 @@ import pytest
 from flax import nnx
 
 import fdpp_jax
-from fdpp_jax import UnifiedMax, device, models, unified_max
+from fdpp_jax import UnifiedMax, models, unified_max
+from fdpp_jax.ops.phi import row_phi
+from fdpp_jax.plans import device
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 
 # fmt: off
 GREEDY = {  # 48 tokens in float32 on a CPU
@@ -69,15 +72,14 @@ def rows_of_held_out_text(tokenizer):
         scores = jnp.einsum("tnh,snh->tns", query[0], key[0].repeat(group, axis=1), precision="highest") * scale
         scores = jnp.where(jnp.tri(num_tokens, dtype=bool)[:, None], scores, -jnp.inf)
         log_sums.append(jax.nn.logsumexp(scores, axis=-1))
+        cache = jax.ShapeDtypeStruct((num_tokens, *key.shape[1:]), key.dtype)
         phis.append(
-            unified_max.row_phi(
+            row_phi(
                 UnifiedMax.bound(),
-                query[0][:, None],  # each token is a step of its own, over the keys so far
-                jax.ShapeDtypeStruct((num_tokens, *key.shape[1:]), key.dtype),
-                scale,
-                None,
-                dtype=key.dtype,
-                key_max_norm=jax.lax.cummax(jnp.linalg.norm(key[0], axis=-1), axis=0),
+                AttentionArrays(query[0][:, None], cache, cache),  # each token is a step of its own
+                AttentionOptions(scale),
+                weights_dtype=key.dtype,
+                key_max_norm=jax.lax.cummax(jnp.linalg.norm(key[0], axis=-1), axis=0),  # of the keys so far
             )
         )
         return fdpp_jax.dot_product_attention(query, key, value, is_causal=True)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fdpp_jax import UnifiedMax, device
+from fdpp_jax import UnifiedMax
 from fdpp_jax.generation import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
+from fdpp_jax.plans import device
 
 
 def traced_step(

@@ -17,8 +17,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from fdpp_jax import models
-from fdpp_jax.config import MatmulShape
 from fdpp_jax.models import LlamaConfig, RopeScaling
+from fdpp_jax.plans.shapes import MatmulShape
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 HF_CONFIG = {

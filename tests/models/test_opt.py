@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from fdpp_jax import benchmark, models
+from fdpp_jax import models
+from fdpp_jax.bench import decode as benchmark
 from fdpp_jax.models import PRESETS, config_from_hf
 from fdpp_jax.models.layers import LayerNorm
 from fdpp_jax.models.opt import OPTConfig

@@ -12,9 +12,11 @@ import pytest
 from decode_case import ON_GPU, Case, check
 from hypothesis import strategies as st
 
-from fdpp_jax import reference
-from fdpp_jax.config import AttentionShape, DecodeAttentionConfig
-from fdpp_jax.limits import ATTENTION_HEAD_DIMS, refuse_mosaic_attention
+from fdpp_jax.ops import reference
+from fdpp_jax.plans import device, hopper_attention
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
+from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
+from fdpp_jax.plans.shapes import AttentionShape
 
 # The interpreter multiplies in numpy, which warns of the infinities that these tests are about.
 pytestmark = [
@@ -123,7 +125,7 @@ def random_case(seed):
             capacity=choice(40, 64, 200, 511, 770, 1500),
             num_heads=num_kv_heads * choice(1, 2, 4, 7, 8, 16),
             num_kv_heads=num_kv_heads,
-            head_dim=choice(*ATTENTION_HEAD_DIMS),
+            head_dim=choice(*hopper_attention.HEAD_DIMS),
             config=tiles(choice(64, 128), splits, choice(2, 3, 4), combine),
             query_length=choice(1, 1, 1, 2, 4, 16),
             dtype="bfloat16" if kv_dtype else choice("bfloat16", "float16"),
@@ -134,7 +136,7 @@ def random_case(seed):
             page_size=choice(None, None, 16, 32, 64, 128, 256),
             kv_dtype=kv_dtype,
             scales=kv_dtype and choice("head", "token"),
-            is_appended=choice(True, False),
+            starts_early=choice(True, False),
         )
         shape = AttentionShape(
             case.batch,
@@ -150,7 +152,7 @@ def random_case(seed):
         )
         size = case.batch * case.capacity * case.num_kv_heads * case.head_dim  # of the oracle's work
         fits = size <= 400_000 and case.config.smem_bytes(shape) <= 227 * 1024
-        if fits and refuse_mosaic_attention(shape, "H200") is None:
+        if fits and hopper_attention.refuse(shape, device.by_name("H200")) is None:
             return case, mode
 
 
@@ -230,8 +232,8 @@ def test_more_ctas_than_the_gpu_holds(mode, config):
         lengths=lengths,
     )
     inputs = dict(query=query, key=key, value=value, lengths=jnp.asarray(lengths, jnp.int32))
-    expected = jax.jit(functools.partial(reference.dot_product_attention, scale=case.options["scale"]))(
-        *inputs.values(), phi=None
+    expected = jax.jit(reference.attention, static_argnums=1)(
+        AttentionArrays(**inputs), AttentionOptions(**case.options)
     )
     phi = np.where(rng.random((case.batch, case.num_heads)) < 0.05, 150.0, 5.0)
     prior = None

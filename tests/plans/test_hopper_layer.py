@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from fdpp_jax import device, heuristics
-from fdpp_jax.config import UNIT_WIDTH, LayerShape
+from fdpp_jax import heuristics
 from fdpp_jax.models import PRESETS
+from fdpp_jax.plans import device
+from fdpp_jax.plans.hopper_layer import UNIT_WIDTH
+from fdpp_jax.plans.shapes import LayerShape
 
 
 @pytest.mark.parametrize("name", device.names())

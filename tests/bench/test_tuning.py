@@ -1,19 +1,21 @@
-"""Tuning with a fake timer, and the command; no GPU, nothing depends on a time."""
+"""Tuning with a fake timer; no GPU, nothing depends on a time."""
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import pytest
-from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, make_timer, tune, write
+from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, make_timer, tune
 
-from fdpp_jax import cli, cli_tune, device, heuristics, limits, models, tuned_tables, tuning
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
-from fdpp_jax.heuristics import plan_matmul
-from fdpp_jax.tuned_tables import Sweep, Table
-from fdpp_jax.tuning import Job, Weight
+from fdpp_jax import models
+from fdpp_jax.bench import tuning
+from fdpp_jax.bench.tuning import Job, Weight
+from fdpp_jax.cli import tune as tune_command
+from fdpp_jax.plans import device
+from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig, GemvConfig, candidates, rule_config
+from fdpp_jax.plans.shapes import MatmulShape
+from fdpp_jax.plans.tables import Sweep, Table
 
 
 @pytest.fixture(autouse=True)
@@ -67,20 +69,10 @@ def test_a_kernel_that_fails_is_left_out_and_told_of():
     assert step.table.of_weight(4096, 12288, "bfloat16")[3].configs["flat"] == SECOND
 
 
-@pytest.mark.parametrize(("k", "n"), [(64, 64), (4096, 4096), (11008, 4096), (4096, 128256), (28672, 8192)])
-def test_candidates_are_few_legal_and_have_the_rule_s(k, n):
-    for m, implementation in ((1, "gemv"), (8, "flat")):
-        shape = MatmulShape(m, k, n)
-        configs = [job.config for job in tuning.candidates(shape, H200, implementation)]
-        assert configs[0] == heuristics.rule_matmul_config(shape, H200, implementation)
-        assert len(set(configs)) == len(configs) <= 9
-        assert all(limits.refuse_matmul_config(shape, H200, config) is None for config in configs)
-
-
 def test_configs_are_swept_for_every_weight():
-    weights = [w for name in cli_tune._DEFAULT_MODELS for w in tuning.weights_of(name, models.PRESETS[name])]
+    weights = [w for name in tune_command._DEFAULT_MODELS for w in tuning.weights_of(name, models.PRESETS[name])]
     shapes = [MatmulShape(8, weight.k, weight.n) for weight in weights]
-    assert len(set.intersection(*({*tuning.candidates(shape, H200, "flat")} for shape in shapes))) == 5
+    assert len(set.intersection(*({*candidates(shape, H200, "flat")} for shape in shapes))) == 5
 
 
 def test_a_budget_stops_before_the_weight_that_would_exceed_it():
@@ -131,7 +123,7 @@ def test_a_weight_measured_again_replaces_what_was_there():
 
 def test_static_costs():
     shapes = MatmulShape(8, 4096, 512), SHAPE  # of 64 and of 132 CTAs
-    rule = {s: tuned_tables.config_text(heuristics.rule_matmul_config(s, H200, "flat")) for s in shapes}
+    rule = {s: rule_config(s, H200, "flat").text for s in shapes}
     sweeps = (
         Sweep(shapes[0], {"a": 10.0, "b": 20.0, "xla": 15.0, rule[shapes[0]]: 10.0}, RUN),
         Sweep(shapes[1], {"a": 40.0, "b": 10.0, "only here": 5.0, "xla": 15.0, rule[shapes[1]]: 20.0}, RUN),
@@ -177,130 +169,9 @@ def test_the_timer_times_xla_on_a_cpu_and_raises_what_xla_does():
 
 
 @pytest.mark.parametrize("job", [Job(8, "flat", FLAT), Job(1, "gemv", GemvConfig(64, 128, 3, 2)), Job(128, "xla")])
-def test_what_is_timed_lowers_for_cuda(job):
+def test_what_is_timed_lowers_for_cuda(monkeypatch, job):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
     x = {job.m: jax.ShapeDtypeStruct((job.m, 1024), jnp.bfloat16)}
     w = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)  # [N, K]
     lowered = jax.jit(functools.partial(tuning._step, job)).trace(x, w).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (job.config is not None)
-
-
-# The command.
-
-
-@pytest.fixture
-def on_h200(monkeypatch):
-    """Tunes as if on an H200, with any_time; the value is a list of what was measured."""
-    measured = []
-
-    def us(weight, job):
-        if job.m == 128:
-            measured.append((weight.k, weight.n))
-        return any_time(weight, job)
-
-    monkeypatch.setattr(device, "current", lambda: H200)
-    monkeypatch.setattr(tuning, "weight_timer", make_timer(us))
-    return measured
-
-
-def run(capsys, *argv):
-    """Exit code, stdout and stderr of fdpp-jax tune."""
-    code = cli.main(["tune", *map(str, argv)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_tune_writes_the_user_s_table_and_goes_on_from_it(capsys, directories, on_h200):
-    path = directories["user"] / "h200.json"
-    code, out, err = run(capsys, "--weights", "4096x12288", "--weights", "4096x4096", "--weights", "4096x4096")
-    assert code == 0, err
-    assert on_h200 == [(4096, 12288), (4096, 4096)]
-    assert f"wrote {path}" in out
-    assert "weight 4096x4096: M1 " in err
-    for expected in ("Fastest by rows, bfloat16", "jnp.dot / best", "What a static choice costs", "the rule's config"):
-        assert expected in out
-    assert "exact" in plan_matmul(SHAPE, H200).reason
-    content = json.loads(path.read_text())
-    assert content["device"]["num_sms"] == 132
-    assert content["runs"][0]["versions"]["jax"] == jax.__version__
-
-    code, out, err = run(capsys, "--weights", "4096x12288", "--model", "llama-3-8b")
-    assert code == 0
-    assert "has 2 of 6 weights; --fresh measures them again" in err
-    assert on_h200[2:] == [(4096, 6144), (4096, 28672), (14336, 4096), (4096, 128256)]
-    code, out, _ = run(capsys, "--model", "llama-3-8b")
-    assert (code, len(on_h200)) == (0, 6)
-    assert "nothing was measured" in out
-    assert "llama-3-8b head 4096x128256" in out
-    assert run(capsys, "--weights", "4096x4096", "--fresh")[0] == 0
-    assert on_h200[6:] == [(4096, 4096)]
-    assert "nearest 4096x4096" in plan_matmul(dataclasses.replace(SHAPE, n=6144), H200).reason
-
-
-def test_tune_has_four_models_by_default(capsys, on_h200, tmp_path):
-    assert run(capsys, "--output", tmp_path / "elsewhere", "--dtype", "float16")[0] == 0
-    assert len(on_h200) == 19
-    assert plan_matmul(MatmulShape(8, 4096, 4096), H200).reason.startswith("rule: ")
-    table = tuned_tables.load(tmp_path / "elsewhere" / "h200.json", "H200")
-    assert {found.shape.dtype for found in table.entries} == {"float16"}
-
-
-def test_a_used_up_budget_says_what_is_missing(capsys, on_h200):
-    code, out, _ = run(capsys, "--budget", 1e-9, "--weights", "4096x4096", "--weights", "64x64")
-    assert (code, on_h200) == (0, [])
-    assert out == (
-        "nothing was measured\nthe budget of 1e-09 min is used up, the same command goes on; missing:\n"
-        "  weight 4096x4096\n  weight 64x64\n"
-    )
-
-
-def test_ctrl_c_keeps_what_was_measured(capsys, monkeypatch, directories, on_h200):
-    def interrupted(weight, dtype):
-        if weight.n == 64:
-            raise KeyboardInterrupt
-        return make_timer(any_time)(weight, dtype)
-
-    monkeypatch.setattr(tuning, "weight_timer", interrupted)
-    code, out, err = run(capsys, "--weights", "4096x4096", "--weights", "64x64")
-    assert (code, out) == (130, "")
-    assert "fdpp-jax: interrupted: 1 of 2 weights were measured; the same command goes on" in err
-    assert len(tuned_tables.load(directories["user"] / "h200.json", "H200").entries) == len(tuning.ROWS)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--budget", "0"], "--budget must be positive, got 0"),
-        (["--budget", "nan"], "--budget must be positive, got nan"),
-        (["--weights", "4096x100"], "there is nothing to tune in weight 4096x100: the kernel takes K and N that are"),
-        (["--model", "nope"], "unknown model 'nope'"),
-    ],
-)
-def test_tune_refuses(capsys, on_h200, argv, message):
-    code, out, err = run(capsys, *argv)
-    assert (code, out, on_h200) == (2, "", [])
-    assert err.startswith(f"fdpp-jax: error: {message}")
-
-
-@pytest.mark.parametrize(("name", "arch"), [("cpu", "cpu"), ("A100", "sm_80 yet")])
-def test_tune_needs_a_gpu_with_kernels(capsys, monkeypatch, name, arch):
-    monkeypatch.setattr(device, "current", lambda: device.by_name(name))
-    code, out, err = run(capsys)
-    assert (code, out) == (2, "")
-    assert err == f"fdpp-jax: error: there is nothing to tune here: no kernel for {arch}\n"
-
-
-def test_a_malformed_table_stops_tune_unless_it_starts_over(capsys, directories, on_h200):
-    path = write(directories["user"])
-    path.write_text("{}")
-    code, _, err = run(capsys, "--weights", "64x64")
-    assert code == 2
-    assert "h200.json is not a table of tuned matmuls: format is missing" in err
-    assert run(capsys, "--weights", "64x64", "--fresh")[0] == 0
-    assert tuned_tables.load(path, "H200").entries
-
-
-def test_wrong_sizes_are_argparse_s(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["tune", "--weights", "4096"])
-    assert stop.value.code == 2
-    assert "expected KxN such as 4096x12288, got '4096'" in capsys.readouterr().err

@@ -5,8 +5,8 @@ import types
 import jax
 import pytest
 
-from fdpp_jax import device
-from fdpp_jax.device import by_name, current, from_jax, resolve
+from fdpp_jax.plans import device
+from fdpp_jax.plans.device import by_name, current, from_jax, resolve
 
 
 def _gpu(device_kind, compute_capability, core_count=None):

@@ -1,38 +1,21 @@
-"""`fdpp-jax calibrate`, and what `generate` makes of its file."""
+"""`fdpp-jax calibrate`, and that `generate` takes its file."""
 
-import functools
 import importlib.util
 import os
 import pathlib
 import re
-import shutil
 import signal
 
-import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
-import tokenizers.decoders
-import tokenizers.models
-from calibration_case import calibration_of
+from cli_case import make_checkpoint, run
 
-from fdpp_jax import UnifiedMax, calibration, cli, cli_calibrate
-
-FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "llama3_gqa"
+from fdpp_jax import calibration
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A random LLaMA of two layers with a tokenizer of single ASCII characters."""
-    directory = tmp_path / "checkpoint"
-    directory.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(FIXTURE / name, directory)
-    vocabulary = {chr(code): code for code in range(127)} | {"?": 127}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="?"))
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
+    return make_checkpoint(tmp_path / "checkpoint")
 
 
 @pytest.fixture
@@ -44,12 +27,6 @@ def texts(tmp_path):
     (directory / "c.bin").write_bytes(b"\xff\xfe\xff")
     (directory / ".hidden" / "d.txt").write_text("x" * 1000)
     return directory
-
-
-def run(capsys, *argv):
-    code = cli.main([str(word) for word in argv])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def calibrate_command(checkpoint, texts, *argv):
@@ -74,62 +51,6 @@ def test_calibrate_then_generate_takes_it(capsys, checkpoint, texts, tmp_path):
     assert code == 0
     assert "recomputed steps: 0 of 3" in out
     assert f"softmax: unified, phi {found.unified_max().phi:.2f}, calibrated: ln den from" in err
-
-
-def test_which_softmax_generate_takes(checkpoint):
-    choose = functools.partial(cli_calibrate.choose_softmax, directory=checkpoint, dtype="bfloat16")
-    path = checkpoint / calibration.FILE_NAME
-    policy, why = choose("auto", None)
-    assert policy == UnifiedMax()
-    assert why.startswith(
-        "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint, which `fdpp-jax"
-    )
-    assert calibration.load_for(checkpoint) is None
-
-    calibration_of([[-10.0] * 4] * 2, [[30.0] * 4] * 2).save(path)
-    assert choose("unified", None) == (UnifiedMax(), "unified, phi 6, as asked")
-    assert choose("auto", 2.5) == choose("unified", 2.5) == (UnifiedMax(2.5), "unified, phi 2.5, as asked")
-    assert choose("bound", None) == (UnifiedMax.bound(), "bound, as asked")
-    assert choose("online", None) == (None, "online, as asked")
-    policy, why = choose("auto", None)
-    assert policy == UnifiedMax(10.0)
-    assert why.startswith("unified, phi 10.00, calibrated: ln den from -10.0 to 30.0")
-    policy, why = choose("auto", None, dtype="float16")  # whose window is narrower
-    assert policy is None
-    assert why.startswith("online, since no phi fits fdpp_calibration.json: ln den from -10.0 to 30.0")
-    assert calibration.load_for(checkpoint, dtype="float16") is None
-
-    apart = [[-200.0] * 4, [200.0] * 4]  # the layers
-    calibration_of(apart, apart).save(path)
-    policy, why = choose("auto", None)
-    np.testing.assert_allclose(policy.phi, [[[-200.0]], [[200.0]]])
-    assert why.startswith(
-        "unified, a phi each layer (-200.00 .. 200.00), none for all, calibrated: layer 0: ln den from"
-    )
-    apart = [[-200.0, -200.0, 200.0, 200.0]] * 2  # the heads
-    calibration_of(apart, apart).save(path)
-    policy, why = choose("auto", None)
-    np.testing.assert_allclose(policy.phi, np.array(apart)[:, None])
-    assert why.startswith("unified, a phi each head (-200.00 .. 200.00), none for all, calibrated: layer 0, head 0: ln")
-
-    calibration_of([[0.0]], [[1.0]]).save(path)
-    with pytest.raises(ValueError, match=r"\(layers, heads\) = \(2, 4\), got \(1, 1\)"):
-        choose("auto", None)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"fdpp_calibration\.json is not a calibration: format is missing"):
-        choose("auto", None)
-
-
-def test_what_a_family_is_known_for_stands_in_for_a_calibration():
-    policy, why = cli_calibrate.choose_softmax("auto", None, FIXTURE.parent / "opt", "bfloat16")
-    assert policy is None
-    assert why.startswith(
-        "online, OPT's scores are known to spread too far for one phi (OPT-6.7B: -496.8 .. 363.5): no"
-    )
-    assert why.endswith("which `fdpp-jax calibrate` would write")
-    policy, why = cli_calibrate.choose_softmax("auto", None, FIXTURE.parent / "gemma2", "bfloat16")
-    assert policy == UnifiedMax(-34.0)  # 5 + ln 128 - 44.4, and up
-    assert why.startswith("unified, phi -34, with scores capped at 5 no row of 128 keys exceeds the window: no fdpp")
 
 
 def test_ctrl_c_leaves_a_file_that_the_same_command_goes_on_with(capsys, monkeypatch, checkpoint, texts, tmp_path):

@@ -9,10 +9,13 @@ import pathlib
 import pytest
 from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, tune, write
 
-from fdpp_jax import device, heuristics, limits, models, tuned_tables, tuning
-from fdpp_jax.config import FlatMatmulConfig, GemvConfig, MatmulShape
+from fdpp_jax import models
+from fdpp_jax.bench import tuning
 from fdpp_jax.heuristics import plan_matmul
-from fdpp_jax.tuned_tables import Sweep, Table
+from fdpp_jax.plans import device, tables
+from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig, GemvConfig, refuse_config
+from fdpp_jax.plans.shapes import MatmulShape
+from fdpp_jax.plans.tables import Sweep, Table
 
 ALL_WEIGHTS = tuning.distinct([w for name, config in models.PRESETS.items() for w in tuning.weights_of(name, config)])
 
@@ -48,7 +51,7 @@ def test_xla_where_it_was_the_faster_one(directories):
         plan = plan_matmul(dataclasses.replace(SHAPE, m=m), H200)
         assert (plan.implementation, plan.config) == ("xla", None)
         assert "exact" in plan.reason
-    assert heuristics.flat_matmul_config(SHAPE, H200) == FLAT  # where the caller names it all the same
+    assert plan_matmul(SHAPE, H200, "flat").config == FLAT  # where the caller names it all the same
 
 
 @pytest.mark.parametrize(
@@ -127,14 +130,14 @@ def test_only_devices_with_kernels_have_tables(directories):
 
 def test_where_tables_lie(monkeypatch):
     monkeypatch.setenv("FDPP_TUNED_DIR", "~/tables")
-    assert tuned_tables.user_directory() == pathlib.Path("~/tables").expanduser()
+    assert tables.user_directory() == pathlib.Path("~/tables").expanduser()
     monkeypatch.setenv("FDPP_TUNED_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert tuned_tables.user_directory() == pathlib.Path("/cache/fdpp_jax/tuned")
+    assert tables.user_directory() == pathlib.Path("/cache/fdpp_jax/tuned")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tuned_tables.user_directory() == pathlib.Path("~/.cache/fdpp_jax/tuned").expanduser()
-    assert tuned_tables.file_name("H200") == "h200.json"
-    assert tuned_tables.file_name("NVIDIA H200 MIG 1g.18gb") == "nvidia-h200-mig-1g-18gb.json"
+    assert tables.user_directory() == pathlib.Path("~/.cache/fdpp_jax/tuned").expanduser()
+    assert tables.file_name("H200") == "h200.json"
+    assert tables.file_name("NVIDIA H200 MIG 1g.18gb") == "nvidia-h200-mig-1g-18gb.json"
 
 
 # The format.
@@ -144,8 +147,8 @@ def test_a_table_reads_as_it_was_written_one_entry_a_line(directories):
     later = dataclasses.replace(RUN, date="2026-12-01", commit=None)
     table = Table(DEVICE, (entry(), entry(64, run=later)), (Sweep(SHAPE, {"xla": 3.0, "64 x 64": 2.5}, RUN),))
     path = directories["user"] / "h200.json"
-    tuned_tables.save(table, path)
-    assert tuned_tables.load(path, "H200") == table
+    tables.save(table, path)
+    assert tables.load(path, H200) == table
     lines = path.read_text().splitlines()
     assert sum('"floor_us"' in line for line in lines) == 2
     assert [path.name for path in path.parent.iterdir()] == ["h200.json"]
@@ -154,42 +157,58 @@ def test_a_table_reads_as_it_was_written_one_entry_a_line(directories):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format", 2, "format must be 1, got 2"),
-        ("format", None, "format must be of type int, got None"),
-        ("device", [], r"device must be of type dict, got \[\]"),
-        ("device.kind", "H100", "device.kind must be 'H200', got 'H100'"),
+        ("format", 2, "expected format to be 1, got 2"),
+        ("format", None, "expected format to be 1, got None"),
+        ("device", [], r"expected device to be an object, got \[\]"),
+        ("device.kind", "H100", "expected device.kind to be 'H200', got 'H100'"),
         ("device.jax_kind", ..., "device.jax_kind is missing"),
-        ("runs.0", 3, r"runs\[0\] must be an object, got 3"),
-        ("runs.0.versions.jax", 12, r"runs\[0\].versions.jax must be of type str, got 12"),
-        ("runs.0.commit", 1, r"runs\[0\].commit must be of type str or null, got 1"),
+        ("runs.0", 3, r"expected runs\[0\] to be an object, got 3"),
+        ("runs.0.versions.jax", 12, r"expected runs\[0\].versions.jax to be text, got 12"),
+        ("runs.0.commit", 1, r"expected runs\[0\].commit to be text or null, got 1"),
         ("entries", ..., "entries is missing"),
-        ("entries.0.m", 0, r"entries\[0\].m must be positive, got 0"),
-        ("entries.1.k", "4096", r"entries\[1\].k must be of type int, got '4096'"),
-        ("entries.1.n", True, r"entries\[1\].n must be of type int, got True"),
+        ("entries.0.m", 0, r"expected entries\[0\].m to be a positive integer, got 0"),
+        ("entries.1.k", "4096", r"expected entries\[1\].k to be a positive integer, got '4096'"),
+        ("entries.1.n", True, r"expected entries\[1\].n to be a positive integer, got True"),
         ("entries.1.m", 8, r"entries\[1\] must be of another m, k, n or dtype than entries\[0\]"),
-        ("entries.0.dtype", "float32", r"entries\[0\].dtype must be one of bfloat16, float16, got 'float32'"),
-        ("entries.0.run", 1, r"entries\[0\].run must be below 1, the number of runs, got 1"),
-        ("entries.0.run", -1, r"entries\[0\].run must be below 1, the number of runs, got -1"),
-        ("entries.0.implementation", "cuda", r"entries\[0\].implementation must be one of gemv, flat, xla, got 'cuda'"),
+        ("entries.0.dtype", "float32", r"expected entries\[0\].dtype to be one of bfloat16, float16, got 'float32'"),
+        (
+            "entries.0.run",
+            1,
+            r"expected entries\[0\].run to be an integer of at least 0, below 1, the number of runs, got 1",
+        ),
+        (
+            "entries.0.run",
+            -1,
+            r"expected entries\[0\].run to be an integer of at least 0, below 1, the number of runs, got -1",
+        ),
+        (
+            "entries.0.implementation",
+            "cuda",
+            r"expected entries\[0\].implementation to be one of gemv, flat, xla, got 'cuda'",
+        ),
         ("entries.0.implementation", "gemv", r"entries\[0\].time_us.gemv is missing"),
-        ("entries.0.floor_us", float("nan"), r"entries\[0\].floor_us must be positive, got nan"),
-        ("entries.0.time_us.xla", -1.0, r"entries\[0\].time_us.xla must be positive, got -1.0"),
+        ("entries.0.floor_us", float("nan"), r"expected entries\[0\].floor_us to be a positive number, got nan"),
+        ("entries.0.time_us.xla", -1.0, r"expected entries\[0\].time_us.xla to be a positive number, got -1.0"),
         ("entries.0.time_us.cuda", 1.0, r"entries\[0\].time_us.cuda is unknown; expected gemv, flat, xla"),
         ("entries.0.configs.flat", ..., r"entries\[0\].configs.flat is missing, the config of the chosen"),
         ("entries.0.configs.flat.block_n", ..., r"entries\[0\].configs.flat.block_n is missing"),
-        ("entries.0.configs.flat.num_ctas", 1.5, r"entries\[0\].configs.flat.num_ctas must be of type int, got 1.5"),
+        (
+            "entries.0.configs.flat.num_ctas",
+            1.5,
+            r"expected entries\[0\].configs.flat.num_ctas to be a positive integer, got 1.5",
+        ),
         (
             "entries.0.configs.flat.warps",
             4,
             r"entries\[0\].configs.flat.warps is unknown; expected num_ctas, block_n, block_k",
         ),
-        ("entries.0.configs.xla", {}, r"entries\[0\].configs.xla is unknown; expected flat, gemv"),
-        ("sweeps.0.time_us", 4, r"sweeps\[0\].time_us must be of type dict, got 4"),
+        ("entries.0.configs.xla", {}, r"entries\[0\].configs.xla is unknown; expected gemv, flat"),
+        ("sweeps.0.time_us", 4, r"expected sweeps\[0\].time_us to be an object, got 4"),
     ],
 )
 def test_a_malformed_table_is_an_error_that_names_file_and_field(directories, field, value, message):
     path = directories["user"] / "h200.json"
-    tuned_tables.save(Table(DEVICE, (entry(), entry(64)), (Sweep(SHAPE, {"xla": 3.0}, RUN),)), path)
+    tables.save(Table(DEVICE, (entry(), entry(64)), (Sweep(SHAPE, {"xla": 3.0}, RUN),)), path)
     content = json.loads(path.read_text())
     *parents, last = [int(name) if name.isdigit() else name for name in field.split(".")]
     target = functools.reduce(lambda part, name: part[name], parents, content)
@@ -219,7 +238,7 @@ def check_plan(shape, gpu):
     assert (plan.implementation == "xla") == (plan.config is None)
     if plan.config is not None:
         assert isinstance(plan.config, GemvConfig) == (plan.implementation == "gemv")
-        assert limits.refuse_matmul_config(shape, gpu, plan.config) is None
+        assert refuse_config(shape, gpu, plan.algorithm, plan.config) is None
     return plan
 
 
@@ -235,7 +254,7 @@ def test_every_rule_is_legal(name):
 def test_every_tuned_plan_is_legal(directories, name):
     gpu = device.by_name(name)
     table, _ = tune(ALL_WEIGHTS[::2], any_time, gpu)
-    tuned_tables.save(table, directories["user"] / tuned_tables.file_name(name))
+    tables.save(table, directories["user"] / tables.file_name(name))
     reasons = set()
     for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
         plan = check_plan(weight.shape(m, "bfloat16"), gpu)
@@ -246,9 +265,9 @@ def test_every_tuned_plan_is_legal(directories, name):
 
 def test_shipped_tables_are_legal_and_every_entry_is_found(monkeypatch):
     monkeypatch.undo()  # the real ones
-    for path in sorted(tuned_tables.SHIPPED_DIRECTORY.glob("*.json")):
-        (gpu,) = (device.by_name(name) for name in device.names() if tuned_tables.file_name(name) == path.name)
-        for found in tuned_tables.load(path, gpu.kind).entries:
+    for path in sorted(tables.SHIPPED_DIRECTORY.glob("*.json")):
+        (gpu,) = (device.by_name(name) for name in device.names() if tables.file_name(name) == path.name)
+        for found in tables.load(path, gpu).entries:
             assert "exact" in check_plan(found.shape, gpu).reason
         for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
             check_plan(weight.shape(m, "bfloat16"), gpu)

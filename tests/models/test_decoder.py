@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import backend_case
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +11,17 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax import UnifiedMax, device
-from fdpp_jax.config import FusedLayerConfig
-from fdpp_jax.models import PRESETS, KVCache, LlamaConfig, LlamaForCausalLM, fused, model_plans
+from fdpp_jax import UnifiedMax
+from fdpp_jax.models import PRESETS, KVCache, LlamaConfig, causal_lm, model_plans
+from fdpp_jax.models.chatglm import ChatGLMConfig
+from fdpp_jax.models.gemma import Gemma2Config
+from fdpp_jax.models.opt import OPTConfig
 from fdpp_jax.models.step_cache import StepCache
+from fdpp_jax.plans import device
+from fdpp_jax.plans.backend import LayerPlan
+from fdpp_jax.plans.hopper_layer import FusedLayerConfig
 
-SMALL = LlamaConfig(
+SIZES = dict(
     vocab_size=128,
     hidden_size=64,
     intermediate_size=128,
@@ -24,13 +30,14 @@ SMALL = LlamaConfig(
     num_key_value_heads=1,
     head_dim=64,
 )
+SMALL = LlamaConfig(**SIZES)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_interpreter")
 
 
 def prefilled(config, lengths, capacity, *, with_key_norms=False):
-    model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    model = causal_lm(config, rngs=nnx.Rngs(0))
     batch = len(lengths)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, max(lengths)))
     cache = KVCache.create(config, batch, capacity, jnp.bfloat16, with_key_norms=with_key_norms)
@@ -57,13 +64,14 @@ def test_is_the_unfused_step(changes, lengths):
         bias = layer.self_attn.qkv_proj.bias
         bias[...] = 0.1 * jax.random.normal(jax.random.key(1), bias.shape, bias.dtype)
     config = FusedLayerConfig(num_ctas=2, block_k=64, num_stages=3, num_x_tiles=1, num_x_stages=2)
+    plan = LayerPlan("mosaic_gpu", "fused", config, "a small one", fuses_head=biased.vocab_size % 64 == 0)
 
     # Jitted: with operations of the host between them, interpreted kernels may wait for each other.
     @functools.partial(jax.jit, static_argnums=0)
     def decode(is_fused, tokens, cache):
         step = StepCache(biased, cache, None, "xla")
         if is_fused:
-            return fused.decode_logits(model, tokens, step, config, plgpu.InterpretGPUParams()), step.grown()
+            return model.fused_logits(tokens, step, plan, interpret=plgpu.InterpretGPUParams()), step.grown()
         return model.decode_logits(tokens, step), step.grown()
 
     (out, grown), (exact, expected) = decode(True, tokens, cache), decode(False, tokens, cache)
@@ -72,6 +80,72 @@ def test_is_the_unfused_step(changes, lengths):
     for name in ("keys", "values", "key_max_norms"):
         for x, y in zip(getattr(grown, name), getattr(expected, name), strict=True):
             assert_close(x, y, 0.02)
+
+
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": LlamaConfig(**SIZES, qkv_bias=True),
+    "qwen3": LlamaConfig(**SIZES, qk_norm=True),
+    "gemma2": Gemma2Config(**SIZES, tie_word_embeddings=True),
+    "chatglm": ChatGLMConfig(**SIZES),
+    "opt": OPTConfig(**SIZES | dict(num_key_value_heads=2)),
+}
+LAYERS = {name: config.layer_shape(2, jnp.bfloat16) for name, config in FAMILIES.items()}
+FUSED = [case for case in backend_case.taken("layer", LAYERS) if any(case.values[0].layer.configs.values())]
+
+
+@pytest.mark.parametrize(("backend", "name"), FUSED)
+def test_a_backend_fuses_the_layers_that_it_takes(backend, name):
+    """The suite of the op layer: as each backend plans it, against the family's own modules."""
+    config = FAMILIES[name]
+    model, tokens, cache = prefilled(config, (5, 9), 16)
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):  # biases and gains are constants at first
+        if path[-1] == "bias" or "norm" in path[-2]:
+            parameter.set_value(
+                parameter[...] + 0.1 * jax.random.normal(jax.random.key(1), parameter.shape, jnp.bfloat16)
+            )
+    plan = backend.layer.plan(LAYERS[name], backend_case.device_of(backend), "")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decode(is_fused, tokens, cache):
+        step = StepCache(config, cache, None, "xla")
+        if is_fused:
+            return model.fused_logits(tokens, step, plan, **backend_case.options_of(backend)), step.grown()
+        return model.decode_logits(tokens, step), step.grown()
+
+    (out, grown), (exact, expected) = decode(True, tokens, cache), decode(False, tokens, cache)
+    assert_close(out, exact, 0.02)
+    for x, y in zip((*grown.keys, *grown.values), (*expected.keys, *expected.values), strict=True):
+        assert_close(x, y, 0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_weights_are_those_of_its_spec(name):
+    """What a spec has, a layer gives; what the spec has not is None."""
+    config = FAMILIES[name]
+    model = causal_lm(config, rngs=nnx.Rngs(0))
+    spec, weights = config.layer_spec, model.layers[0].weights
+    optional = {
+        "qkv_bias": spec.has_qkv_bias,
+        "o_bias": spec.has_o_bias,
+        "mlp_in_bias": spec.has_mlp_bias,
+        "mlp_out_bias": spec.has_mlp_bias,
+        "query_norm": spec.norms_queries_and_keys,
+        "key_norm": spec.norms_queries_and_keys,
+        "o_norm": spec.norms_products,
+        "mlp_out_norm": spec.norms_products,
+        "input_norm_bias": spec.norm.kind == "layer",
+        "mlp_norm_bias": spec.norm.kind == "layer",
+    }
+    assert {field: getattr(weights, field) is not None for field in optional} == optional
+    assert weights.mlp_in.shape == (config.mlp_in_size, config.hidden_size)
+    assert config.mlp_in_size == config.intermediate_size * (2 if spec.is_gated else 1)
+    assert weights.qkv.shape == (config.qkv_size, config.hidden_size)
+    assert model.head_weight.shape == (config.vocab_size, config.hidden_size)
+    num_rotated = 0 if spec.rotation is None else config.head_dim * spec.rotation.share
+    positions = jnp.zeros((2, 1), jnp.int32)
+    _, context = model.embed(positions, positions)
+    assert num_rotated == (0 if context is None else 2 * context[0].shape[-1])
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ The kernel here is a stand-in with the kernel's signature that asks the float64 
 calls it. The kernel itself has its own tests.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -14,8 +15,10 @@ import oracle
 import pytest
 
 import fdpp_jax
-from fdpp_jax import UnifiedMax, attention, device, unified_max
-from fdpp_jax.pallas import decode_attention as kernel_module
+from fdpp_jax import UnifiedMax, heuristics, unified_max
+from fdpp_jax.pallas import run as pallas_run
+from fdpp_jax.plans import device
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, CAPACITY = 8, 4, 64, 64
 RECOMPUTES = ["kernel", "launch", "cond"]
@@ -84,55 +87,21 @@ def kernel_calls(monkeypatch):
     """Makes this an H200 whose decode kernel is a stand-in; the list of its traced calls."""
     calls = []
 
-    def decode_attention(
-        query,
-        key,
-        value,
-        lengths,
-        phi,
-        *,
-        scale,
-        config,
-        query_offset=None,
-        is_causal=False,
-        local_window_size=None,
-        logits_soft_cap=None,
-        sinks=None,
-        page_table=None,
-        key_scale=None,
-        value_scale=None,
-        recompute=False,
-        prior=None,
-        redone=None,
-        is_appended=False,
-        interpret=None,
+    def attend(
+        arrays, options, config, *, recompute=False, prior=None, redone=None, starts_early=False, interpret=None
     ):
         assert interpret is None
         assert not (recompute or prior is not None) or config.combine == "kernel"
+        query, key, phi = arrays.query, arrays.key, arrays.phi
         calls.append(
-            dict(shape=query.shape, phi=phi, config=config, recompute=recompute, prior=prior, is_appended=is_appended)
-        )
-        options = dict(
-            scale=scale,
-            is_causal=is_causal,
-            local_window_size=local_window_size,
-            logits_soft_cap=logits_soft_cap,
-        )
-        optional = dict(
-            query_offset=query_offset,
-            sinks=sinks,
-            page_table=page_table,
-            key_scale=key_scale,
-            value_scale=value_scale,
+            dict(shape=query.shape, phi=phi, config=config, recompute=recompute, prior=prior, starts_early=starts_early)
         )
 
         def compute(phi, prior, redone, arrays):
             arrays = jax.tree.map(np.asarray, arrays)
-            out, log_sum = oracle.attention_and_log_sum(**arrays, **options)
+            out, log_sum = oracle.attention_and_log_sum(**arrays, **dataclasses.asdict(options))
             failed = np.zeros(log_sum.shape, bool) if prior is None else np.isnan(prior).any(axis=-1)  # [B, T, N]
             if phi is not None:
-                page_size = arrays["key"].shape[1]
-                capacity = page_size * (1 if page_table is None else page_table.shape[1])
                 low, high = np.log(unified_max.window(query.dtype, capacity))
                 log_den = log_sum - np.broadcast_to(phi, (len(out), out.shape[2]))[:, None]
                 failed |= np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high))
@@ -143,14 +112,15 @@ def kernel_calls(monkeypatch):
             by_head = failed.any(axis=1).reshape(len(out), key.shape[2], -1)  # [B, K, G]
             return out if redone is None else (out, np.where(by_head.any(axis=2), 1, redone))
 
-        arrays = dict(query=query, key=key, value=value, lengths=lengths) | optional
+        capacity, arrays = arrays.capacity, arrays._asdict()
+        del arrays["phi"]
         result = jax.ShapeDtypeStruct(query.shape, query.dtype)
         result = result if redone is None else (result, jax.ShapeDtypeStruct(redone.shape, redone.dtype))
         return jax.pure_callback(compute, result, phi, prior, redone, arrays)
 
-    ours, theirs = (inspect.signature(f).parameters for f in (decode_attention, kernel_module.decode_attention))
+    ours, theirs = (inspect.signature(f).parameters for f in (attend, pallas_run.attend))
     assert list(ours) == list(theirs)
-    monkeypatch.setattr(kernel_module, "decode_attention", decode_attention)
+    monkeypatch.setattr(pallas_run, "attend", attend)
     monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
     return calls
 
@@ -279,7 +249,8 @@ def test_recompute_is_where_it_was_asked_for(kernel_calls, recompute):
     text = str(jax.make_jaxpr(attend)(*arrays, **arguments))
     first, *others = kernel_calls
     assert first["phi"].shape == ()
-    planned = attention.plan(attention.shape_of(attention.Arrays(*arrays), attention.Options(1.0), None), None)
+    shape = attention_shape(AttentionArrays(*arrays), AttentionOptions(1.0), is_online=True)
+    planned = heuristics.plan_attention(shape, "H200")
     assert planned.recompute == "kernel"
     assert first["config"] == planned.config
     assert first["recompute"] == (recompute in (None, "kernel"))
@@ -289,7 +260,7 @@ def test_recompute_is_where_it_was_asked_for(kernel_calls, recompute):
     }.get(recompute, [])
     assert text.count("cond[") == (recompute == "cond")
     assert all(call["config"] == first["config"] for call in others)
-    assert not first["is_appended"]
+    assert not first["starts_early"]
 
 
 def test_online_softmax_is_one_call(kernel_calls):
@@ -307,21 +278,27 @@ def test_the_unchecked_op_leaves_rows_outside_the_window_nan(request, with_kerne
     arrays = tuple(jnp.nan_to_num(x) for x in arrays)
     softmax = UnifiedMax(jnp.array([-150.0] + 7 * [1.0]))
     implementation = None if with_kernel else "xla"
-    op = functools.partial(fdpp_jax.ops.unchecked_decode_attention, implementation=implementation, is_appended=True)
+    arrays = AttentionArrays(*arrays, lengths=arguments["key_value_seq_lengths"])
+    op = functools.partial(
+        fdpp_jax.ops.unchecked_decode_attention,
+        options=AttentionOptions(HEAD_DIM**-0.5),
+        implementation=implementation,
+        starts_early=True,
+    )
     call = jax.jit(op)
-    out, redone = call(*arrays, **arguments, softmax=softmax)
+    out, redone = call(arrays, softmax=softmax)
     assert redone is None
     assert len(calls) == with_kernel
-    assert all(call["is_appended"] for call in calls)
+    assert all(call["starts_early"] for call in calls)
     is_nan = np.isnan(np.asarray(out, np.float32)).all(axis=-1)[:, 0]  # [B, N]
     np.testing.assert_array_equal(is_nan[:, 0], [True, True, False, True])  # the third has no key
     assert not is_nan[:, 1:].any()
     # Asked to mark what is redone, the kernel redoes it, unless the policy says where else.
-    expected = np.asarray(call(*arrays, **arguments)[0], np.float32)
+    expected = np.asarray(call(arrays)[0], np.float32)
     for recompute in (None, *RECOMPUTES):
         softmax = UnifiedMax(softmax.phi, recompute)
         earlier = jnp.full((4, NUM_KV_HEADS), 7, jnp.int32)
-        out, redone = call(*arrays, **arguments, softmax=softmax, redone=earlier)
+        out, redone = call(arrays, softmax=softmax, redone=earlier)
         if not with_kernel or recompute == "cond":
             np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)).all(axis=-1)[:, 0], is_nan)
             assert redone is None

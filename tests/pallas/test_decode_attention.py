@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from decode_case import Case, check
 
-from fdpp_jax.config import DecodeAttentionConfig
 from fdpp_jax.pallas.decode_attention import decode_attention
+from fdpp_jax.pallas.decode_attention.kernel import attend
+from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
 
 # The interpreter multiplies in numpy, which warns of the infinities that these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -27,13 +28,13 @@ CASES = {  # batch, capacity, heads, kv heads, head dim; lengths
     "64 rows, wide tiles": (Case(1, 300, 64, 1, 128, tiles(128, 2, 2)), (290,)),
     "splits without keys": (Case(1, 512, 2, 2, 64, tiles(64, 8, 2)), (63,)),
     "splits without keys between others": (Case(1, 512, 2, 1, 64, tiles(64, 8, 2)), (129,)),
-    "ragged": (Case(5, 320, 4, 2, 64, tiles(64, 3, 2, "kernel", 4096), is_appended=True), (310, 0, 64, 129, 320)),
+    "ragged": (Case(5, 320, 4, 2, 64, tiles(64, 3, 2, "kernel", 4096), starts_early=True), (310, 0, 64, 129, 320)),
     "two chunks": (Case(34, 128, 2, 1, 64, tiles(64, 2, 2)), tuple(x * 17 % 80 for x in range(34))),
     "length 0": (Case(3, 72, 2, 2, 64, tiles(64, 2, 2), has_sinks=True, **HALF), (0, 5, 72)),
     "draft of 4": (Case(2, 200, 4, 2, 80, tiles(64, 2, 2), 4, **DRAFT), (190, 3)),
     "draft of 16": (Case(2, 139, 4, 1, 64, tiles(64, 3, 2), 16, has_sinks=True, **DRAFT, **HALF), (137, 9)),
-    "window": (Case(2, 300, 4, 2, 96, tiles(64, 2, 2), local_window_size=(100, 0), is_appended=True), (290, 40)),
-    "cluster": (Case(2, 330, 4, 2, 128, tiles(64, 5, 2, "cluster"), is_appended=True), (330, 70)),
+    "window": (Case(2, 300, 4, 2, 96, tiles(64, 2, 2), local_window_size=(100, 0), starts_early=True), (290, 40)),
+    "cluster": (Case(2, 330, 4, 2, 128, tiles(64, 5, 2, "cluster"), starts_early=True), (330, 70)),
     "window of a draft": (
         Case(3, 200, 4, 2, 64, tiles(64, 3, 2), 3, local_window_size=(70, 1), logits_soft_cap=5.0, **HALF),
         (190, 40, 1),
@@ -62,7 +63,7 @@ ONLINE = ["ragged", "draft of 16", "int8 of tokens", "second launch of a draft"]
 # A case takes some two seconds interpreted. On a GPU these follow, and all with online softmax too.
 CASES_ON_GPU = {
     "mha": (Case(2, 200, 4, 4, 64, tiles(64, 2, 2)), (200, 131)),
-    "more tiles than stages": (Case(1, 1000, 2, 1, 64, tiles(64, 1, 3), is_appended=True, **HALF), (999,)),
+    "more tiles than stages": (Case(1, 1000, 2, 1, 64, tiles(64, 1, 3), starts_early=True, **HALF), (999,)),
     "cluster of a draft": (
         Case(3, 700, 8, 2, 80, tiles(64, 8, 3, "cluster"), 4, page_size=32, has_sinks=True, **DRAFT, **HALF),
         (690, 0, 65),
@@ -267,17 +268,17 @@ def test_traced_phi_compiles_once():
     case, lengths = CASES["splits without keys"]
     inputs = case.inputs(0, lengths)
     case.run(inputs, 1.5)  # JAX compiles the first call of a process twice
-    before = decode_attention._cache_size()
+    before = attend._cache_size()
     for phi in (-1.0, 3.0):
         check(case, case.run(inputs, phi), case.expected(inputs)[0])
-    assert decode_attention._cache_size() == before
+    assert attend._cache_size() == before
 
 
 @pytest.mark.parametrize(
     ("case", "mode"),
     [
-        (Case(7, 4100, 16, 2, 128, tiles(64, 16, 3), is_appended=True, **HALF), "kernel"),
-        (Case(1, 4100, 32, 8, 128, tiles(64, 8, 4, "cluster"), is_appended=True), "kernel"),
+        (Case(7, 4100, 16, 2, 128, tiles(64, 16, 3), starts_early=True, **HALF), "kernel"),
+        (Case(1, 4100, 32, 8, 128, tiles(64, 8, 4, "cluster"), starts_early=True), "kernel"),
         (Case(2, 4096, 128, 2, 128, tiles(128, 4, 2), has_sinks=True), "flag"),
         (Case(2, 4096, 4, 2, 256, tiles(64, 4, 2), logits_soft_cap=30.0), "online"),
         (Case(2, 4096, 16, 4, 80, tiles(64, 4, 2), 4, page_size=16, **DRAFT), "launch"),
@@ -294,7 +295,7 @@ def test_lowers_for_cuda(case, mode):
         **case.options,
         config=case.config,
         recompute=mode == "kernel",
-        is_appended=case.is_appended,
+        starts_early=case.starts_early,
     )
     traced = jax.jit(call).trace(**arrays, phi=phi, prior=arrays["query"] if mode == "launch" else None)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

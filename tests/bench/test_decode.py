@@ -1,0 +1,56 @@
+"""The bench of a decode step on a tiny model."""
+
+import jax.numpy as jnp
+import pytest
+from bench_case import check_report
+
+from fdpp_jax.bench import decode
+from fdpp_jax.models import PRESETS, LlamaConfig
+from fdpp_jax.plans import device
+
+pytestmark = pytest.mark.slow  # many small programs to compile
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+
+
+@pytest.mark.parametrize(("tied", "window", "seen"), [(False, None, 14), (True, 8, 8)])
+def test_decode(tmp_path, tied, window, seen):
+    config = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": tied, "sliding_window": window})
+    report = decode.bench_decode(config, batch=2, context=16, steps=4)
+    names = ["ours, unified max", "ours, online softmax", "plain XLA", "read floor"]
+    record = check_report(report, names, tmp_path / "record.json")
+    layer = 32 * (64 + 32 + 96) + 48 * 32 + 2 * 32
+    embedding_or_head = 64 * 32  # the one that a step reads whole
+    itemsize = 2 if device.current().is_gpu else 4
+    assert record["bytes"]["weights"] == (layer + embedding_or_head + 32) * itemsize
+    assert record["bytes"]["keys_and_values"] == 2 * 2 * seen * 16 * itemsize  # 14 live tokens on average
+    assert record["recomputed_steps"]["ours, online softmax"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "live_tokens", "seen"),
+    [
+        ("llama-3-8b", 8000, 32 * 8000),
+        ("mistral-7b-v0.1", 4000, 32 * 4000),
+        ("mistral-7b-v0.1", 8000, 32 * 4096),
+        ("gemma-2-9b", 8000, 21 * 4096 + 21 * 8000),
+    ],
+)
+def test_a_layer_reads_no_more_than_its_window(name, live_tokens, seen):
+    config = PRESETS[name]
+    assert decode._kv_bytes(config, live_tokens, jnp.dtype("bfloat16")) == 2 * 2 * config.kv_size * seen
+
+
+@pytest.mark.parametrize("arguments", [{"batch": 0}, {"steps": 0}, {"context": 4}])
+def test_bad_input(arguments):
+    with pytest.raises(ValueError, match="expected a batch and steps of at least 1 and context above steps"):
+        decode.bench_decode(CONFIG, **({"batch": 1, "context": 16, "steps": 4} | arguments))
+    with pytest.raises(ValueError, match="expected a context of at most the model's 2048, got 2049"):
+        decode.bench_decode(PRESETS["opt-6.7b"], context=2049)

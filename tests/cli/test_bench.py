@@ -1,0 +1,85 @@
+"""`fdpp-jax bench`: its flags, without a bench."""
+
+import json
+
+import pytest
+from cli_case import run
+
+from fdpp_jax.bench import attention as bench_attention
+from fdpp_jax.bench.report import BenchReport
+from fdpp_jax.plans import device
+
+
+def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("cpu"))
+    code, _, err = run(capsys, "bench", "decode", "--model", "llama-2-7b")
+    assert code == 2
+    assert "needs a GPU, this is cpu; the bundled model, without --model, does not" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("decode --model nosuch", "unknown model 'nosuch'"),
+        ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
+    ],
+)
+def test_a_bench_that_can_only_fail_is_refused_at_once(capsys, flags, message):
+    code, out, err = run(capsys, "bench", *flags.split())
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the table of bench attention needs a GPU, this is cpu; try one small shape"),
+        (["--batch", "2", "--only", "32/8"], "--only picks shapes of the table"),
+        (["--scale-per", "token"], "--scale-per belongs to --kv-dtype"),
+        (["--lengths", "5000"], "lengths must lie in query_length=1..capacity=4096, got 5000"),
+    ],
+)
+def test_bench_attention_refuses(capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("cpu"))
+    code, out, err = run(capsys, "bench", "attention", *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"fdpp-jax: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_bench_attention_of_one_shape(capsys, monkeypatch, tmp_path):
+    cases = []
+
+    def bench(case, *, quick):
+        cases.append((case, quick))
+        return BenchReport("title", ("kernel",), (("public op",),), {"attention": case.label})
+
+    monkeypatch.setattr(bench_attention, "bench_attention", bench)
+    flags = "--batch 8 --num-kv-heads 8 --context 8192 --lengths mixed --page-size 64 --kv-dtype int8 --scale-per token"
+    code, out, _ = run(capsys, "bench", "attention", *flags.split(), "--quick", "--json", str(tmp_path / "record.json"))
+    assert code == 0
+    assert "public op" in out
+    same = bench_attention.attention_case(
+        8, 32, 8, 8192, lengths="mixed", page_size=64, kv_dtype="int8", scales="token"
+    )
+    assert cases == [(same, True)]
+    assert json.loads((tmp_path / "record.json").read_text()) == {"attention": same.label}
+
+
+def test_bench_attention_of_the_table(capsys, monkeypatch):
+    tables = []
+
+    def bench(cases, *, quick, record_path):
+        assert record_path is None
+        tables.append((cases, quick))
+        return BenchReport("title", ("shape",), (), {})
+
+    monkeypatch.setattr(bench_attention, "bench_attention_table", bench)
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+    assert run(capsys, "bench", "attention")[0] == 0
+    assert run(capsys, "bench", "attention", "--only", "pages")[0] == 0
+    assert tables[0] == (list(bench_attention.TABLE), False)
+    assert [case.shape.page_size for case in tables[1][0]] == [16, 64, 256]
+    code, _, err = run(capsys, "bench", "attention", "--only", "9, 9/9")
+    assert code == 2
+    assert "--only '9, 9/9' is in no label of the table: 1, 32/32, 1024; 1, 32/32, 4096" in err

@@ -1,0 +1,25 @@
+"""`fdpp-jax info`."""
+
+import pytest
+from cli_case import run
+
+import fdpp_jax
+from fdpp_jax.plans import device
+
+KERNELS = ["decode attention (mosaic_gpu)", "flat matmul (mosaic_gpu)", "gemv (mosaic_gpu)", "fused layer (mosaic_gpu)"]
+
+
+def test_info_names_versions_device_and_kernels(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for expected in ("jaxlib", fdpp_jax.__version__, *KERNELS, "XLA (xla)"):
+        assert expected in out
+
+
+@pytest.mark.parametrize(("name", "available"), [("H200", "yes"), ("A100", "no: no kernel for sm_80 yet")])
+def test_info_says_which_kernels_run(capsys, monkeypatch, name, available):
+    monkeypatch.setattr(device, "current", lambda: device.by_name(name))
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert rows[-5:] == [[kernel, available] for kernel in KERNELS] + [["XLA (xla)", "yes"]]

@@ -1,0 +1,124 @@
+"""What `--help` says, and how errors and Ctrl-C end."""
+
+import subprocess
+import sys
+
+import pytest
+from cli_case import run
+
+import fdpp_jax
+from fdpp_jax import cli
+from fdpp_jax.cli import info
+
+
+def _help(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*argv, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([], ["generate"], ["calibrate"], ["tune"], ["plan"], ["info"]),
+        *(["bench", "decode"], ["bench", "attention"], ["bench", "matmul"]),
+    ],
+)
+def test_every_help_has_examples(capsys, command):
+    text = _help(capsys, *command)
+    assert "examples:" in text
+    assert " ".join(["fdpp-jax", *command]) in text.split("examples:")[1]
+
+
+def test_the_help_has_an_example_of_each_command_that_takes_a_model(capsys):
+    examples = _help(capsys).split("examples:")[1]
+    assert all(f"fdpp-jax {name} " in examples for name in ("generate", "calibrate", "plan", "bench"))
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys\nfrom fdpp_jax import cli\ntry:\n    cli.main(['--help'])\n"
+        "finally:\n    print('jax' in sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0
+    assert result.stderr == "False\n"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fdpp-jax {fdpp_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--model", "nope"], "unknown model 'nope': neither a directory .* nor one of tiny, llama-2-7b"),
+        (["plan", "--device", "V100"], "unknown device 'V100'; known are A100"),
+        (["plan", "--device", "H200", "--batch", "0"], "batch"),
+        (["generate", "--prompt", "x", "--phi", "3", "--softmax", "online"], "--phi belongs to --softmax unified"),
+        (["generate", "--prompt", ""], "--prompt must not be empty"),
+        (["generate", "--prompt", "x", "--system", "y"], "--system belongs to --chat"),
+        (["generate", "--prompt", "x", "--chat"], "expected chat_template.jinja or a chat_template"),
+        (["generate", "--prompt", "x", "--model", "llama-2-7b"], "llama-2-7b is a preset of shapes without weights"),
+        (["generate", "--prompt", "x", "--model", "./no/such/dir"], "no/such/dir"),
+    ],
+)
+def test_expected_errors_are_one_line(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("fdpp-jax: error: ")
+    assert err.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(err)
+
+
+@pytest.mark.parametrize("argv", [[], ["bench"], ["generate"], ["plan", "--batch", "many"], ["calibrate"]])
+def test_wrong_usage_is_argparse_s(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: fdpp-jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "err"),
+    [
+        (KeyboardInterrupt(), 130, "\nfdpp-jax: interrupted\n"),
+        (NotImplementedError("the kernel refuses"), 2, "fdpp-jax: error: the kernel refuses\n"),
+        (FileNotFoundError("no such shard"), 2, "fdpp-jax: error: no such shard\n"),
+    ],
+)
+def test_how_a_command_ends(capsys, monkeypatch, error, code, err):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert run(capsys, "info") == (code, "", err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(info, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/none/such/m.json", "no directory /none/such to write m.json to"),
+        ("/", "expected a file, got the directory /"),
+    ],
+)
+@pytest.mark.parametrize("flags", ["bench matmul --json", "calibrate --data x --plot", "calibrate --data x --output"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(capsys, flags, path, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*flags.split(), path])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

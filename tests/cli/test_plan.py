@@ -1,0 +1,34 @@
+"""`fdpp-jax plan`."""
+
+import re
+
+from cli_case import run
+
+
+def test_plan_of_a_preset_on_a_named_device(capsys):
+    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "8", "--context", "4096", "--device", "A100")
+    assert code == 0
+    for expected in ("qkv", "attention", "gate_up", "down", "head", "[8, 4096] @ [4096, 12288]", "no kernel for sm_80"):
+        assert expected in out
+    for runs in ("xla cudnn", "xla unfused", "xla dot"):
+        assert f" {runs} " in out
+
+
+def test_plan_on_hopper_takes_the_kernels(capsys):
+    code, out, _ = run(capsys, "plan", "--model", "qwen3-8b", "--device", "h100")  # whose layers are not fused
+    assert code == 0
+    assert "mosaic_gpu gemv" in out
+    assert "rule: M = 1, split" in " ".join(out.split())
+    assert "mosaic_gpu decode" in out
+    assert "xla unfused" in out
+    assert re.search(r"block_kv \d+, num_splits \d+", " ".join(out.split()))
+
+
+def test_plan_of_a_directory(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 64, '
+        '"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}'
+    )
+    code, out, _ = run(capsys, "plan", "--model", str(tmp_path), "--device", "H200")
+    assert code == 0
+    assert "[1, 64] @ [64, 96]" in out

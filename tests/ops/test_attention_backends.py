@@ -1,0 +1,148 @@
+"""One suite for attention, which every backend that takes a case runs: against float64, with NaN behind the lengths."""
+
+import dataclasses
+import functools
+
+import backend_case
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from fdpp_jax.ops.running import module_of
+from fdpp_jax.plans import device
+from fdpp_jax.plans.backends import BACKENDS, with_kernels
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_interpreter"),
+    # numpy, by which the interpreter multiplies, warns of what overflows on purpose.
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and features of a call."""
+
+    lengths: tuple[int, ...] = (40, 1, 0, 129)
+    capacity: int = 129
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    query_length: int = 1
+    dtype: str = "bfloat16"
+    kv_dtype: str | None = None
+    scales: str | None = None
+    page_size: int | None = None
+    has_sinks: bool = False
+    is_causal: bool = False
+    local_window_size: tuple[int, int] | None = None
+    logits_soft_cap: float | None = None
+
+    @property
+    def options(self):
+        return AttentionOptions(self.head_dim**-0.5, self.is_causal, self.local_window_size, self.logits_soft_cap)
+
+    def arrays(self):
+        """Random arrays, with NaN behind the lengths."""
+        rng = np.random.default_rng(0)
+        batch = len(self.lengths)
+        query = rng.standard_normal((batch, self.query_length, self.num_heads, self.head_dim), np.float32)
+        key, value = rng.standard_normal((2, batch, self.capacity, self.num_kv_heads, self.head_dim), np.float32)
+        key[np.arange(self.capacity) >= np.array(self.lengths)[:, None]] = np.nan
+        value[np.isnan(key)] = np.nan
+        arrays = dict(query=query.astype(jnp.dtype(self.dtype)), lengths=np.array(self.lengths, np.int32))
+        if self.kv_dtype is None:
+            arrays |= dict(key=key.astype(jnp.dtype(self.dtype)), value=value.astype(jnp.dtype(self.dtype)))
+        else:
+            arrays["key"], arrays["key_scale"] = oracle.quantised(key, self.kv_dtype, self.scales)
+            arrays["value"], arrays["value_scale"] = oracle.quantised(value, self.kv_dtype, self.scales)
+        if self.page_size is not None:
+            names = ["key", "value", *(["key_scale", "value_scale"] if self.scales == "token" else [])]
+            caches = [arrays[name] for name in names]
+            *pools, arrays["page_table"] = oracle.paged(0, caches, self.lengths, self.page_size)
+            arrays |= dict(zip(names, pools, strict=True))
+        if self.is_causal or self.local_window_size is not None:
+            arrays["query_offset"] = arrays["lengths"] - self.query_length
+        if self.has_sinks:
+            arrays["sinks"] = np.linspace(-3, 3, self.num_heads, dtype=np.float32)
+        return AttentionArrays(**{name: jnp.asarray(x) for name, x in arrays.items()})
+
+
+CASES = {
+    "GQA": Case(),
+    "MHA, float16": Case(num_kv_heads=4, dtype="float16"),
+    "MQA, head dim 128": Case(num_kv_heads=1, head_dim=128),
+    "head dim 80": Case(head_dim=80),
+    "draft": Case(query_length=3, is_causal=True, lengths=(40, 3, 7, 129)),
+    "window, soft cap": Case(local_window_size=(20, 0), logits_soft_cap=2.0),
+    "sinks": Case(has_sinks=True),
+    "pages": Case(page_size=16, capacity=144, lengths=(40, 1, 0, 144)),
+    "int8 by head": Case(kv_dtype="int8", scales="head"),
+    "float8 by token, pages": Case(
+        kv_dtype="float8_e4m3fn", scales="token", num_kv_heads=4, page_size=32, capacity=160
+    ),
+    "float32": Case(dtype="float32"),
+    "long queries": Case(query_length=24, is_causal=True, lengths=(40, 24, 30, 129)),
+}
+SHAPES = {name: attention_shape(case.arrays(), case.options, is_online=False) for name, case in CASES.items()}
+TAKEN = backend_case.taken("attention", SHAPES)
+
+
+def run(backend, name, phi, **options):
+    """The backend's answer, as it plans the case."""
+    case = CASES[name]
+    plan = backend.attention.plan(SHAPES[name], backend_case.device_of(backend), "")
+    arrays = case.arrays()._replace(phi=None if phi is None else jnp.asarray(phi, jnp.float32))
+    call = functools.partial(
+        module_of(plan).attention, options=case.options, plan=plan, **options, **backend_case.options_of(backend)
+    )
+    return jax.jit(call)(arrays)
+
+
+def expected_of(name):
+    arrays = CASES[name].arrays()._asdict()
+    del arrays["phi"]
+    return oracle.attention(**arrays, **dataclasses.asdict(CASES[name].options))
+
+
+@pytest.mark.parametrize(("backend", "name"), TAKEN)
+@pytest.mark.parametrize("phi", [None, 1.0], ids=["online", "unified"])
+def test_agrees_with_float64(backend, name, phi):
+    out = run(backend, name, phi)
+    assert out.dtype == CASES[name].dtype
+    assert oracle.relative_error(out, expected_of(name)) < oracle.TOLERANCE[CASES[name].dtype]
+
+
+@pytest.mark.parametrize(("backend", "name"), [param for param in TAKEN if param.values[1] in ("GQA", "draft")])
+def test_a_row_outside_the_window_is_nan(backend, name):
+    """Overflow and underflow; the rows of other heads, and rows without keys, are as they should be."""
+    out = np.asarray(run(backend, name, [[-150.0, 1.0, 150.0, 1.0]] * 4), np.float64)
+    expected = expected_of(name)
+    has_key = np.array(CASES[name].lengths) > 0
+    assert np.isnan(out[has_key][:, :, ::2]).all()
+    out[:, :, ::2] = np.where(has_key[:, None, None, None], expected[:, :, ::2], out[:, :, ::2])
+    assert oracle.relative_error(out, expected) < oracle.TOLERANCE[CASES[name].dtype]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "recompute"),
+    [
+        pytest.param(*param.values, recompute, id=f"{param.id}, {recompute}", marks=param.marks)
+        for param in TAKEN
+        if param.values[1] in ("GQA", "sinks", "draft")
+        for recompute in param.values[0].attention.recomputes
+        if recompute != "cond"  # the op's
+    ],
+)
+def test_a_row_outside_the_window_is_redone_where_the_backend_can(backend, name, recompute):
+    out = run(backend, name, [[-150.0, 1.0, 150.0, 1.0]] * 4, recompute=recompute)
+    assert oracle.relative_error(out, expected_of(name)) < oracle.TOLERANCE[CASES[name].dtype]
+
+
+def test_every_backend_takes_a_case():
+    """Off a GPU all are planned for devices of theirs."""
+    on_gpu = backend_case.ON_GPU and with_kernels(device.current(), "attention") is None
+    assert {param.values[0].name for param in TAKEN} == {backend.name for backend in BACKENDS[on_gpu:]}

@@ -1,0 +1,102 @@
+"""What a call of attention must hold: one clear error for each thing that is wrong."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fdpp_jax
+from fdpp_jax import UnifiedMax
+
+QUERY = jnp.zeros((2, 1, 4, 64))
+
+
+KEY = jnp.zeros((2, 16, 2, 64))
+
+
+INT8 = KEY.astype(jnp.int8)
+
+
+SCALE = jnp.ones(2)
+
+
+TABLE = jnp.zeros((2, 3), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((QUERY[0], KEY, KEY, {}), r"query must have 4 axes .* got shape \(1, 4, 64\)"),
+        ((QUERY, KEY[:, :, :1].repeat(3, 2), KEY[:, :, :1].repeat(3, 2), {}), "key has 3 heads, .* query's 4"),
+        ((QUERY, KEY.astype(jnp.bfloat16), KEY, {}), "one shape .* and dtype; got bfloat16 .* and float32"),
+        ((QUERY.astype(jnp.bfloat16), KEY, KEY, {}), "one floating-point dtype, or key and value be int8 or float8"),
+        ((QUERY.astype(int), INT8, INT8, {}), "one floating-point dtype"),
+        ((QUERY.astype(jnp.float8_e4m3fn),) + 2 * (KEY.astype(jnp.float8_e4m3fn),) + ({},), "one floating-point dtype"),
+        ((QUERY, KEY, KEY[:, :8], {}), "key and value must have one shape"),
+        ((QUERY, KEY[:1], KEY[:1], {}), r"key must be \[B=2, S, K, H=64\]"),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([3, 17])}), r"must lie in 0..16; got 3..17"),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([-1, 3])}), r"must lie in 0..16; got -1..3"),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([3])}), r"must be \[B=2\] integers"),
+        ((QUERY, KEY, KEY, {"query_seq_lengths": jnp.array([0.0, 1.0])}), "integers; got .* float32"),
+        ((QUERY, KEY, KEY, {"implementation": "cuda"}), "mosaic_gpu, triton, xla; got 'cuda'"),
+        ((QUERY, KEY, KEY, {"softmax": 6.0}), "None or a UnifiedMax; got 6.0"),
+        ((QUERY, KEY, KEY, {"logits_soft_cap": 0.0}), "must be positive; got 0.0"),
+        ((QUERY, KEY, KEY, {"logits_soft_cap": math.inf}), "logits_soft_cap must be a finite number, .* got inf"),
+        ((QUERY, KEY, KEY, {"scale": "wide"}), "scale must be a finite number, .* got 'wide'"),
+        ((QUERY, KEY, KEY, {"is_causal": "no"}), "is_causal must be True or False; got 'no'"),
+        *(
+            ((QUERY, KEY, KEY, {"local_window_size": size}), "integer w >= 0 or .left, right. of such; got")
+            for size in (-1, 3.5, True, (1, 2, 3), (), (4, -1), (None, 0))
+        ),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": [3, 17]}), r"must lie in 0..16; got 3..17"),
+        ((QUERY, KEY, KEY, {"key_value_seq_lengths": 3}), r"must be \[B=2\] integers; got \(\)"),
+        ((QUERY.tolist(), KEY, KEY, {}), "one floating-point dtype"),
+        ((QUERY.astype(jnp.float8_e5m2),) + 2 * (KEY.astype(jnp.float8_e5m2),) + ({},), "one floating-point dtype"),
+        ((QUERY[..., :0], KEY[..., :0], KEY[..., :0], {}), "head dim, .* of at least 1"),
+        ((QUERY, KEY[:0], KEY[:0], {"page_table": TABLE}), "pages in a pool, of at least 1"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE + 2}), r"pages 0..1 for live keys; got 2 as page 0 of sequence 0"),
+        ((QUERY, KEY, KEY, {"query_offset": jnp.zeros(2)}), r"query_offset must be \[B=2\] integers; got .* float32"),
+        ((QUERY, KEY, KEY, {"sinks": jnp.zeros(2)}), r"sinks must be \[N=4\] of floating point; got float32 of \(2,\)"),
+        ((QUERY, KEY, KEY, {"sinks": jnp.zeros(4, int)}), r"sinks must be \[N=4\] of floating point; got int32"),
+        ((QUERY, KEY, KEY, {"key_max_norm": SCALE}), r"key_max_norm must be \[B=2, K=2\] of floating point"),
+        (
+            (QUERY, KEY, KEY, {"softmax": UnifiedMax(jnp.zeros(3))}),
+            r"broadcast to \[B, N\] = \[2, 4\], got",
+        ),
+        ((QUERY, INT8, INT8, {}), r"must be float32 \(2,\) or \(2, 16, 2\), both alike, .* int8; got None and None"),
+        ((QUERY, INT8, INT8, {"key_scale": SCALE}), r"both alike, .* got \(\(2,\), 'float32'\) and None"),
+        ((QUERY, INT8, INT8, {"key_scale": SCALE, "value_scale": KEY[..., 0]}), "both alike"),
+        ((QUERY, INT8, INT8, {"key_scale": KEY, "value_scale": KEY}), r"got \(\(2, 16, 2, 64\), 'float32'\)"),
+        ((QUERY, INT8, INT8) + ({"key_scale": INT8[0, 0, :, 0], "value_scale": INT8[0, 0, :, 0]},), "'int8'"),
+        ((QUERY, KEY, KEY, {"key_scale": SCALE, "value_scale": SCALE}), "must be None for a cache of float32, .* got"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE[0]}), r"page_table must be \[B=2, pages\] integers; got \(3,\)"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE[:1]}), r"page_table must be \[B=2, pages\] integers; got \(1, 3\)"),
+        ((QUERY, KEY, KEY, {"page_table": TABLE + 0.5}), "integers; got .* float32"),
+        (
+            (QUERY, KEY[:, :8], KEY[:, :8], {"page_table": TABLE}),
+            r"must hold 16, 32, 64, 128, 256 keys; got",
+        ),
+        ((QUERY, KEY[..., :8], KEY[..., :8], {"page_table": TABLE}), r"key must be \[P, page_size, K, H=64\]"),
+        (
+            (QUERY, KEY, KEY, {"page_table": TABLE, "key_value_seq_lengths": jnp.array([3, 49])}),
+            r"must lie in 0..48; got 3..49",
+        ),
+    ],
+)
+def test_attention_says_what_is_wrong(arguments, message):
+    *arrays, keywords = arguments
+    with pytest.raises(ValueError, match=message):
+        fdpp_jax.dot_product_attention(*arrays, **keywords)
+
+
+def test_only_pages_of_live_keys_must_be_in_the_pool():
+    table, lengths = TABLE.at[:, 1:].set(99), [16, 3]
+    out = fdpp_jax.dot_product_attention(QUERY, KEY, KEY, page_table=table, key_value_seq_lengths=lengths)
+    assert out.shape == QUERY.shape
+
+
+def test_lengths_known_inside_jit_are_checked_too():
+    lengths = jnp.array([3, 17])
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.16"):
+        jax.jit(lambda query: fdpp_jax.dot_product_attention(query, KEY, KEY, key_value_seq_lengths=lengths))(QUERY)

@@ -1,0 +1,57 @@
+"""Which attention runs where there is no kernel of ours: cuDNN, or the reference."""
+
+import dataclasses
+
+import pytest
+
+from fdpp_jax.heuristics import plan_attention
+from fdpp_jax.plans.shapes import AttentionShape
+
+DECODE = AttentionShape(batch=1, query_length=1, capacity=4096, num_query_heads=32, num_kv_heads=32, head_dim=128)
+
+
+PREFILL = AttentionShape(
+    batch=1,
+    query_length=512,
+    capacity=512,
+    num_query_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    is_causal=True,
+    has_lengths=False,
+)
+
+
+def _prefill(**changes):
+    return dataclasses.replace(PREFILL, **changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "device_name", "algorithm"),
+    [
+        (PREFILL, "H200", "cudnn"),
+        (PREFILL, "A100", "cudnn"),
+        (PREFILL, "B200", "cudnn"),
+        (PREFILL, "MI300X", "reference"),
+        (PREFILL, "cpu", "reference"),
+        (_prefill(head_dim=256), "H200", "cudnn"),
+        (_prefill(head_dim=256), "A100", "reference"),
+        (_prefill(head_dim=100), "H200", "reference"),
+        (_prefill(dtype="float16"), "H200", "cudnn"),
+        (_prefill(dtype="float32"), "H200", "reference"),
+        (_prefill(has_lengths=True), "H200", "reference"),
+        (_prefill(logits_soft_cap=30.0), "H200", "reference"),
+        (_prefill(local_window_size=(64, 0)), "H200", "reference"),
+        (_prefill(page_size=16), "H200", "reference"),
+        (_prefill(kv_dtype="int8", scales="head"), "H200", "reference"),
+        (_prefill(has_sinks=True), "H200", "reference"),
+        (_prefill(has_query_offset=True), "H200", "reference"),
+        (_prefill(kv_dtype="bfloat16"), "H200", "cudnn"),
+        (DECODE, "A100", "reference"),
+        (DECODE, "cpu", "reference"),
+    ],
+)
+def test_xla_attention(shape, device_name, algorithm):
+    plan = plan_attention(shape, device_name)
+    assert plan.implementation == "xla"
+    assert (plan.algorithm, plan.config) == (algorithm, None)
