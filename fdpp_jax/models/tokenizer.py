@@ -42,6 +42,9 @@ class _Backend(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
 
+    def token(self, token_id: int) -> str:
+        """A token as the file spells it."""
+
 
 class Tokenizer:
     """A checkpoint's tokenizer, which knows its special tokens.
@@ -50,12 +53,21 @@ class Tokenizer:
       backend: What tokenizer.json or tokenizer.model holds.
       prefix: Tokens that every text starts with, beside those that the backend itself adds.
       eos_ids: Tokens that end a text.
+      num_rows: Rows of the model's embedding, None if unknown.
     """
 
-    def __init__(self, backend: _Backend, *, prefix: Sequence[int] = (), eos_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        backend: _Backend,
+        *,
+        prefix: Sequence[int] = (),
+        eos_ids: Sequence[int] = (),
+        num_rows: int | None = None,
+    ):
         self._backend = backend
         self._prefix = list(prefix)
         self.eos_ids = tuple(eos_ids)
+        self._num_rows = num_rows
 
     @property
     def vocab_size(self) -> int:
@@ -63,11 +75,21 @@ class Tokenizer:
         return self._backend.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, BOS included where the checkpoint asks for it; a chat template has its own."""
+        """Token ids of a text, BOS included where the checkpoint asks for it; a chat template has its own.
+
+        Raises:
+          ValueError: A token has no row in the model's embedding; names the token and its text.
+        """
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        if not add_special_tokens:
-            return ids
-        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+        if add_special_tokens and ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
+        if self._num_rows is not None and any(i >= self._num_rows for i in ids):
+            beyond = next(i for i in ids if i >= self._num_rows)
+            raise ValueError(
+                f"the text has {self._backend.token(beyond)!r}, which is token {beyond}; the model's vocabulary ends "
+                f"at {self._num_rows - 1}"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -90,6 +112,9 @@ class _TokenizerJson:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str:
+        return str(self._tokenizer.id_to_token(token_id))
 
 
 class _SentencePiece:
@@ -118,6 +143,11 @@ class _SentencePiece:
         known = self._processor.vocab_size()
         return self._processor.decode([i for i in ids if 0 <= i < known and not self._processor.is_unknown(i)])
 
+    def token(self, token_id: int) -> str:
+        if token_id < self._processor.vocab_size():
+            return str(self._processor.id_to_piece(token_id))
+        return next((text for text, ids in self._named.items() if list(ids) == [token_id]), f"<{token_id}>")
+
 
 def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
     """Loads a checkpoint's tokenizer.
@@ -127,30 +157,34 @@ def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = 
 
     Args:
       path_or_hub_id: A directory with tokenizer.json or tokenizer.model, or a hub id.
-      vocab_size: Rows of the model's embedding, to check that the two belong together.
+      vocab_size: Rows of the model's embedding. A tokenizer may have more tokens: `encode` refuses a text that has
+        one of them.
 
     Raises:
-      ValueError: No or a malformed tokenizer, or one with ids beyond the model's vocabulary.
+      ValueError: No or a malformed tokenizer, or one whose texts begin or end beyond the model's vocabulary.
       NotImplementedError: A tokenizer.model, and sentencepiece is not installed.
     """
     directory = resolve(path_or_hub_id)
     if (directory / "tokenizer.json").is_file():
-        tokenizer = _from_json(directory)
+        tokenizer = _from_json(directory, vocab_size)
     elif (directory / "tokenizer.model").is_file():
-        tokenizer = _from_sentencepiece(directory)
+        tokenizer = _from_sentencepiece(directory, vocab_size)
     else:
         raise ValueError(f"expected tokenizer.json or tokenizer.model in {directory}, found {list_files(directory)}")
     if vocab_size is not None:
-        _check_vocabulary(tokenizer, vocab_size, directory)
+        _check_eos(tokenizer, vocab_size, directory)
     return tokenizer
 
 
-def _from_json(directory: pathlib.Path) -> Tokenizer:
+def _from_json(directory: pathlib.Path, num_rows: int | None) -> Tokenizer:
     path = directory / "tokenizer.json"
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    # Of the trainer's last batch; a prompt is never shortened or padded by a file.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     add_bos, eos_ids = _add_bos(directory), _eos_ids(directory)
     if eos_ids is None:
         eos_ids = (
@@ -160,10 +194,11 @@ def _from_json(directory: pathlib.Path) -> Tokenizer:
         _TokenizerJson(tokenizer, add_special_tokens=add_bos is not False),
         prefix=[_token_id(tokenizer, directory, "bos_token")] if add_bos else [],
         eos_ids=eos_ids,
+        num_rows=num_rows,
     )
 
 
-def _from_sentencepiece(directory: pathlib.Path) -> Tokenizer:
+def _from_sentencepiece(directory: pathlib.Path, num_rows: int | None) -> Tokenizer:
     path = directory / "tokenizer.model"
     try:
         import sentencepiece
@@ -189,15 +224,12 @@ def _from_sentencepiece(directory: pathlib.Path) -> Tokenizer:
     eos_ids = _eos_ids(directory)
     if eos_ids is None:
         eos_ids = (eos,) if eos >= 0 else ()
-    return Tokenizer(backend, prefix=prefix, eos_ids=tuple(dict.fromkeys(eos_ids + turns)))
+    eos_ids = tuple(dict.fromkeys(eos_ids + turns))
+    return Tokenizer(backend, prefix=prefix, eos_ids=eos_ids, num_rows=num_rows)
 
 
-def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -> None:
-    """Tokens must have a row in the embedding; rows without a token are padding."""
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model's vocabulary only {vocab_size}"
-        )
+def _check_eos(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -> None:
+    """A text must be able to end."""
     if any(not 0 <= i < vocab_size for i in tokenizer.eos_ids):
         raise ValueError(
             f"the end-of-sequence ids {list(tokenizer.eos_ids)} in {directory} exceed the vocabulary of {vocab_size}"

@@ -99,8 +99,22 @@ def test_vocabulary_larger_than_the_models(tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path)
     assert load_tokenizer(folder, vocab_size=6).vocab_size == 6
     assert load_tokenizer(folder, vocab_size=64).vocab_size == 6  # a padded embedding
-    with pytest.raises(ValueError, match="has 6 tokens, the model's vocabulary only 5"):
-        load_tokenizer(folder, vocab_size=5)
+    tokenizer = load_tokenizer(folder, vocab_size=5)
+    assert tokenizer.encode("def return") == [0, 3, 4]
+    with pytest.raises(ValueError, match="the text has 'x', which is token 5; the model's vocabulary ends at 4"):
+        tokenizer.encode("def x")
+
+
+def test_the_trainers_truncation_and_padding_do_not_act(tmp_path: pathlib.Path) -> None:
+    """transformers switches them off, too."""
+    folder = write(tmp_path)
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=8)
+    saved.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("x") == [0, 5]
+    assert tokenizer.encode("x def return x def return") == [0, 5, 3, 4, 5, 3, 4]
 
 
 def test_eos_beyond_the_models_vocabulary(tmp_path: pathlib.Path) -> None:
@@ -222,7 +236,7 @@ def test_sentencepiece_eos_ids_of_the_config(tmp_path: pathlib.Path) -> None:
 def test_sentencepiece_vocabulary_counts_the_added_tokens(tmp_path: pathlib.Path) -> None:
     folder = write_sentencepiece(tmp_path, sentencepiece_model(), config={"model_type": "chatglm"})
     assert load_tokenizer(folder, vocab_size=309).vocab_size == 309
-    with pytest.raises(ValueError, match="has 309 tokens, the model's vocabulary only 308"):
+    with pytest.raises(ValueError, match=r"end-of-sequence ids \[2, 306, 308\] .* exceed the vocabulary of 308"):
         load_tokenizer(folder, vocab_size=308)
 
 
