@@ -68,7 +68,8 @@ def chat_text(path_or_hub_id: str | pathlib.Path, messages: Sequence[Message]) -
     """
     directory = resolve(path_or_hub_id)
     environment, source = _environment(), _template(directory)
-    special = {name: special_token(directory, name) or "" for name in _SPECIAL_TOKENS}
+    # A token that the checkpoint does not name is undefined in the template, as transformers has it.
+    special = {name: token for name in _SPECIAL_TOKENS if (token := special_token(directory, name)) is not None}
     # A template that takes tools or documents asks whether they are none, as transformers has them.
     values = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True, **special}
     try:

@@ -48,6 +48,11 @@ def test_a_special_token_may_be_in_a_file_of_its_own(tmp_path):
     assert chat_text(directory, USER) == "<bos><eos>"
 
 
+def test_a_token_that_the_checkpoint_does_not_name_is_undefined(tmp_path):
+    template = "{% if pad_token is defined %}pad{% endif %}{{ eos_token }}{{ bos_token | default('none') }}"
+    assert chat_text(_checkpoint(tmp_path, template, eos_token="<eos>"), USER) == "<eos>none"
+
+
 def test_the_default_among_named_templates(tmp_path):
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages | length }}"}]
     assert chat_text(_checkpoint(tmp_path, chat_template=named), USER) == "1"
