@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax.models.config import DecoderConfig, RopeScaling, common_problems, refuse
-from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
+from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
-from fdpp_jax.models.rotary import rotation_at
+from fdpp_jax.models.rotary import rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm, Rotation
 
@@ -227,12 +227,15 @@ class ChatGLMForConditionalGeneration(CausalLM):
     """
 
     config: ChatGLMConfig
-    implied_tensors = ("rotary_pos_emb.inv_freq",)
 
     def __init__(self, config: ChatGLMConfig, *, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.transformer = ChatGLMModel(config, dtype=dtype, rngs=rngs)
+
+    @property
+    def implied_tensors(self) -> Mapping[str, Implied]:
+        return {"rotary_pos_emb.inv_freq": stored_frequencies(_Rotary(self.config.head_dim // 2))}
 
     @property
     def embedding(self) -> Embedding:

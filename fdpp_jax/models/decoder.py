@@ -3,11 +3,12 @@
 import abc
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fdpp_jax import ops, unified_max
@@ -25,6 +26,10 @@ from fdpp_jax.unified_max import UnifiedMax
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 # The same inside one layer.
 LayerAttend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+# A module whose weight a tensor repeats, or numbers of which it is one.
+type Implied = Embedding | tuple[np.ndarray, ...]
 
 
 class Layer(Protocol):
@@ -59,8 +64,11 @@ class CausalLM(nnx.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     checkpoint: pathlib.Path | None = None
-    # Endings of the names of tensors that checkpoints carry though the config implies them.
-    implied_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    @property
+    def implied_tensors(self) -> Mapping[str, Implied]:
+        """Tensors that checkpoints carry though the config implies them, by the endings of their names."""
+        return {}
 
     @property
     @abc.abstractmethod

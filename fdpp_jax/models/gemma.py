@@ -19,10 +19,10 @@ from fdpp_jax.models.config import (
     rope_problems,
     window_problems,
 )
-from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
+from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, RMSNorm
 from fdpp_jax.models.llama import MLP, Attention
-from fdpp_jax.models.rotary import rotation_at
+from fdpp_jax.models.rotary import rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, MatmulImplementation, Norm
 from fdpp_jax.unified_max import UnifiedMax, window
@@ -199,12 +199,15 @@ class Gemma2ForCausalLM(CausalLM):
     """
 
     config: Gemma2Config
-    implied_tensors = (*CausalLM.implied_tensors, "lm_head.weight")
 
     def __init__(self, config: Gemma2Config, *, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.model = Gemma2Model(config, dtype=dtype, rngs=rngs)
+
+    @property
+    def implied_tensors(self) -> Mapping[str, Implied]:
+        return {"rotary_emb.inv_freq": stored_frequencies(self.config), "lm_head.weight": self.embedding}
 
     @property
     def embedding(self) -> Embedding:

@@ -1,7 +1,7 @@
 """LLaMA in Flax NNX, and what differs little: Mistral, Qwen. q, k, v and gate, up are fused into one matmul each."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax.models.config import LlamaConfig
-from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
+from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
-from fdpp_jax.models.rotary import rotate, rotation_at
+from fdpp_jax.models.rotary import rotate, rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import MatmulImplementation
 
@@ -154,10 +154,13 @@ class LlamaForCausalLM(CausalLM):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
-        if config.tie_word_embeddings:
-            self.implied_tensors = (*self.implied_tensors, "lm_head.weight")
-        else:
+        if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
+
+    @property
+    def implied_tensors(self) -> Mapping[str, Implied]:
+        rotary: dict[str, Implied] = {"rotary_emb.inv_freq": stored_frequencies(self.config)}
+        return rotary | {"lm_head.weight": self.embedding} if self.config.tie_word_embeddings else rotary
 
     @property
     def embedding(self) -> Embedding:

@@ -15,17 +15,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 from flax import nnx
 
 from fdpp_jax.json_fields import OBJECT, TEXT, field_problems, read_optional_field
 from fdpp_jax.models.config import DecoderConfig
-from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.models.decoder import CausalLM, Implied
 from fdpp_jax.models.families import causal_lm, config_from_hf
-from fdpp_jax.models.layers import Linear
+from fdpp_jax.models.layers import Embedding, Linear
 from fdpp_jax.progress import bar
 
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Beginnings of the names of files that are no weights of the model, or its weights in another format.
+_OTHERS = ("adapter_", "optimizer", "consolidated", "training_args", "scheduler")
+# Of stored rotary frequencies: bfloat16's, and below float16's normal numbers.
+_ROUNDING, _ROUNDING_BELOW = 1e-2, 1e-6
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    "python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('DIR', torch_dtype='auto')"
+    ".save_pretrained('DIR', safe_serialization=True)\""
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja")
 # Mistral publishes its weights a second time, in a format of its own.
@@ -47,7 +57,9 @@ def load(
     """Loads a checkpoint in Hugging Face format.
 
     Args:
-      path_or_hub_id: A directory with config.json and *.safetensors, or a hub id such as "org/name".
+      path_or_hub_id: A directory with config.json and weights, or a hub id such as "org/name". The weights are
+        model.safetensors, else the shards that model.safetensors.index.json names, else all *.safetensors but adapters
+        and the like.
       dtype: dtype of weights, activations and KV cache: bfloat16, float16 or float32.
       progress: Whether to show a progress bar on stderr. None: where stderr is a terminal.
 
@@ -56,7 +68,8 @@ def load(
 
     Raises:
       ValueError: Neither a directory nor a reachable hub id, an unsupported config, or shards and tensors that are
-        missing, truncated, misshaped or too many. All problems of a checkpoint are listed at once.
+        missing, truncated, misshaped, too many, or other than the config implies. All problems of a checkpoint are
+        listed at once.
     """
     if jnp.dtype(dtype).name not in _MODEL_DTYPES:
         raise ValueError(f"expected a dtype out of {', '.join(_MODEL_DTYPES)}, got {jnp.dtype(dtype).name}")
@@ -211,6 +224,7 @@ def _open_shards(
     """
     weight_map, names = _shard_names(directory)
     shards: dict[str, Any] = {}
+    holders: dict[str, str] = {}
     broken: set[str] = set()
     problems = []
     for name in names:
@@ -224,8 +238,11 @@ def _open_shards(
             broken.add(name)
             problems.append(f"shard {name} cannot be read, truncated perhaps: {error}")
             continue
-        shards |= dict.fromkeys(shard.keys(), shard)
-    missing, misshaped, mistyped, unknown = [], [], [], []
+        for tensor in shard.keys():  # noqa: SIM118
+            if tensor in shards:
+                problems.append(f"tensor {tensor} is in two files, {holders[tensor]} and {name}")
+            shards[tensor], holders[tensor] = shard, name
+    missing, misshaped, mistyped, unknown, contradicting = [], [], [], [], []
     for name, shape in expected.items():
         if name not in shards:
             # What lies in a broken shard is not missing besides.
@@ -237,18 +254,44 @@ def _open_shards(
             misshaped.append((name, f": expected shape {list(shape)}, got {header.get_shape()}"))
         if header.get_dtype() not in _TENSOR_DTYPES:
             mistyped.append((name, f": expected one of {', '.join(_TENSOR_DTYPES)}, got {header.get_dtype()}"))
+    implied = model.implied_tensors
     for name in shards.keys() - expected.keys():
-        if not name.endswith(model.implied_tensors):
+        ending = next((ending for ending in implied if name.endswith(ending)), None)
+        if ending is None:
             unknown.append((name, f" {shards[name].get_slice(name).get_shape()} is unknown to the config"))
-    problems += [line for kind in (missing, misshaped, mistyped, unknown) for line in _tensor_lines(kind)]
+        elif why := _contradiction(shards[name].get_tensor(name), implied[ending], model, shards):
+            contradicting.append((name, f" differs from {why}, by which the config replaces it"))
+    problems += [
+        line for kind in (missing, misshaped, mistyped, unknown, contradicting) for line in _tensor_lines(kind)
+    ]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"{directory} is not the checkpoint its config.json describes:\n{listed}")
     return shards
 
 
+def _contradiction(found: jax.Array, implied: Implied, model: CausalLM, shards: Mapping[str, Any]) -> str | None:
+    """What the config implies in the place of a tensor, where the tensor is not equal to that."""
+    if isinstance(implied, Embedding):
+        source = next(f"{_name(path)}.weight" for path, module in nnx.iter_modules(model) if module is implied)
+        if source not in shards:  # which is an error of its own
+            return None
+        return None if np.array_equal(found, shards[source].get_tensor(source)) else source
+    numbers = np.asarray(found, np.float32)
+    is_one = any(
+        numbers.shape == other.shape and np.allclose(numbers, other, rtol=_ROUNDING, atol=_ROUNDING_BELOW)
+        for other in implied
+    )
+    return None if is_one else "the rotary settings' own"
+
+
 def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]:
-    """The index's map from tensor to shard (empty without an index), and the names of all shards."""
+    """The index's map from tensor to shard (empty without an index), and the names of all shards.
+
+    model.safetensors goes before an index, and an index before all that is there, as in transformers.
+    """
+    if (directory / _WHOLE).is_file():
+        return {}, [_WHOLE]
     if (directory / _INDEX).is_file():
         weight_map = read_optional_field(read_json(directory, _INDEX), "weight_map", OBJECT, directory / _INDEX)
         if not weight_map:
@@ -256,10 +299,16 @@ def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]
         if problems := field_problems(weight_map, dict.fromkeys(weight_map, TEXT)):
             raise ValueError(f"{directory / _INDEX} is malformed:\n" + "\n".join(f"  - {p}" for p in problems))
         return weight_map, sorted(set(weight_map.values()))
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if not names:
-        raise ValueError(f"expected *.safetensors in {directory}, found {list_files(directory)}")
-    return {}, names
+    names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith(_OTHERS))
+    if names:
+        return {}, names
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
+    if pickled:
+        raise ValueError(
+            f"expected *.safetensors in {directory}, found {', '.join(pickled)}: a pickle may run any program, so none "
+            f"is read.\nConvert it once, where torch is installed: {_CONVERT}"
+        )
+    raise ValueError(f"expected *.safetensors in {directory}, found {list_files(directory)}")
 
 
 def _tensor_lines(problems: Iterable[tuple[str, str]]) -> list[str]:

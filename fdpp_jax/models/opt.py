@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdpp_jax.models.config import DecoderConfig, activation_problems, common_problems, refuse
-from fdpp_jax.models.decoder import CausalLM, Layer, LayerAttend
+from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, LayerNorm, Linear
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm
@@ -196,12 +196,15 @@ class OPTForCausalLM(CausalLM):
     """
 
     config: OPTConfig
-    implied_tensors = ("lm_head.weight",)
 
     def __init__(self, config: OPTConfig, *, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.model = OPTModel(config, dtype=dtype, rngs=rngs)
+
+    @property
+    def implied_tensors(self) -> Mapping[str, Implied]:
+        return {"lm_head.weight": self.embedding}
 
     @property
     def embedding(self) -> Embedding:

@@ -38,11 +38,20 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
+def stored_frequencies(config: Rotary) -> tuple[np.ndarray, ...]:
+    """What checkpoints store of them: after the scaling, or before."""
+    return inverse_frequencies(config), _plain_frequencies(config.head_dim, config.rope_theta)
+
+
+def _plain_frequencies(head_dim: int, rope_theta: float) -> np.ndarray:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1.0) / np.float32(rope_theta) ** exponents
+
+
 @functools.cache
 def inverse_frequencies(config: Rotary) -> np.ndarray:
     """Rotary angle per position of each pair, [H / 2] float32, after the checkpoint's scaling."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    frequencies = _plain_frequencies(config.head_dim, config.rope_theta)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies

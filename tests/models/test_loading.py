@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from fdpp_jax import models
 from fdpp_jax.models import LlamaConfig, RopeScaling
+from fdpp_jax.models.rotary import stored_frequencies
 from fdpp_jax.plans.shapes import MatmulShape
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
@@ -130,16 +131,82 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_shards(sharded: pathli
 
 
 def test_harmless_extra_tensors_are_ignored(single: pathlib.Path) -> None:
+    frequencies, _ = stored_frequencies(models.loading.read_config(single))
     edit(
         single,
         lambda tensors: tensors.update(
             {
                 "lm_head.weight": tensors["model.embed_tokens.weight"],
-                "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(16, np.float32),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies.astype(np.float16),
             }
         ),
     )
     models.load(single, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("lm_head.weight", r"differs from model\.embed_tokens\.weight, by which the config replaces it"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", "differs from the rotary settings' own, by which the config"),
+    ],
+)
+def test_a_tensor_that_contradicts_the_config_is_no_harmless_one(single: pathlib.Path, name: str, why: str) -> None:
+    """Dropped unseen, the head would give other logits."""
+
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        shape = tensors["model.embed_tokens.weight"].shape if name == "lm_head.weight" else (16,)
+        tensors[name] = np.ones(shape, np.float32)
+
+    edit(single, add)
+    with pytest.raises(ValueError, match=f"tensor {name} {why}"):
+        models.load(single, jnp.float32)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "opt"])
+def test_every_family_with_a_tied_head_looks_at_one_of_its_own(tmp_path: pathlib.Path, family: str) -> None:
+    folder = pathlib.Path(shutil.copytree(FIXTURES / family, tmp_path / family))
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    embedding = next(x for name, x in tensors.items() if name.endswith("embed_tokens.weight"))
+    save_file(tensors | {"lm_head.weight": embedding}, path)
+    models.load(folder, jnp.float32)
+    save_file(tensors | {"lm_head.weight": embedding + 1}, path)
+    with pytest.raises(ValueError, match=r"tensor lm_head\.weight differs from model\..*embed_tokens\.weight"):
+        models.load(folder, jnp.float32)
+
+
+def test_which_files_are_the_checkpoint(single: pathlib.Path) -> None:
+    """As in transformers: model.safetensors, else the index, else all but what is no weights of the model."""
+    sharded = FIXTURES / "llama2_mha"
+    expected = models.loading.fingerprint(single)
+    content = (single / "model.safetensors").read_bytes()
+    # Beside the whole file: an index with its shards, and other tensors.
+    for path in sharded.iterdir():
+        if path.name != "config.json":
+            shutil.copy(path, single / path.name)
+    other = {"model.norm.weight": np.zeros(64, np.float32)}
+    for name in ("old.safetensors", "adapter_model.safetensors", "optimizer.safetensors"):
+        save_file(other, single / name)
+    assert models.loading.fingerprint(single) == expected
+    assert np.asarray(models.load(single, jnp.float32).model.norm.weight[...]).any()
+    # Without it the index, whatever else is there.
+    (single / "model.safetensors").unlink()
+    assert models.loading._shard_names(single)[1] == sorted(path.name for path in sharded.glob("model-*"))
+    # Without both all files but those of other things; none twice.
+    for path in (*single.glob("model-*"), single / "model.safetensors.index.json"):
+        path.unlink()
+    (single / "weights.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is in two files, old.* and weights\.safetensors"):
+        models.load(single)
+    (single / "old.safetensors").unlink()
+    models.load(single)
+
+
+def test_no_pickle_is_read_and_the_error_says_what_to_do(single: pathlib.Path) -> None:
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"found pytorch_model\.bin: a pickle may run any program.*\nConvert it once"):
+        models.load(single)
 
 
 def test_progress_goes_to_stderr(single: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,8 +317,8 @@ def test_malformed_index(sharded: pathlib.Path, content: str, message: str) -> N
 
 
 def test_no_weights(single: pathlib.Path) -> None:
-    (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"expected \*\.safetensors in .* found .*pytorch_model\.bin"):
+    (single / "model.safetensors").rename(single / "weights.npz")
+    with pytest.raises(ValueError, match=r"expected \*\.safetensors in .* found .*weights\.npz"):
         models.load(single)
 
 
