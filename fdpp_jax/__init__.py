@@ -37,12 +37,14 @@ _HOME = {
 _ROOMS = ("calibration", "heuristics", "models")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"fdpp_jax.{_HOME[name]}"), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"fdpp_jax.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker a name that is not imported above is an error
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(importlib.import_module(f"fdpp_jax.{_HOME[name]}"), name)
+        if name in _ROOMS:
+            return importlib.import_module(f"fdpp_jax.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

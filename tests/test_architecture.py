@@ -235,6 +235,17 @@ def test_public_names_are_there_and_nothing_else():
         fdpp_jax.calibrat  # noqa: B018
 
 
+@pytest.mark.slow
+def test_a_misspelt_public_name_is_an_error_to_type_checkers():
+    code = "from fdpp_jax import dot_product_attention, generate; import fdpp_jax; fdpp_jax.models.load"
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--config-file=", "-c"]
+    right = subprocess.run([*command, code], capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
+    assert right.returncode == 0, right.stdout
+    wrong = code.replace("attention,", "attenton,")
+    result = subprocess.run([*command, wrong], capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
+    assert 'has no attribute "dot_product_attenton"' in result.stdout
+
+
 def test_rooms_that_are_public_need_no_import_of_their_own():
     for call in ("calibration.load_for", "heuristics.plan_matmul", "models.load"):
         assert _python(f"import fdpp_jax; fdpp_jax.{call}") == ""
