@@ -80,9 +80,9 @@ def plan_matmul(shape: MatmulShape, device: Device | str, implementation: str | 
         if planned.backend == backend:
             return dataclasses.replace(planned, reason=_NAMED)
     tuned = _tuned_plan(shape, device, algorithm)
-    is_tuned = tuned is not None and tuned.backend == backend and tuned.config is not None
-    config = tuned.config if tuned is not None and is_tuned else op.config(shape, device, algorithm)
-    return MatmulPlan(backend, algorithm, config, _NAMED)
+    if tuned is not None and tuned.backend == backend:
+        return dataclasses.replace(tuned, reason=_NAMED)
+    return MatmulPlan(backend, algorithm, op.config(shape, device, algorithm), _NAMED)
 
 
 @functools.cache

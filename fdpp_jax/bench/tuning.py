@@ -133,12 +133,12 @@ def pending(weights: Sequence[Weight], dtype: str, table: Table, run: Run) -> li
     return [weight for weight in weights if not is_done(weight)]
 
 
-def _kernels(device: Device) -> MatmulOp:
-    """How the kernels of the device compute matmuls."""
+def _kernels(device: Device) -> tuple[str, MatmulOp]:
+    """The backend that has matmul kernels for the device, and how they compute."""
     backend = with_kernels(device, "matmul")
     assert backend is not None
     assert backend.matmul is not None
-    return backend.matmul
+    return backend.name, backend.matmul
 
 
 def weight_timer(weight: Weight, dtype: str) -> Timer:
@@ -165,9 +165,8 @@ def _step(job: Job, rows: Mapping[int, jax.Array], w: jax.Array) -> jax.Array:
     x = rows[job.m]
     if job.config is None:
         return jnp.einsum(f"mk,{W_ORDER}->mn", x, w)
-    backend = with_kernels(devices.current(), "matmul")
-    assert backend is not None
-    plan = MatmulPlan(backend.name, job.implementation, job.config, "a candidate")
+    backend, _ = _kernels(devices.current())
+    plan = MatmulPlan(backend, job.implementation, job.config, "a candidate")
     out: jax.Array = module_of(plan).matmul(x, w, plan, out_dtype=x.dtype, w_order=W_ORDER)
     return out
 
@@ -217,7 +216,7 @@ def _tune_weight(
     weight: Weight, dtype: str, device: Device, run: Run, time_jobs: Timer, phase: Callable[[str], None]
 ) -> tuple[list[Entry], Sweep, tuple[str, ...]]:
     shape = weight.shape(_SWEEP_ROWS, dtype)
-    op = _kernels(device)
+    _, op = _kernels(device)
     jobs = [Job(_SWEEP_ROWS, "xla")]
     jobs += [Job(_SWEEP_ROWS, "flat", config) for config in op.candidates(shape, device, "flat")]
     jobs += [Job(1, "gemv", config) for config in op.candidates(dataclasses.replace(shape, m=1), device, "gemv")]
@@ -241,7 +240,7 @@ def _tune_weight(
 def _finalists(shape: MatmulShape, device: Device, ranked: Sequence[Job]) -> list[Job]:
     """XLA's dot, the sweep's best with the stages that fit so many rows, and the rule's config."""
     jobs = [Job(shape.m, "xla")]
-    op = _kernels(device)
+    _, op = _kernels(device)
     best_gemv = [job for job in ranked if job.implementation == "gemv"][:1]
     best_flat = [job for job in ranked if job.implementation == "flat"][: _KEPT if shape.m >= _SWEEP_ROWS else 1]
     for job in best_gemv + best_flat:
@@ -292,7 +291,7 @@ def static_costs(table: Table, device: Device, dtype: str) -> list[StaticCost]:
     shared = set.intersection(*(set(sweep.time_us) for sweep in sweeps)) - {"xla"}
     singles = [against_best(f"flat, {name}", {s.shape: name for s in sweeps}) for name in sorted(shared)]
     costs = [min(singles, key=lambda cost: cost.geomean)] if singles else []
-    op = _kernels(device)
+    _, op = _kernels(device)
     rule = {s.shape: op.config(s.shape, device, "flat").text for s in sweeps}
     if all(rule[s.shape] in s.time_us for s in sweeps):
         costs.append(against_best("flat, the rule's config", rule))

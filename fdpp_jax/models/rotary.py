@@ -39,11 +39,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def stored_frequencies(config: Rotary) -> tuple[np.ndarray, ...]:
-    """What checkpoints store of them: after the scaling, or before."""
+    """The inverse frequencies that a checkpoint may store: after its scaling, or before."""
     return inverse_frequencies(config), _plain_frequencies(config.head_dim, config.rope_theta)
 
 
 def _plain_frequencies(head_dim: int, rope_theta: float) -> np.ndarray:
+    """Rotary angle per position of each pair, [H / 2] float32, before a scaling."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return np.float32(1.0) / np.float32(rope_theta) ** exponents
 

@@ -83,7 +83,7 @@ class Tokenizer:
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens)
         if add_special_tokens and ids[: len(self._prefix)] != self._prefix:
             ids = self._prefix + ids
-        if self._num_rows is not None and any(i >= self._num_rows for i in ids):
+        if self._num_rows is not None and max(ids, default=0) >= self._num_rows:
             beyond = next(i for i in ids if i >= self._num_rows)
             raise ValueError(
                 f"the text has {self._backend.token(beyond)!r}, which is token {beyond}; the model's vocabulary ends "
@@ -161,7 +161,7 @@ def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = 
         one of them.
 
     Raises:
-      ValueError: No or a malformed tokenizer, or one whose texts begin or end beyond the model's vocabulary.
+      ValueError: No or a malformed tokenizer, or one whose end-of-sequence ids lie beyond the model's vocabulary.
       NotImplementedError: A tokenizer.model, and sentencepiece is not installed.
     """
     directory = resolve(path_or_hub_id)
@@ -182,7 +182,7 @@ def _from_json(directory: pathlib.Path, num_rows: int | None) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    # Of the trainer's last batch; a prompt is never shortened or padded by a file.
+    # Settings of the training may be saved with it. A prompt is never shortened or padded by a file.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     add_bos, eos_ids = _add_bos(directory), _eos_ids(directory)

@@ -176,9 +176,9 @@ def unchecked_decode_attention(
     run = module_of(plan).attention
     if softmax is None and plan.algorithm == "cudnn":
         return run(arrays, options, plan), None
-    if plan.backend == "xla":  # cuDNN has no phi
-        return reference.attention(_with_phi(arrays, options, shape, plan, softmax, key_max_norm), options), None
     arrays = _with_phi(arrays, options, shape, plan, softmax, key_max_norm)
+    if plan.backend == "xla":  # cuDNN has no phi
+        return reference.attention(arrays, options), None
     recompute = None if softmax is None else _recompute_of(plan, softmax)
     if redone is None or recompute in (None, "cond"):
         return run(arrays, options, plan, starts_early=starts_early), None

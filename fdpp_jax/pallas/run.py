@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.decode_attention.kernel import attend
 from fdpp_jax.pallas.flat_matmul import flat_matmul
@@ -29,7 +30,7 @@ def attention(
     recompute: Recompute | None = None,
     redone: jax.Array | None = None,
     starts_early: bool = False,
-    interpret: Any = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Any:
     """Attention by `decode_attention`.
 
@@ -63,7 +64,7 @@ def matmul(
     *,
     out_dtype: jax.typing.DTypeLike,
     w_order: WeightOrder,
-    interpret: Any = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
     """x [..., K] @ w -> [..., N], by `gemv` or `flat_matmul`."""
     kernel = gemv if plan.algorithm == "gemv" else flat_matmul
@@ -86,7 +87,7 @@ def first_layer(
     spec: LayerSpec,
     plan: LayerPlan,
     *,
-    interpret: Any = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[NextAttention, jax.Array]:
     """The first layer up to its attention, of x [B, D] behind its norm; and the state."""
     return fused_layer.fused_qkv(
@@ -104,7 +105,7 @@ def layer(
     spec: LayerSpec,
     plan: LayerPlan,
     *,
-    interpret: Any = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, NextAttention | jax.Array | None, jax.Array]:
     """A layer after its attention, up to what follows: the next layer's attention, the logits, or nothing."""
     next_norm, next_qkv, next_bias, head = None, None, None, None
