@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdpp_jax.models.config import DecoderConfig, RopeScaling, common_problems, refuse
+from fdpp_jax.models.config import DecoderConfig, common_problems, refuse
 from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
-from fdpp_jax.models.rotary import rotation_at, stored_frequencies
+from fdpp_jax.models.rotary import RopeScaling, rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm, Rotation
 
@@ -92,6 +92,9 @@ def _problems(hf: Mapping[str, Any]) -> list[str]:
         ("multi_query_attention", False, True),
         ("original_rope", True, True),
         ("rope_ratio", 1, 1),
+        ("rope_theta", 10000, 10000),
+        ("rope_scaling", None, None),
+        ("rope_parameters", None, None),
         ("tie_word_embeddings", False, False),
         ("quantization_bit", 0, 0),
         ("pre_seq_len", None, None),

@@ -3,23 +3,24 @@
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, TypedDict
+from typing import Any, ClassVar, Self, TypedDict
 
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax.json_fields import BOOL, INDEX, NUMBER, OBJECT, POSITIVE, SIZE, TEXT, TEXTS, Kind, field_problems
+from fdpp_jax.json_fields import BOOL, INDEX, NUMBER, OBJECT, POSITIVE, SIZE, TEXTS, Kind, field_problems
+from fdpp_jax.models.rotary import RopeScaling, rope_problems, rope_scaling, rope_theta
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Norm
 from fdpp_jax.unified_max import UnifiedMax
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_ROPE_TYPES = ("default", "linear", "llama3")
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 # What a family may read beside its sizes. null: the default, or none; a null bool is false.
 _KINDS: dict[str, Kind] = {
     "quantization_config": OBJECT.or_null,
     "rope_scaling": OBJECT.or_null,
     "rope_parameters": OBJECT.or_null,
+    "per_layer_config": OBJECT.or_null,
     "layer_types": TEXTS.or_null,
     "num_key_value_heads": SIZE.or_null,
     "head_dim": SIZE.or_null,
@@ -36,30 +37,8 @@ _KINDS: dict[str, Kind] = {
     "add_qkv_bias": BOOL.or_null,
     "tie_word_embeddings": BOOL.or_null,
     "use_sliding_window": BOOL.or_null,
+    "is_causal": BOOL,
 }
-_ROPE_KINDS: dict[str, Kind] = {
-    "rope_type": TEXT,
-    "rope_theta": POSITIVE,
-    "factor": POSITIVE,
-    "low_freq_factor": POSITIVE,
-    "high_freq_factor": POSITIVE,
-    "original_max_position_embeddings": SIZE,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How a checkpoint stretches its rotary frequencies; field names as in Hugging Face's rope_scaling.
-
-    "linear" uses `factor` alone. "llama3" divides long wavelengths by `factor`, keeps short ones, and
-    blends in between.
-    """
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
 
 
 class AttentionArguments(TypedDict, total=False):
@@ -231,39 +210,6 @@ class LlamaConfig(DecoderConfig):
         return {"local_window_size": (self.sliding_window - 1, 0)}
 
 
-def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings: rope_theta and rope_scaling in transformers 4, one rope_parameters in transformers 5."""
-    rope: dict[str, Any] = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    outside = {key: hf.get(key) for key in rope}
-    for settings in (outside, hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
-        rope |= {key: value for key, value in settings.items() if value is not None}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return rope
-
-
-def rope_theta(hf: Mapping[str, Any]) -> float:
-    """The base of the rotary frequencies."""
-    return float(_rope(hf)["rope_theta"])
-
-
-def rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
-    """How the rotary frequencies are stretched; None: not at all."""
-    rope = _rope(hf)
-    if rope["rope_type"] == "default":
-        return None
-    if rope["rope_type"] == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    return RopeScaling(
-        "llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=rope.get(
-            "original_max_position_embeddings", hf.get("max_position_embeddings", 2048)
-        ),
-    )
-
-
 def common_problems(
     hf: Mapping[str, Any], model_type: str, architecture: str, *, sizes: Sequence[str] = _SIZES
 ) -> list[str]:
@@ -280,6 +226,11 @@ def common_problems(
     if isinstance(quantization, dict) and quantization:
         method = quantization.get("quant_method", "unknown")
         problems.append(f"expected unquantized weights, got a quantization_config (quant_method {method!r})")
+    # transformers reads these of any model: a mask for every query, and fields that differ by layer.
+    if hf.get("is_causal", True) is False:
+        problems.append("expected is_causal True, got False")
+    if hf.get("per_layer_config"):
+        problems.append("expected layers of one shape, got a per_layer_config")
     return problems
 
 
@@ -308,27 +259,6 @@ def refuse(problems: list[str]) -> None:
     """
     if problems:
         raise ValueError("config.json is not one this model can run:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def rope_problems(hf: Mapping[str, Any]) -> list[str]:
-    """Why the rotary settings cannot be run; that they are objects is `common_problems`' matter."""
-    rope = _rope(hf)
-    if problems := field_problems(rope, _ROPE_KINDS):
-        return problems
-    rope_type = rope["rope_type"]
-    if rope_type not in _ROPE_TYPES:
-        return [f"expected a rope_type out of {', '.join(_ROPE_TYPES)}, got {rope_type!r}"]
-    needed: dict[str, tuple[str, ...]] = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    problems = [
-        f"rope_type {rope_type!r} needs {key}, which is missing" for key in needed[rope_type] if key not in rope
-    ]
-    if (partial := rope["partial_rotary_factor"]) != 1.0:
-        problems.append(f"expected partial_rotary_factor 1.0, got {partial}")
-    return problems
 
 
 def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:

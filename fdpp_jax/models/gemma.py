@@ -16,13 +16,12 @@ from fdpp_jax.models.config import (
     activation_problems,
     common_problems,
     refuse,
-    rope_problems,
     window_problems,
 )
 from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, RMSNorm
 from fdpp_jax.models.llama import MLP, Attention
-from fdpp_jax.models.rotary import rotation_at, stored_frequencies
+from fdpp_jax.models.rotary import rope_problems, rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, MatmulImplementation, Norm
 from fdpp_jax.unified_max import UnifiedMax, window

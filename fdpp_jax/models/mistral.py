@@ -9,9 +9,9 @@ from fdpp_jax.models.config import (
     activation_problems,
     common_problems,
     refuse,
-    rope_problems,
     window_problems,
 )
+from fdpp_jax.models.rotary import rope_problems
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {

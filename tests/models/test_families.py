@@ -1,6 +1,7 @@
 """What differs between families beside their parity: config.json readers, presets, plans. By family."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -242,6 +243,103 @@ def test_each_kind_of_attention_has_its_plan() -> None:
     assert attentions(PRESETS["mistral-7b-v0.1"]) == {"attention": (4095, 0)}
     mixed = read("qwen2.5-7b", use_sliding_window=True, sliding_window=4096, max_window_layers=20)
     assert attentions(mixed) == {"attention": None, "attention (window 4096)": (4095, 0)}
+
+
+# Rotary settings of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters), and both beside each other.
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = PUBLISHED["llama-3.2-3b"]["rope_scaling"]
+ROTARY = ["mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-3b"]
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_settings_that_contradict_each_other_are_refused(name: str) -> None:
+    theta = PUBLISHED[name]["rope_theta"]
+    default = {"rope_type": "default", "rope_theta": theta}
+    (problem,) = problems(name, rope_scaling=LINEAR, rope_parameters=default)
+    assert problem.startswith("expected rope_scaling and rope_parameters to say the same, got ")
+    (problem,) = problems(name, rope_scaling=LINEAR, rope_parameters={"rope_theta": theta})
+    assert problem.startswith("expected rope_scaling and rope_parameters to say the same, got ")
+    elsewhere = LINEAR | {"rope_theta": 2 * theta}
+    for place in ("rope_scaling", "rope_parameters"):
+        changes = {"rope_scaling": None, place: elsewhere}
+        assert problems(name, **changes) == [f"expected {place}.rope_theta to be rope_theta {theta}, got {2 * theta}"]
+        both = {"rope_scaling": None, place: LINEAR | {"type": "default"}}
+        assert problems(name, **both) == [f"expected {place}.type to be rope_type 'linear', got 'default'"]
+        nested = {"full_attention": default, "sliding_attention": LINEAR}
+        assert problems(name, **{"rope_scaling": None, place: nested}) == [
+            f"expected {place} of one kind for all layers, got objects full_attention, sliding_attention"
+        ]
+
+
+def test_a_context_that_contradicts_is_refused() -> None:
+    assert problems("llama-3.2-3b", original_max_position_embeddings=4096) == [
+        "expected rope_scaling.original_max_position_embeddings to be original_max_position_embeddings 4096, got 8192"
+    ]
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_settings_that_agree_are_applied(name: str) -> None:
+    theta = PUBLISHED[name]["rope_theta"]
+    expected = dataclasses.replace(PRESETS[name], rope_scaling=models.RopeScaling("linear", 4.0))
+    for changes in (
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": LINEAR | {"type": "linear", "rope_theta": theta, "partial_rotary_factor": 1}},
+        {"rope_scaling": {"type": "linear", "factor": 4}, "rope_parameters": LINEAR | {"rope_theta": theta}},
+        {"rope_scaling": {}, "rope_parameters": LINEAR},
+        {"rope_scaling": LINEAR, "rope_parameters": {}, "original_max_position_embeddings": 4096},
+        {"rope_scaling": LINEAR | {"attention_factor": None}, "partial_rotary_factor": 1.0},
+    ):
+        assert read(name, **changes) == expected
+
+
+def test_the_original_context_may_stand_beside() -> None:
+    inside = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    assert read("llama-3.2-3b", rope_scaling=inside, original_max_position_embeddings=8192) == PRESETS["llama-3.2-3b"]
+    scaling = read("llama-3.2-3b", rope_scaling=inside).rope_scaling
+    assert scaling is not None
+    assert scaling.original_max_position_embeddings == 131072
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"factor": 4.0}, "rope_type 'default' does not read factor, got 4.0"),
+        (LINEAR | {"attention_factor": 1.2}, "rope_type 'linear' does not read attention_factor, got 1.2"),
+        (LINEAR | {"low_freq_factor": 1}, "rope_type 'linear' does not read low_freq_factor, got 1"),
+        (LLAMA3 | {"beta_fast": 32}, "rope_type 'llama3' does not read beta_fast, got 32"),
+        (LINEAR | {"llama_4_scaling_beta": 0.1}, "rope_type 'linear' does not read llama_4_scaling_beta, got 0.1"),
+        (LINEAR | {"partial_rotary_factor": 0.5}, "expected partial_rotary_factor 1.0, got 0.5"),
+        (LINEAR | {"partial_rotary_factor": "1"}, "expected partial_rotary_factor to be a number, got '1'"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "expected high_freq_factor above low_freq_factor 1.0, got 1.0"),
+        *(
+            ({"rope_type": kind, "factor": 4.0}, f"expected a rope_type out of default, linear, llama3, got '{kind}'")
+            for kind in ("yarn", "dynamic", "longrope", "proportional", "mrope")
+        ),
+    ],
+)
+def test_rotary_settings_that_nothing_here_computes_are_refused(scaling: dict[str, Any], message: str) -> None:
+    assert problems("llama-3.2-3b", rope_scaling=scaling) == [message]
+
+
+def test_a_partial_rotation_beside_the_settings_is_refused() -> None:
+    assert problems(
+        "llama-3.2-3b", partial_rotary_factor=0.5, rope_scaling=LINEAR | {"partial_rotary_factor": 1.0}
+    ) == ["expected rope_scaling.partial_rotary_factor to be partial_rotary_factor 0.5, got 1.0"]
+
+
+# Fields of all families.
+
+
+@pytest.mark.parametrize("name", ["llama2_mha", "mistral", "qwen2", "qwen3", "gemma2", "chatglm2", "opt"])
+def test_what_transformers_reads_of_every_family(name: str) -> None:
+    hf = json.loads((FIXTURES / name / "config.json").read_text())
+    config_from_hf(hf | {"is_causal": True, "per_layer_config": {}})
+    with pytest.raises(ValueError, match="expected is_causal True, got False"):
+        config_from_hf(hf | {"is_causal": False})
+    with pytest.raises(ValueError, match="expected layers of one shape, got a per_layer_config"):
+        config_from_hf(hf | {"per_layer_config": {"0": {"num_attention_heads": 2}}})
 
 
 # Mistral.

@@ -139,6 +139,8 @@ def test_problems_are_listed_at_once() -> None:
         "expected use_bidirectional_attention False, got True",
         "expected tie_word_embeddings True, got False",
     ]
+    (problem,) = problems(rope_scaling={"type": "linear", "factor": 4.0}, rope_parameters={"rope_theta": 10000.0})
+    assert problem.startswith("expected rope_scaling and rope_parameters to say the same, got ")
     (problem,) = problems(layer_types=["full_attention", "chunked_attention"])
     assert problem.startswith("expected layer_types of 26 out of sliding_attention, full_attention, got")
     (problem,) = problems(architectures=["Gemma2ForTokenClassification"], vocab_size=0)
