@@ -9,6 +9,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Beyond these, float32 has no temperature or no reciprocal of it, and 0 / 0 or -inf * 0 would be drawn from. At either
+# end the draw is that of the limit: the best token, ties shared, or all tokens alike.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 2.0**-126, 2.0**126
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ def make_sampling(
     """Checks the arguments of `generate` and returns the policy.
 
     Args:
-      temperature: Divides the logits; 0 takes the best token and ignores `top_k` and `top_p`.
+      temperature: Divides the logits; 0 takes the best token and ignores `top_k` and `top_p`. However small, it leaves
+        only the best ones.
       top_k: Keep the k best tokens; among equal logits the lower token comes first.
       top_p: Keep the fewest best tokens whose probabilities reach top_p, after `top_k`; always at least one.
       vocab_size: Number of tokens there are.
@@ -42,6 +47,7 @@ def make_sampling(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if temperature == 0.0:
         return Sampling()
+    temperature = min(max(temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
     return Sampling(
         temperature=jnp.float32(temperature), top_p=None if top_p is None else jnp.float32(top_p), top_k=top_k
     )

@@ -85,11 +85,33 @@ def test_draws_follow_the_probabilities(temperature, filters):
     np.testing.assert_allclose(got, expected, atol=5 * 0.5 / np.sqrt(NUM_DRAWS))
 
 
-def test_a_tiny_temperature_is_greedy_and_finite():
-    logits = jnp.array([[1e4, 3e4, -3e4]], jnp.float32)
-    for filters in ({}, {"top_k": 2}, {"top_p": 0.9}):
-        sampling = make_sampling(1e-30, vocab_size=3, **filters)
-        assert sample(logits, jax.random.key(1), sampling).tolist() == [1]
+FILTERS: list[dict[str, float]] = [{}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 2, "top_p": 0.9}, {"top_p": 1e-300}]
+TINY = [5e-324, 1e-300, 1e-46, 1e-40, 1e-38, 1.1754943e-38, 1e-30, 1e-9]
+HUGE = [1e37, 1e38, 3e38, 1e39, 1.7e308, 10**400]
+
+
+def _draws(logits, temperature, filters, num_draws=64):
+    sampling = make_sampling(temperature, vocab_size=len(logits), **filters)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num_draws, len(logits)))
+    return set(jax.jit(sample)(rows, jax.random.key(1), sampling).tolist())
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("temperature", TINY)
+def test_a_tiny_temperature_takes_the_best(temperature, filters):
+    for logits in ([1e4, 3e4, -3e4], [1.0, 1.0 + 2**-20, 0.0], [-np.inf, 0.0, -1e-3]):
+        assert _draws(logits, temperature, filters) == {1}
+    ties = {0} if filters.get("top_p") == 1e-300 else {0, 2}
+    assert _draws([2.0, 1.0, 2.0], temperature, filters) == ties
+
+
+@pytest.mark.parametrize("temperature", HUGE)
+def test_a_huge_temperature_draws_evenly_among_those_left(temperature):
+    logits = [-np.inf, 1.0, -3e4, 3e4]
+    assert _draws(logits, temperature, {}) == {1, 2, 3}
+    assert _draws(logits, temperature, {"top_k": 2}) == {1, 3}
+    assert _draws(logits, temperature, {"top_p": 0.6}) == {1, 3}
+    assert _draws(logits, temperature, {"top_p": 1.0}) == {1, 2, 3}
 
 
 def test_strengths_are_traced():
