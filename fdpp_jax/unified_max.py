@@ -128,7 +128,7 @@ def max_norm(
         norm *= jnp.abs(key_scale)
     if page_table is not None:
         norm = jnp.take(norm, page_table, axis=0, mode="clip")  # [B, pages, page_size, K]
-        norm = norm.reshape(norm.shape[0], -1, norm.shape[3])  # [B, S, K]
+        norm = norm.reshape(norm.shape[0], norm.shape[1] * norm.shape[2], norm.shape[3])  # [B, S, K]
     if lengths is not None:
         live = jnp.arange(norm.shape[1]) < lengths[:, None]  # [B, S]
         norm = jnp.where(live[:, :, None], norm, 0.0)

@@ -50,7 +50,7 @@ def row_phi(
         return jnp.broadcast_to(phi, (batch, num_heads))
     if key_max_norm is None:
         key_max_norm = unified_max.max_norm(arrays.key, arrays.lengths, arrays.page_table, arrays.key_scale)
-    query_norm = jnp.linalg.norm(arrays.query.astype(jnp.float32), axis=-1).max(axis=1)  # [B, N]
+    query_norm = jnp.linalg.norm(arrays.query.astype(jnp.float32), axis=-1).max(axis=1, initial=0.0)  # [B, N]
     bound = abs(options.scale) * query_norm * jnp.repeat(key_max_norm, num_heads // arrays.key.shape[2], axis=1)
     if options.logits_soft_cap is not None:
         bound = jnp.minimum(bound, options.logits_soft_cap)

@@ -91,7 +91,7 @@ def _attention_mask(arrays: AttentionArrays, options: AttentionOptions, capacity
 def _gather(pool: jax.Array, page_table: jax.Array) -> jax.Array:
     """[P, page_size, K, ...] -> [B, S, K, ...]."""
     pages = jnp.take(pool, page_table, axis=0, mode="clip")  # [B, pages, page_size, K, ...]
-    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    return pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
 
 
 def _contiguous(cache: jax.Array, scale: jax.Array | None, page_table: jax.Array | None) -> jax.Array:

@@ -14,6 +14,8 @@ def refuse_cudnn(shape: AttentionShape, device: Device) -> str | None:
         return f"no cuDNN attention on {device.arch}"
     if shape.has_lengths:
         return "cuDNN lets NaN beyond the lengths through"
+    if not (shape.batch and shape.query_length and shape.num_query_heads and shape.capacity):
+        return "an axis of length 0 is not for cuDNN"
     if shape.page_size is not None or shape.kv_dtype not in (None, shape.dtype):
         return "no paged or quantised cache through cuDNN"
     if shape.has_sinks or shape.has_query_offset:

@@ -1,5 +1,6 @@
 """What a call of attention must hold: one clear error for each thing that is wrong."""
 
+import functools
 import math
 
 import jax
@@ -88,6 +89,35 @@ def test_attention_says_what_is_wrong(arguments, message):
     *arrays, keywords = arguments
     with pytest.raises(ValueError, match=message):
         fdpp_jax.dot_product_attention(*arrays, **keywords)
+
+
+POLICIES = [None, UnifiedMax(6.0), UnifiedMax(jnp.full((1, 1), 6.0)), UnifiedMax.bound()]
+
+
+@pytest.mark.parametrize("softmax", POLICIES, ids=["online", "one phi", "phi by row", "bound"])
+@pytest.mark.parametrize("empty", ["B", "T", "S", "N", "TS", "BTSN"])
+def test_an_axis_of_length_0_is_answered_as_jax_does(empty, softmax):
+    """Without a key, zeros; without a row, nothing. Heads of keys and the head dim must be there."""
+    size = dict(B=2, T=3, S=5, N=4) | dict.fromkeys(empty, 0)
+    query = jnp.ones((size["B"], size["T"], size["N"], 64))
+    key = jnp.ones((size["B"], size["S"], 2, 64))
+    expected = jax.nn.dot_product_attention(query, key, key)
+    rows = jnp.zeros(size["B"], jnp.int32)
+    lengths = dict(query_seq_lengths=rows, key_value_seq_lengths=rows, query_offset=rows)
+    features = dict(is_causal=True, local_window_size=2, logits_soft_cap=3.0, sinks=jnp.zeros(size["N"]))
+    for arguments in ({"key_max_norm": jnp.ones((size["B"], 2))}, lengths | features):
+        out = fdpp_jax.dot_product_attention(query, key, key, softmax=softmax, **arguments)
+        assert out.shape == expected.shape
+        assert not jnp.any(out)
+
+    def total(*arrays):
+        return jax.vmap(functools.partial(fdpp_jax.dot_product_attention, softmax=softmax))(*arrays).sum()
+
+    grads = jax.jit(jax.grad(total, (0, 1, 2)))(query[None], key[None], key[None])
+    assert [grad.shape for grad in grads] == [(1, *query.shape), (1, *key.shape), (1, *key.shape)]
+    assert not any(jnp.any(grad) for grad in grads)
+    pool, table = jnp.ones((1, 16, 2, 64)), jnp.zeros((size["B"], min(size["S"], 1)), jnp.int32)
+    assert fdpp_jax.dot_product_attention(query, pool, pool, page_table=table, softmax=softmax).shape == query.shape
 
 
 def test_only_pages_of_live_keys_must_be_in_the_pool():

@@ -203,8 +203,9 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
         ({"dtype": "float16", "kv_dtype": "int8", "scales": "token"}, "may leave float16's range"),
         ({"head_dim": 96, "kv_dtype": "int8", "scales": "head"}, "8-bit tiles are widened 64 columns at a time"),
         ({"logits_soft_cap": 1e6}, "tanh is good for caps up to 1000, got 1e"),
-        ({"capacity": 0}, "needs a sequence and a key, got B = 1, S = 0"),
-        ({"batch": 0}, "needs a sequence and a key, got B = 0, S = 4096"),
+        ({"capacity": 0}, "needs a sequence, a query head and a key, got B = 1, N = 32, S = 0"),
+        ({"batch": 0}, "needs a sequence, a query head and a key, got B = 0, N = 32, S = 4096"),
+        ({"num_query_heads": 0}, "needs a sequence, a query head and a key, got B = 1, N = 0, S = 4096"),
     ],
 )
 def test_refused_decode_falls_back_with_its_reason(changes, reason):

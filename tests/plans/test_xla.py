@@ -40,6 +40,8 @@ def _prefill(**changes):
         (_prefill(dtype="float16"), "H200", "cudnn"),
         (_prefill(dtype="float32"), "H200", "reference"),
         (_prefill(has_lengths=True), "H200", "reference"),
+        *((_prefill(**{axis: 0}), "H200", "reference") for axis in ("batch", "query_length", "capacity")),
+        (_prefill(num_query_heads=0), "H200", "reference"),
         (_prefill(logits_soft_cap=30.0), "H200", "reference"),
         (_prefill(local_window_size=(64, 0)), "H200", "reference"),
         (_prefill(page_size=16), "H200", "reference"),
