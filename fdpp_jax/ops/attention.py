@@ -53,7 +53,8 @@ def dot_product_attention(
         is 16, 32, 64, 128 or 256.
       value: As key.
       scale: Factor on the scores; 1 / sqrt(H) by default.
-      is_causal: A query sees the keys up to its position, which is t for query t, as in jax.nn.
+      is_causal: A query sees the keys up to its position, which is t for query t, as in jax.nn. A value that a mask or
+        a window hides from one query, and not from all of its sequence, must be finite: it is multiplied by 0.
       query_seq_lengths: [B] int32, live queries of each sequence; the others give zeros.
       key_value_seq_lengths: [B] int32, live keys of each sequence, at most S. Keys beyond them are never
         seen, NaN included; length 0 gives zeros. A kernel's cost follows the lengths, not S.

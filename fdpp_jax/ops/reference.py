@@ -1,7 +1,7 @@
 """Attention and matmul in plain XLA: the oracle of the kernels, and the path where there is no kernel.
 
-Scores, softmax and sums are float32 whatever the inputs are. Masked keys contribute exactly zero, also
-where the cache holds NaN behind a row's length, and a row without any key gives zeros.
+Scores, softmax and sums are float32 whatever the inputs are. Masked keys weigh exactly zero, values that no query of
+their sequence sees may be NaN, and a row without any key gives zeros.
 """
 
 import jax

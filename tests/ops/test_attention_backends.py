@@ -77,6 +77,7 @@ CASES = {
     "MQA, head dim 128": Case(num_kv_heads=1, head_dim=128),
     "head dim 80": Case(head_dim=80),
     "draft": Case(query_length=3, is_causal=True, lengths=(40, 3, 7, 129)),
+    "draft, window": Case(query_length=3, is_causal=True, local_window_size=(20, 0), lengths=(40, 3, 7, 129)),
     "window, soft cap": Case(local_window_size=(20, 0), logits_soft_cap=2.0),
     "sinks": Case(has_sinks=True),
     "pages": Case(page_size=16, capacity=144, lengths=(40, 1, 0, 144)),
@@ -91,19 +92,20 @@ SHAPES = {name: attention_shape(case.arrays(), case.options, is_online=False) fo
 TAKEN = backend_case.taken("attention", SHAPES)
 
 
-def run(backend, name, phi, **options):
-    """The backend's answer, as it plans the case."""
+def run(backend, name, phi, arrays=None, **options):
+    """The backend's answer, as it plans the case, to the case's arrays or others of their shapes."""
     case = CASES[name]
     plan = backend.attention.plan(SHAPES[name], backend_case.device_of(backend), "")
-    arrays = case.arrays()._replace(phi=None if phi is None else jnp.asarray(phi, jnp.float32))
+    arrays = case.arrays() if arrays is None else arrays
+    arrays = arrays._replace(phi=None if phi is None else jnp.asarray(phi, jnp.float32))
     call = functools.partial(
         module_of(plan).attention, options=case.options, plan=plan, **options, **backend_case.options_of(backend)
     )
     return jax.jit(call)(arrays)
 
 
-def expected_of(name):
-    arrays = CASES[name].arrays()._asdict()
+def expected_of(name, arrays=None):
+    arrays = (CASES[name].arrays() if arrays is None else arrays)._asdict()
     del arrays["phi"]
     return oracle.attention(**arrays, **dataclasses.asdict(CASES[name].options))
 
@@ -114,6 +116,56 @@ def test_agrees_with_float64(backend, name, phi):
     out = run(backend, name, phi)
     assert out.dtype == CASES[name].dtype
     assert oracle.relative_error(out, expected_of(name)) < oracle.TOLERANCE[CASES[name].dtype]
+
+
+DRAFTS = [param for param in TAKEN if param.values[1] in ("draft", "draft, window", "long queries")]
+
+
+@pytest.mark.parametrize(("backend", "name"), DRAFTS)
+@pytest.mark.parametrize("phi", [None, 1.0], ids=["online", "unified"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_a_mask_hides_from_all_queries_of_a_sequence_reaches_none(backend, name, phi, poison):
+    case = CASES[name]
+    arrays = case.arrays()
+    offset = jnp.maximum(arrays.query_offset - 4, 0)  # the last live keys lie after the last query
+    position, last = jnp.arange(case.capacity), offset[:, None] + case.query_length - 1
+    hidden = position > last
+    if case.local_window_size is not None:
+        hidden |= position < offset[:, None] - case.local_window_size[0]
+    assert (hidden & (position < arrays.lengths[:, None])).any()
+    key, value = (jnp.where(hidden[..., None, None], poison, x) for x in (arrays.key, arrays.value))
+    arrays = arrays._replace(query_offset=offset, key=key.astype(case.dtype), value=value.astype(case.dtype))
+    out = run(backend, name, phi, arrays)
+    assert oracle.relative_error(out, expected_of(name, arrays)) < oracle.TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(("backend", "name"), DRAFTS)
+@pytest.mark.parametrize("phi", [None, 1.0], ids=["online", "unified"])
+def test_a_key_that_is_nan_reaches_the_queries_that_see_it_alone(backend, name, phi):
+    case = CASES[name]
+    arrays = case.arrays()
+    last = int(arrays.lengths[0]) - 1  # seen by the last query alone
+    arrays = arrays._replace(key=arrays.key.at[0, last, 1, 5].set(np.nan))
+    out, expected = np.asarray(run(backend, name, phi, arrays), np.float64), expected_of(name, arrays)
+    assert np.isnan(expected).sum() == case.num_heads // 2 * case.head_dim
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+    assert oracle.relative_error(np.nan_to_num(out), np.nan_to_num(expected)) < oracle.TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(("backend", "name"), DRAFTS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_reaches_all_queries_of_its_sequence_if_one_sees_it(backend, name, poison):
+    """Where it is hidden, 0 times it is added: in one column, and in the query heads of its own head."""
+    case = CASES[name]
+    arrays = case.arrays()
+    last = int(arrays.lengths[0]) - 1  # seen by the last query alone
+    arrays = arrays._replace(value=arrays.value.at[0, last, 1, 5].set(poison))
+    out, expected = np.asarray(run(backend, name, None, arrays), np.float64), expected_of(name, arrays)
+    reached = np.zeros(out.shape, bool)
+    reached[0, :, case.num_heads // 2 :, 5] = True
+    np.testing.assert_array_equal(~np.isfinite(out), reached)
+    clean = np.where(reached, 0, expected)
+    assert oracle.relative_error(np.where(reached, 0, out), clean) < oracle.TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize(("backend", "name"), [param for param in TAKEN if param.values[1] in ("GQA", "draft")])
