@@ -39,6 +39,10 @@ def same(a, b):
     )
 
 
+# Of few tokens, as most tests have.
+calibrate = functools.partial(fdpp_jax.calibrate, min_tokens=1)
+
+
 def random_tokens(batch, length, seed=0):
     return np.random.default_rng(seed).integers(0, 128, (batch, length))
 
@@ -123,28 +127,28 @@ def test_padding_and_order_do_not_matter_and_shapes_compile_once(model):
     lengths = np.array([24, 7, 0, 1])
     calibration._record.clear_cache()
     seen = []
-    whole = fdpp_jax.calibrate(model, [(rows, lengths)], progress=seen.append)
+    whole = calibrate(model, [(rows, lengths)], progress=seen.append)
     assert seen == [whole]
     assert (whole.num_sequences, whole.num_tokens) == (3, 32)
     assert whole.stats.log_den.counts.sum(axis=-1).tolist() == [[32] * 4] * 2
     assert whole.stats.scores.counts.sum(axis=-1).tolist() == [[24 * 25 // 2 + 7 * 8 // 2 + 1] * 4] * 2
     garbage = np.where(np.arange(24) < lengths[:, None], rows, 127)
-    assert same(whole, fdpp_jax.calibrate(model, [(garbage[::-1], lengths[::-1])]))
-    fdpp_jax.calibrate(model, [rows])  # no lengths: all live
+    assert same(whole, calibrate(model, [(garbage[::-1], lengths[::-1])]))
+    calibrate(model, [rows])  # no lengths: all live
     assert calibration._record._cache_size() == 1
 
 
 def test_resumed_equals_in_one_go(model, tmp_path):
     batches = [random_tokens(2, 16, seed) for seed in range(3)]
-    whole = fdpp_jax.calibrate(model, batches)
-    fdpp_jax.calibrate(model, batches[:1]).save(tmp_path / "partial.json")
+    whole = calibrate(model, batches)
+    calibrate(model, batches[:1]).save(tmp_path / "partial.json")
     partial = Calibration.load(tmp_path / "partial.json")
-    resumed = fdpp_jax.calibrate(model, batches[1:], resume=partial)
+    resumed = calibrate(model, batches[1:], resume=partial)
     assert same(whole, resumed)
     assert not same(whole, partial)
-    assert fdpp_jax.calibrate(model, [], resume=partial) is partial
+    assert calibrate(model, [], resume=partial) is partial
     with pytest.raises(ValueError, match="resume must be of this model"):
-        fdpp_jax.calibrate(model, batches, resume=dataclasses.replace(partial, dtype="bfloat16"))
+        calibrate(model, batches, resume=dataclasses.replace(partial, dtype="bfloat16"))
 
 
 @pytest.mark.slow
@@ -158,12 +162,12 @@ sharding = jax.NamedSharding(mesh, jax.P("batch"))
 tokens, lengths = np.load({str(tmp_path / "tokens.npy")!r}), np.array([24, 7, 0, 1])
 tokens, lengths = jax.device_put((tokens, lengths), sharding)
 model = fdpp_jax.models.load({str(FIXTURE)!r}, dtype="float32")
-fdpp_jax.calibrate(model, [(tokens, lengths)]).save({str(tmp_path / "sharded.json")!r})
+fdpp_jax.calibrate(model, [(tokens, lengths)], min_tokens=1).save({str(tmp_path / "sharded.json")!r})
 """
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PATH": ""}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment, cwd=FIXTURE.parents[2])
     sharded = Calibration.load(tmp_path / "sharded.json")
-    alone = fdpp_jax.calibrate(model, [(tokens, np.array([24, 7, 0, 1]))])
+    alone = calibrate(model, [(tokens, np.array([24, 7, 0, 1]))])
     for name in ("scores", "row_max", "log_den"):
         a, b = getattr(alone.stats, name), getattr(sharded.stats, name)
         np.testing.assert_allclose(a.low, b.low, atol=1e-5)
@@ -187,14 +191,27 @@ fdpp_jax.calibrate(model, [(tokens, lengths)]).save({str(tmp_path / "sharded.jso
 )
 def test_batches_that_do_not_fit_are_refused(model, batch, message):
     with pytest.raises(ValueError, match=message):
-        fdpp_jax.calibrate(model, [batch])
+        calibrate(model, [batch])
+
+
+def test_few_tokens_are_refused_unless_told_and_the_verdict_says_so(model):
+    with pytest.raises(ValueError, match=r"expected at least 1024 tokens, got 4: .* or a lower min_tokens"):
+        fdpp_jax.calibrate(model, [random_tokens(1, 4)])
+    few = fdpp_jax.calibrate(model, [random_tokens(1, 4)], min_tokens=4)
+    for level in calibration.LEVELS:
+        assert few.judge(level).reason.endswith("; of only 4 tokens, so up to 75 % of a head's rows may lie outside")
+    assert few.unified_max() is not None
+    with pytest.raises(ValueError, match="expected at least 9 tokens, got 8"):
+        fdpp_jax.calibrate(model, [random_tokens(1, 4, 1)], resume=few, min_tokens=9)
+    enough = fdpp_jax.calibrate(model, [random_tokens(2, 512)])
+    assert enough.judge().reason.endswith(" to spare at either end")
 
 
 def test_scores_that_are_not_finite_are_refused():
     broken = models.load(FIXTURE, dtype=jnp.float32)
     broken.model.layers[1].input_layernorm.weight.set_value(jnp.full(64, jnp.nan))
     with pytest.raises(ValueError, match="not finite in layer 1, head 0"):
-        fdpp_jax.calibrate(broken, [random_tokens(1, 4)])
+        calibrate(broken, [random_tokens(1, 4)])
 
 
 # From scores to phi.
@@ -230,7 +247,7 @@ def test_a_range_wider_than_the_window_is_refused_with_the_reason():
     judgement = found.judge()
     assert judgement.reason == (
         "ln den from -496.8 to 363.5 spans 860.3 nats, the window of bfloat16 88.7: 771.6 too few, the best phi leaves "
-        "2 of 4 rows (0.5) outside"
+        "1,024 of 2,048 rows (0.5) outside"
     )
     assert judgement.recompute_rate == 0.5
     assert judgement.margin_nats == pytest.approx(-771.6 / 2, abs=0.1)
@@ -341,7 +358,7 @@ def perplexity(model, tokens, softmax):
 def test_each_layer_takes_its_own_phi_and_no_value_recompiles(model):
     tokens = random_tokens(1, 12)[0]
     expected, _ = perplexity(model, tokens, None)
-    found = fdpp_jax.calibrate(model, [random_tokens(2, 16)])
+    found = calibrate(model, [random_tokens(2, 16)])
     for level in ("layer", "head"):
         policy = found.unified_max(level)
         assert perplexity(model, tokens, policy) == (pytest.approx(expected, rel=1e-6), 0)
@@ -357,7 +374,7 @@ def test_each_layer_takes_its_own_phi_and_no_value_recompiles(model):
 
 
 def test_a_file_holds_all_of_it(model, tmp_path):
-    found = fdpp_jax.calibrate(model, [random_tokens(2, 16)])
+    found = calibrate(model, [random_tokens(2, 16)])
     path = tmp_path / "fdpp_calibration.json"
     dataclasses.replace(found, data="some text", weights="0123456789abcdef", date="2026-11-23").save(path)
     loaded = Calibration.load(path)
@@ -388,7 +405,7 @@ def _break(content, keys, value):
         (["dtype"], None, "dtype is missing"),
         (["dtype"], "int8", "expected dtype to be one of bfloat16, float16, float32, got 'int8'"),
         (["num_tokens"], "many", "expected num_tokens to be a positive integer, got 'many'"),
-        (["num_tokens"], 3, r"layers\[0\].row_max\[0\].counts must add up to num_tokens = 3, got 2"),
+        (["num_tokens"], 3, r"layers\[0\].row_max\[0\].counts must add up to num_tokens = 3, got 1024"),
         (["max_keys"], 0, "expected max_keys to be a positive integer, got 0"),
         (["versions"], [], r"expected versions to be an object, got \[\]"),
         (["layers"], [], "layers is empty"),

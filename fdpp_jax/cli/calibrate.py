@@ -49,6 +49,12 @@ def add(commands: Commands) -> None:
         metavar="T",
         help=f"tokens of a piece (default: {_DEFAULT_LENGTH}, or the model's context)",
     )
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that there must be for a phi to be worth something (default: 1024)",
+    )
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="pieces computed together (default: 4)")
     parser.add_argument(
         "--plot", type=output_file, metavar="FILE.png", help="also draw the ranges by layer; needs matplotlib"
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
     length = args.length or min(_DEFAULT_LENGTH, config.max_position_embeddings)
     tokenizer = models.load_tokenizer(directory, vocab_size=config.vocab_size)
     tokens, lengths = _samples(pathlib.Path(args.data), tokenizer, args.samples, length)
+    min_tokens = calibration.MIN_TOKENS if args.min_tokens is None else args.min_tokens
+    calibration.check_tokens(int(lengths.sum()), min_tokens, "--min-tokens")
     digest = hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()[:16]
     data = f"{len(tokens)} pieces of {length} tokens from {pathlib.Path(args.data).name}, sha256 {digest}"
     weights = fingerprint(directory)
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
         try:
             batches = _batches(tokens[done:], lengths[done:], args.batch)
-            recorded = calibration.calibrate(model, batches, progress=progress, resume=resumed)
+            recorded = calibration.calibrate(model, batches, progress=progress, resume=resumed, min_tokens=min_tokens)
         except KeyboardInterrupt:
             if recorded is None:
                 raise
@@ -119,10 +127,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that cannot be followed, before any work."""
-    for name in ("samples", "batch", "length"):
+    for name in ("samples", "batch", "length", "min_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'fdpp-jax[plots]'")
     if args.plot and (kind := pathlib.Path(args.plot).suffix[1:].lower()) not in (kinds := _plot_kinds()):

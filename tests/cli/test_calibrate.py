@@ -30,7 +30,7 @@ def texts(tmp_path):
 
 
 def calibrate_command(checkpoint, texts, *argv):
-    flags = ("--samples", 5, "--length", 24, "--batch", 2, "--dtype", "float32")
+    flags = ("--samples", 5, "--length", 24, "--batch", 2, "--dtype", "float32", "--min-tokens", 90)
     return ("calibrate", "--model", checkpoint, "--data", texts, *flags, *argv)
 
 
@@ -154,6 +154,8 @@ def test_plot_is_a_png(capsys, monkeypatch, checkpoint, texts, tmp_path):
     ("argv", "message"),
     [
         (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--min-tokens", "0"], "--min-tokens must be at least 1, got 0"),
+        (["--min-tokens", "121"], "expected at least 121 tokens, got 120: .* or a lower --min-tokens"),
         (["--length", "513"], "513 tokens a sequence need as many positions"),
         (["--data", "no/such/file"], "--data must be a file or a directory, got no/such/file"),
         (["--plot", "x.png"], r"--plot needs matplotlib: pip install 'fdpp-jax\[plots\]'"),
@@ -166,6 +168,20 @@ def test_calibrate_refuses(capsys, monkeypatch, checkpoint, texts, argv, message
     assert (code, out) == (2, "")
     with pytest.raises(ValueError, match=message):
         raise ValueError(err)
+
+
+def test_few_tokens_are_refused_before_the_run_unless_told(capsys, monkeypatch, checkpoint, texts):
+    record = calibration._record
+    monkeypatch.setattr(calibration, "_record", None)
+    command = ("calibrate", "--model", checkpoint, "--data", texts, "--length", 24, "--samples", 1)
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (2, "")
+    assert "expected at least 1024 tokens, got 24: " in err
+    assert "give more text, or a lower --min-tokens" in err
+    monkeypatch.setattr(calibration, "_record", record)
+    code, out, err = run(capsys, *command, "--min-tokens", 24)
+    assert code == 0, err
+    assert "of only 24 tokens" in out
 
 
 def test_data_without_text_is_refused(capsys, checkpoint, texts, tmp_path):
