@@ -19,6 +19,7 @@ from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.generation import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
+from fdpp_jax.models.step_cache import StepCache
 from fdpp_jax.plans import device
 from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.unified_max import UnifiedMax
@@ -31,6 +32,9 @@ type _Variant = tuple[UnifiedMax | None, Literal["xla"] | None]
 
 def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
     """Times greedy decoding with random weights: ours, ours with online softmax, and plain XLA, in turns.
+
+    phi is the middle of what the rows of the same steps have for ln sum e^score, recorded before the timing: random
+    weights make other scores than a checkpoint's, and no phi is right for all shapes.
 
     The read floor is that of the weights that a step needs, and of the live keys and values inside a layer's window.
 
@@ -58,12 +62,15 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     progress.say("bench", "read floor")
     floors = [read_floor(weight_bytes + kv_bytes)]
 
+    cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
+    progress.say("bench", "scores")
+    phi, cache = _measured_phi(model, cache, context, steps)
     variants: dict[str, _Variant] = {
-        "ours, unified max": (UnifiedMax(jnp.float32(6.0)), None),
+        "ours, unified max": (UnifiedMax(jnp.float32(phi)), None),
         "ours, online softmax": (None, None),
         "plain XLA": (None, "xla"),
     }
-    seconds, recomputed = _time_decode(model, batch, context, steps, variants)
+    seconds, recomputed = _time_decode(model, cache, context, steps, variants)
     floors.append(
         read_floor(weight_bytes + kv_bytes)
     )  # before and behind the loops: the floor drifts as the GPU warms up
@@ -83,11 +90,12 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     rows.append(("read floor", f"{floor * 1e3:.3f}", f"{batch / floor:.1f}", "1.00", f"{baseline / floor:.2f}x", ""))
     title = (
         f"Decode on {running.kind}: {config.num_hidden_layers} layers of {config.hidden_size}, batch {batch}, "
-        f"context {context}, {dtype.name}, {weight_bytes / 1e9:.2f} GB of weights, {kv_bytes / 1e9:.2f} GB of K and V"
+        f"context {context}, {dtype.name}, {weight_bytes / 1e9:.2f} GB of weights, {kv_bytes / 1e9:.2f} GB of K and V, "
+        f"phi {phi:.1f}"
     )
     record = provenance() | {
         "config": dataclasses.asdict(config),
-        "decode": {"batch": batch, "context": context, "steps": steps, "dtype": dtype.name},
+        "decode": {"batch": batch, "context": context, "steps": steps, "dtype": dtype.name, "phi": phi},
         "bytes": {"weights": weight_bytes, "keys_and_values": kv_bytes},
         "read_floor_ms": floor * 1e3,
         "ms_per_step": {name: per_step * 1e3 for name, per_step in seconds.items()},
@@ -114,17 +122,16 @@ def _kv_bytes(config: DecoderConfig, live_tokens: float, dtype: jnp.dtype) -> fl
 
 
 def _time_decode(
-    model: CausalLM, batch: int, context: int, steps: int, variants: Mapping[str, _Variant]
+    model: CausalLM, cache: KVCache, context: int, steps: int, variants: Mapping[str, _Variant]
 ) -> tuple[dict[str, float], dict[str, int]]:
     """By name: median seconds per step of loops that take turns, and how many steps of a loop were redone."""
     structure, weights = flattened(model)
-    cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
-    tokens = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size
+    tokens = _first_tokens(model, cache.batch)
     progress.say("bench", f"compile {', '.join(variants)}")
     compiling = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:  # one is compiled while the next is lowered
         for name, (softmax, implementation) in variants.items():
-            options = decode_compiler_options(model, batch) if implementation is None else {}
+            options = decode_compiler_options(model, cache.batch) if implementation is None else {}
             loop = jax.jit(functools.partial(_decode_loop, structure, steps, implementation), donate_argnums=1)
             lowered = loop.lower(weights, cache, tokens, softmax)
             compiling[name] = pool.submit(lowered.compile, compiler_options=options)
@@ -135,7 +142,7 @@ def _time_decode(
     for turn in range(1 + clock.REPEATS):  # the first loops of a process are the slowest
         for name in clock.in_turn(variants, turn):
             softmax, _ = variants[name]
-            cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - steps, jnp.int32))
+            cache = _rewound(cache, context - steps)
             jax.block_until_ready((weights, cache))
             started = time.perf_counter()
             cache, _, count = jax.block_until_ready(loops[name](weights, cache, tokens, softmax))
@@ -167,6 +174,66 @@ def _decode_loop(
         return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), redone
 
     return jax.lax.fori_loop(0, steps, body, (cache, tokens, jnp.int32(0)))
+
+
+class _Probe(StepCache):
+    """A step in plain XLA that notes the least and the largest ln sum e^score of its rows."""
+
+    def __init__(self, config: DecoderConfig, cache: KVCache):
+        super().__init__(config, cache, None, "xla")
+        self.low, self.high = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)
+
+    def attend(self, layer: int, query: jax.Array, *, starts_early: bool = False) -> jax.Array:
+        options = self._config.attention_options(layer)
+        key, _ = self.arrays(layer)
+        grouped = query.reshape(query.shape[0], key.shape[2], -1, query.shape[3])  # [B, K, G, H]
+        scores = jnp.einsum("bkgh,bskh->bkgs", grouped, key, preferred_element_type=jnp.float32)
+        scores *= options.get("scale", query.shape[3] ** -0.5)
+        if (cap := options.get("logits_soft_cap")) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        position, slots = jnp.arange(key.shape[1]), self.slots[:, None]  # a step's own key is the last
+        live = position <= slots
+        if (window := options.get("local_window_size")) is not None:
+            live &= position >= slots - window[0]
+        log_den = jax.nn.logsumexp(jnp.where(live[:, None, None], scores, -jnp.inf), axis=-1)
+        self.low, self.high = jnp.minimum(self.low, log_den.min()), jnp.maximum(self.high, log_den.max())
+        return super().attend(layer, query, starts_early=starts_early)
+
+
+def _measured_phi(model: CausalLM, cache: KVCache, context: int, steps: int) -> tuple[float, KVCache]:
+    """The phi with the same room at both ends for the rows of these steps, and the cache, which is donated."""
+    structure, weights = flattened(model)
+    loop = jax.jit(functools.partial(_probe_loop, structure, steps), donate_argnums=1)
+    cache, low, high = loop(weights, _rewound(cache, context - steps), _first_tokens(model, cache.batch))
+    return (float(low) + float(high)) / 2, cache
+
+
+def _probe_loop(
+    structure: Structure, steps: int, weights: list[jax.Array], cache: KVCache, tokens: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """`_decode_loop` in plain XLA: the cache, and the least and largest ln sum e^score."""
+    model = rebuilt(structure, weights)
+
+    def body(_: jax.Array, carry: Any) -> Any:
+        cache, tokens, low, high = carry
+        step = _Probe(model.config, cache)
+        logits = model.decode_logits(tokens, step)
+        low, high = jnp.minimum(low, step.low), jnp.maximum(high, step.high)
+        return step.grown(), jnp.argmax(logits, axis=-1).astype(jnp.int32), low, high
+
+    ends = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)
+    cache, _, low, high = jax.lax.fori_loop(0, steps, body, (cache, tokens, *ends))
+    return cache, low, high
+
+
+def _first_tokens(model: CausalLM, batch: int) -> jax.Array:
+    """Where every loop starts, [B]."""
+    return jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size
+
+
+def _rewound(cache: KVCache, length: int) -> KVCache:
+    """The cache with `length` live tokens in every row."""
+    return dataclasses.replace(cache, lengths=jnp.full((cache.batch,), length, jnp.int32))
 
 
 def _random_cache(model: CausalLM, batch: int, capacity: int) -> KVCache:

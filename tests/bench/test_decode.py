@@ -34,6 +34,30 @@ def test_decode(tmp_path, tied, window, seen):
     assert record["recomputed_steps"]["ours, online softmax"] == 0
 
 
+def test_phi_fits_scores_that_random_weights_make_large(monkeypatch, tmp_path):
+    """Queries some hundred times as long, whose rows phi = 6 leaves outside the window in every step."""
+    random_model = decode.models.random_model
+
+    def long_queries(config, dtype):
+        model = random_model(config, dtype)
+        weight = model.model.layers[0].self_attn.qkv_proj.weight
+        weight.set_value(weight[...].at[: config.query_size].multiply(230.0))
+        return model
+
+    monkeypatch.setattr(decode.models, "random_model", long_queries)
+    report = decode.bench_decode(CONFIG, batch=2, context=64, steps=4)
+    record = check_report(report, ["ours, unified max"], tmp_path / "record.json")
+    assert record["recomputed_steps"] == dict.fromkeys(record["ms_per_step"], 0)
+    assert report.columns[-1] == "redone of 4"
+    assert report.rows[0][-1] == "0"
+    assert f"phi {record['decode']['phi']:.1f}" in report.title
+    measured = decode._measured_phi
+    monkeypatch.setattr(decode, "_measured_phi", lambda *args: (6.0, measured(*args)[1]))
+    off = decode.bench_decode(CONFIG, batch=2, context=64, steps=4)
+    assert off.record["recomputed_steps"]["ours, unified max"] == 4
+    assert off.rows[0][-1] == "4"
+
+
 @pytest.mark.parametrize(
     ("name", "live_tokens", "seen"),
     [
