@@ -5,12 +5,13 @@ moves. Then one tensor at a time goes through host memory; parts are fused on th
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -37,13 +38,15 @@ _CONVERT = (
     ".save_pretrained('DIR', safe_serialization=True)\""
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja")
 # Mistral publishes its weights a second time, in a format of its own.
 _HUB_IGNORED = ("*/*", "consolidated*.safetensors")
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _TENSOR_DTYPES = ("BF16", "F16", "F32", "F64")
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _MAX_LISTED = 10
+# What git leaves in the place of a large file until git-lfs brings it.
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def bundled_path() -> pathlib.Path:
@@ -81,11 +84,11 @@ def load(
     sources = {name: _sources(name, value.shape, modules[name.rpartition(".")[0]]) for name, value in parameters}
     expected = {name: shape for parts in sources.values() for name, shape in parts.items()}
     with contextlib.ExitStack() as stack:
-        shards = _open_shards(directory, expected, model, stack)
+        stored = _open_shards(directory, expected, model, stack)
         title = f"Loading {directory.name}"
         update = stack.enter_context(bar(title, len(parameters), is_shown=progress))
         for done, (name, parameter) in enumerate(parameters, start=1):
-            parts = [shards[source].get_tensor(source) for source in sources[name]]
+            parts = [stored[source].read() for source in sources[name]]
             parameter.set_value(_fuse(parts, jnp.dtype(dtype)).block_until_ready())
             update(done=done)
     model.checkpoint = directory.absolute()
@@ -137,6 +140,7 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     path = directory / name
     if not path.is_file():
         raise ValueError(f"expected {name} in {directory}, found {list_files(directory)}")
+    refuse_pointers(directory, [name])
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -167,7 +171,9 @@ def fingerprint(directory: pathlib.Path) -> str:
       ValueError: There are no shards, or one is missing or malformed.
     """
     tensors = {}
-    for name in _shard_names(directory)[1]:
+    names = _shard_names(directory)[1]
+    refuse_pointers(directory, names)
+    for name in names:
         try:
             with (directory / name).open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -186,11 +192,34 @@ def fingerprint(directory: pathlib.Path) -> str:
 
 def list_files(directory: pathlib.Path) -> str:
     """What a directory holds, or the beginning of it, for an error message."""
-    names = sorted(entry.name for entry in directory.iterdir())
+    return _listed(sorted(entry.name for entry in directory.iterdir())) or "an empty directory"
+
+
+def refuse_pointers(directory: pathlib.Path, names: Iterable[str]) -> None:
+    """Raises where a git-lfs pointer stands in the place of a file; a file that is missing is none.
+
+    Raises:
+      ValueError: One of the files is a pointer.
+    """
+    pointers = [name for name in names if _is_pointer(directory / name)]
+    if pointers:
+        raise ValueError(
+            f"expected the files themselves in {directory}, got git-lfs pointers for {_listed(pointers)}: "
+            f"`git lfs pull` there gets them"
+        )
+
+
+def _is_pointer(path: pathlib.Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def _listed(names: list[str]) -> str:
+    """The names, or the first of them and how many there are more."""
     num_more = len(names) - _MAX_LISTED
-    if num_more > 0:
-        names = [*names[:_MAX_LISTED], f"{num_more} more"]
-    return ", ".join(names) or "an empty directory"
+    return ", ".join([*names[:_MAX_LISTED], f"{num_more} more"] if num_more > 0 else names)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -211,20 +240,40 @@ def _fuse(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint: the open shard that holds it, the shard's name and the tensor's own."""
+
+    shard: Any
+    file: str
+    name: str
+
+    @property
+    def shape(self) -> list[int]:
+        return self.shard.get_slice(self.name).get_shape()
+
+    @property
+    def dtype(self) -> str:
+        return self.shard.get_slice(self.name).get_dtype()
+
+    def read(self) -> jax.Array:
+        return self.shard.get_tensor(self.name)
+
+
 def _open_shards(
     directory: pathlib.Path,
     expected: Mapping[str, tuple[int, ...]],
     model: CausalLM,
     stack: contextlib.ExitStack,
-) -> dict[str, Any]:
-    """Opens the shards and returns, for every expected tensor, the shard that holds it.
+) -> dict[str, _Stored]:
+    """Opens the shards and returns what they hold, by the model's names.
 
     Raises:
       ValueError: Lists every shard and tensor that is not as the config and the index promise.
     """
     weight_map, names = _shard_names(directory)
-    shards: dict[str, Any] = {}
-    holders: dict[str, str] = {}
+    refuse_pointers(directory, names)
+    found: dict[str, _Stored] = {}
     broken: set[str] = set()
     problems = []
     for name in names:
@@ -239,44 +288,61 @@ def _open_shards(
             problems.append(f"shard {name} cannot be read, truncated perhaps: {error}")
             continue
         for tensor in shard.keys():  # noqa: SIM118
-            if tensor in shards:
-                problems.append(f"tensor {tensor} is in two files, {holders[tensor]} and {name}")
-            shards[tensor], holders[tensor] = shard, name
+            if tensor in found:
+                problems.append(f"tensor {tensor} is in two files, {found[tensor].file} and {name}")
+            found[tensor] = _Stored(shard, name, tensor)
+    own_names = _own_names({*weight_map, *found}, expected, model)
+    stored = {own_names[name]: tensor for name, tensor in found.items()}
+    files = {own_names[name]: file for name, file in weight_map.items()}
     missing, misshaped, mistyped, unknown, contradicting = [], [], [], [], []
     for name, shape in expected.items():
-        if name not in shards:
+        if name not in stored:
             # What lies in a broken shard is not missing besides.
-            if not broken or (weight_map and weight_map.get(name) not in broken):
+            if not broken or (files and files.get(name) not in broken):
                 missing.append((name, f" {list(shape)} is missing"))
             continue
-        header = shards[name].get_slice(name)
-        if tuple(header.get_shape()) != shape:
-            misshaped.append((name, f": expected shape {list(shape)}, got {header.get_shape()}"))
-        if header.get_dtype() not in _TENSOR_DTYPES:
-            mistyped.append((name, f": expected one of {', '.join(_TENSOR_DTYPES)}, got {header.get_dtype()}"))
+        tensor = stored[name]
+        if tuple(tensor.shape) != shape:
+            misshaped.append((tensor.name, f": expected shape {list(shape)}, got {tensor.shape}"))
+        if tensor.dtype not in _TENSOR_DTYPES:
+            mistyped.append((tensor.name, f": expected one of {', '.join(_TENSOR_DTYPES)}, got {tensor.dtype}"))
     implied = model.implied_tensors
-    for name in shards.keys() - expected.keys():
+    for name in stored.keys() - expected.keys():
+        tensor = stored[name]
         ending = next((ending for ending in implied if name.endswith(ending)), None)
         if ending is None:
-            unknown.append((name, f" {shards[name].get_slice(name).get_shape()} is unknown to the config"))
-        elif why := _contradiction(shards[name].get_tensor(name), implied[ending], model, shards):
-            contradicting.append((name, f" differs from {why}, by which the config replaces it"))
+            unknown.append((tensor.name, f" {tensor.shape} is unknown to the config"))
+        elif why := _contradiction(tensor.read(), implied[ending], model, stored):
+            contradicting.append((tensor.name, f" differs from {why}, by which the config replaces it"))
     problems += [
         line for kind in (missing, misshaped, mistyped, unknown, contradicting) for line in _tensor_lines(kind)
     ]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"{directory} is not the checkpoint its config.json describes:\n{listed}")
-    return shards
+    return stored
 
 
-def _contradiction(found: jax.Array, implied: Implied, model: CausalLM, shards: Mapping[str, Any]) -> str | None:
+def _own_names(names: Collection[str], expected: Collection[str], model: CausalLM) -> dict[str, str]:
+    """From a checkpoint's names of tensors to the model's.
+
+    A checkpoint of the model without its head, and OPT as published in some sizes, lack the first part of the names,
+    which is "model." for most families. As in transformers, they lack it everywhere or nowhere.
+    """
+    path = next(path for path, module in nnx.iter_modules(model) if module is model.embedding)
+    prefix = f"{path[0]}."
+    if any(name.startswith(prefix) for name in names):
+        return {name: name for name in names}
+    return {name: name if name in expected else prefix + name for name in names}
+
+
+def _contradiction(found: jax.Array, implied: Implied, model: CausalLM, stored: Mapping[str, _Stored]) -> str | None:
     """What the config implies in the place of a tensor, where the tensor is not equal to that."""
     if isinstance(implied, Embedding):
         source = next(f"{_name(path)}.weight" for path, module in nnx.iter_modules(model) if module is implied)
-        if source not in shards:  # which is an error of its own
+        if source not in stored:  # which is an error of its own
             return None
-        return None if np.array_equal(found, shards[source].get_tensor(source)) else source
+        return None if np.array_equal(found, stored[source].read()) else stored[source].name
     numbers = np.asarray(found, np.float32)
     is_one = any(
         numbers.shape == other.shape and np.allclose(numbers, other, rtol=_ROUNDING, atol=_ROUNDING_BELOW)

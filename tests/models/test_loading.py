@@ -17,31 +17,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from fdpp_jax import models
-from fdpp_jax.models import LlamaConfig, RopeScaling
+from fdpp_jax.models import LlamaConfig
 from fdpp_jax.models.rotary import stored_frequencies
 from fdpp_jax.plans.shapes import MatmulShape
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
-HF_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
 
 
 @pytest.fixture
@@ -124,10 +104,78 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_shards(sharded: pathli
     assert models.loading.fingerprint(sharded) == expected
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, sharded / "model.safetensors")
     assert models.loading.fingerprint(sharded) != expected
-    for content in (b"", b"version https://git-lfs.github.com/spec/v1"):
-        (sharded / "model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=r"model\.safetensors is not a shard of safetensors"):
-            models.loading.fingerprint(sharded)
+    (sharded / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a shard of safetensors"):
+        models.loading.fingerprint(sharded)
+
+
+def test_git_lfs_pointers_are_no_weights(sharded: pathlib.Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    names = sorted(path.name for path in sharded.glob("*.safetensors"))[1:3]
+    for name in names:
+        (sharded / name).write_bytes(pointer)
+    message = f"expected the files themselves in .*, got git-lfs pointers for {', '.join(names)}: `git lfs pull` there"
+    for read in (models.load, models.loading.fingerprint):
+        with pytest.raises(ValueError, match=message) as error:
+            read(sharded)
+        assert "\n" not in str(error.value)
+    (sharded / "config.json").write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"git-lfs pointers for config\.json"):
+        models.load(sharded)
+
+
+def headless(folder: pathlib.Path, prefix: str) -> None:
+    """Renames a checkpoint's tensors as those of its model without the head."""
+    for path in folder.glob("*.safetensors"):
+        save_file({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}, path)
+    path = folder / "model.safetensors.index.json"
+    if path.is_file():
+        index = json.loads(path.read_text())
+        index["weight_map"] = {name.removeprefix(prefix): file for name, file in index["weight_map"].items()}
+        path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("family", ["llama2_mha", "llama3_gqa", "gemma2", "chatglm2", "qwen3"])
+def test_names_may_lack_their_first_part(tmp_path: pathlib.Path, family: str) -> None:
+    """As in transformers: of all tensors but the head, or of none."""
+    folder = pathlib.Path(shutil.copytree(FIXTURES / family, tmp_path / family))
+    headless(folder, "transformer." if family == "chatglm2" else "model.")
+    expected, found = (nnx.state(models.load(path, jnp.float32)) for path in (FIXTURES / family, folder))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_model_without_its_head(single: pathlib.Path) -> None:
+    """What LlamaModel saves is a whole checkpoint where the head is tied."""
+    headless(single, "model.")
+    edit_config(single, architectures=["LlamaModel"])
+    models.load(single)
+    edit_config(single, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"\n  - tensor lm_head\.weight \[\d+, 64\] is missing$"):
+        models.load(single)
+
+
+def test_problems_name_tensors_as_the_checkpoint_does(single: pathlib.Path) -> None:
+    headless(single, "model.")
+
+    def damage(tensors: dict[str, np.ndarray]) -> None:
+        tensors["norm.weight"] = np.zeros(3, np.float32)
+        tensors["extra.weight"] = np.zeros(3, np.float32)
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"] + 1
+        del tensors["layers.0.mlp.up_proj.weight"]
+
+    edit(single, damage)
+    with pytest.raises(ValueError, match="is not the checkpoint its config") as error:
+        models.load(single)
+    assert sorted(str(error.value).splitlines()[1:]) == [
+        "  - tensor extra.weight [3] is unknown to the config",
+        "  - tensor lm_head.weight differs from embed_tokens.weight, by which the config replaces it",
+        "  - tensor model.layers.0.mlp.up_proj.weight [160, 64] is missing",
+        "  - tensor norm.weight: expected shape [64], got [3]",
+    ]
+    # Half of the names is no layout.
+    edit(single, lambda tensors: tensors.update({"model.norm.weight": tensors.pop("norm.weight")}))
+    with pytest.raises(ValueError, match=r"tensor embed_tokens\.weight .* is unknown to the config"):
+        models.load(single)
 
 
 def test_harmless_extra_tensors_are_ignored(single: pathlib.Path) -> None:
@@ -364,9 +412,8 @@ def test_hub_id_is_downloaded(single: pathlib.Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = models.load("some-org/Some-Llama-3.2-1B", jnp.float32)
     assert model.config.hidden_size == 64
-    assert calls == [
-        ("some-org/Some-Llama-3.2-1B", ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"])
-    ]
+    files = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    assert calls == [("some-org/Some-Llama-3.2-1B", files)]
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,64 +423,6 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match="the hub did not deliver 'org/name': no route to host"):
         models.load("org/name")
-
-
-def test_config_of_transformers_4_and_5() -> None:
-    config = LlamaConfig.from_hf(HF_CONFIG)
-    assert config == models.PRESETS["llama-3.1-8b"]
-    new = {k: v for k, v in HF_CONFIG.items() if not k.startswith("rope")}
-    new["rope_parameters"] = HF_CONFIG["rope_scaling"] | {"rope_theta": 500000.0}
-    assert LlamaConfig.from_hf(new) == config
-    old = HF_CONFIG | {"rope_scaling": {"type": "linear", "factor": 2}, "num_key_value_heads": None}
-    assert LlamaConfig.from_hf(old).rope_scaling == RopeScaling("linear", factor=2.0)
-    assert LlamaConfig.from_hf(old).num_key_value_heads == 32
-    assert LlamaConfig.from_hf(old).head_dim == 128
-    nulls = dict.fromkeys(("head_dim", "rope_parameters", "quantization_config", "attention_bias", "mlp_bias"))
-    assert LlamaConfig.from_hf(HF_CONFIG | nulls) == config
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-            r"expected model_type 'llama' .*'LlamaForCausalLM'.*, got 'mistral' and \['MistralForCausalLM'\]",
-        ),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "got 'llama' and .*SequenceClassification"),
-        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "out of default, linear, llama3, got 'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "got 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "'llama3' needs low_freq_factor, which is missing"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*'awq'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 1.0, got 0.5"),
-        ({"num_key_value_heads": 5}, "num_key_value_heads=5 must divide num_attention_heads=32"),
-        ({"hidden_size": 0}, "expected hidden_size to be a positive integer, got 0"),
-        ({"vocab_size": "32000"}, "expected vocab_size to be a positive integer, got '32000'"),
-        ({"num_attention_heads": 0}, "expected num_attention_heads to be a positive integer, got 0"),
-        ({"num_key_value_heads": -8}, "expected num_key_value_heads to be a positive integer or null, got -8"),
-        ({"head_dim": 33}, "head_dim must be even"),
-        ({"head_dim": "64"}, "expected head_dim to be a positive integer or null, got '64'"),
-        ({"architectures": 5}, r"architectures \['LlamaForCausalLM'\], got 'llama' and 5"),
-        ({"rms_norm_eps": "x"}, "expected rms_norm_eps to be a positive number, got 'x'"),
-        ({"rms_norm_eps": None}, "expected rms_norm_eps to be a positive number, got None"),
-        ({"max_position_embeddings": 1.5}, "expected max_position_embeddings to be a positive integer, got 1.5"),
-        ({"tie_word_embeddings": "no"}, "expected tie_word_embeddings to be true or false or null, got 'no'"),
-        ({"quantization_config": "awq"}, "expected quantization_config to be an object or null, got 'awq'"),
-        ({"rope_parameters": [1]}, r"expected rope_parameters to be an object or null, got \[1\]"),
-        ({"rope_theta": "x"}, "expected rope_theta to be a positive number, got 'x'"),
-        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "expected factor to be a positive number, got '4'"),
-        ({"rope_scaling": {"type": "linear", "factor": None}}, "'linear' needs factor, which is missing"),
-        ({"rope_scaling": {"type": ["linear"]}}, r"expected rope_type to be text, got \['linear'\]"),
-    ],
-)
-def test_unsupported_configs(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_hf(HF_CONFIG | changes)
-
-
-def test_missing_config_keys_are_listed_at_once() -> None:
-    with pytest.raises(ValueError, match=r"vocab_size is missing\n.*hidden_size is missing"):
-        LlamaConfig.from_hf({"model_type": "llama", "intermediate_size": 1, "num_hidden_layers": 1})
 
 
 @pytest.mark.parametrize(
