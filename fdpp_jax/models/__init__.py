@@ -9,6 +9,7 @@ from fdpp_jax.models.llama import LlamaForCausalLM
 from fdpp_jax.models.loading import bundled_path, load, random_model, resolve
 from fdpp_jax.models.plans import model_plans
 from fdpp_jax.models.rotary import RopeScaling
+from fdpp_jax.models.text_stream import TextStream
 from fdpp_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LlamaForCausalLM",
     "RopeScaling",
     "SamplingDefaults",
+    "TextStream",
     "Tokenizer",
     "bundled_path",
     "causal_lm",

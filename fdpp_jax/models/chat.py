@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdpp_jax.json_fields import BOOL, INDEX, NUMBER, TEXT, Kind, read_optional_field
 from fdpp_jax.models.loading import list_files, read_optional_json, resolve
-from fdpp_jax.models.tokenizer import special_token
+from fdpp_jax.models.tokenizer_settings import special_token
 
 if TYPE_CHECKING:
     import jinja2

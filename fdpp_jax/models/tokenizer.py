@@ -1,14 +1,19 @@
-"""Text to tokens and back, by the checkpoint's tokenizer.json or its SentencePiece tokenizer.model."""
+"""Text to tokens and back, by the checkpoint's tokenizer.json, tokenizer.model, or vocab.json and merges.txt."""
 
+import json
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import tokenizers
 
-from fdpp_jax.json_fields import BOOL, INDEX, TEXT, Kind, read_optional_field
-from fdpp_jax.models.loading import list_files, read_optional_json, resolve
+from fdpp_jax.json_fields import BOOL
+from fdpp_jax.models import byte_level_bpe
+from fdpp_jax.models.loading import list_files, read_optional_json, refuse_pointers, resolve
+from fdpp_jax.models.sentencepiece_model import SentencePieceModel
+from fdpp_jax.models.text_stream import TextStream
+from fdpp_jax.models.tokenizer_json import TokenizerJson, read_tokenizer
+from fdpp_jax.models.tokenizer_settings import AddedToken, eos_ids, read_added_tokens, setting, special_token
 
 # ChatGLM3's own tokens, which its code numbers from the end of the SentencePiece vocabulary on. ChatGLM2 has the first
 # five, and rows of its embedding for the others as well.
@@ -18,15 +23,7 @@ _CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_CHATGLM_ROLES
 _CHATGLM_PREFIX = ("[gMASK]", "sop")
 # With whose turn an answer is over.
 _CHATGLM_TURNS = ("<|user|>", "<|observation|>")
-_SETTINGS = "tokenizer_config.json"
-_EOS_IDS = Kind(
-    "a token's id or a list of them",
-    lambda value: all(map(INDEX.holds, value)) if isinstance(value, list) else INDEX.holds(value),
-)
-_TOKEN = Kind(
-    'text or {"content": text}',
-    lambda value: TEXT.holds(value.get("content") if isinstance(value, dict) else value),
-)
+_JSON, _MODEL = "tokenizer.json", "tokenizer.model"
 
 
 class _Backend(Protocol):
@@ -44,6 +41,10 @@ class _Backend(Protocol):
 
     def token(self, token_id: int) -> str:
         """A token as the file spells it."""
+
+    @property
+    def is_prefix_stable(self) -> bool:
+        """Whether the text of the first tokens is how the whole text begins, but for U+FFFD at its end."""
 
 
 class Tokenizer:
@@ -95,137 +96,109 @@ class Tokenizer:
         """Text of token ids, without special tokens."""
         return self._backend.decode([int(i) for i in ids])
 
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """Decodes tokens as they come, so that no text is given out twice or taken back.
 
-class _TokenizerJson:
-    """What tokenizer.json holds, with or without its own template (often just BOS)."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, add_special_tokens: bool):
-        self._tokenizer = tokenizer
-        self._add_special_tokens = add_special_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens and self._add_special_tokens).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def token(self, token_id: int) -> str:
-        return str(self._tokenizer.id_to_token(token_id))
-
-
-class _SentencePiece:
-    """What tokenizer.model holds, the tokens a text may name, and how many the checkpoint's code adds behind it."""
-
-    def __init__(self, processor: Any, *, named: Mapping[str, Sequence[int]], num_added: int):
-        self._processor = processor
-        self._named = named
-        self._num_added = num_added
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, named)) or '(?!)'})")
-
-    @property
-    def vocab_size(self) -> int:
-        return self._processor.vocab_size() + self._num_added
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        del add_special_tokens  # it adds none
-        # SentencePiece spells <s> and </s> in a text out; chat templates mean the tokens, as tokenizer.json reads them.
-        ids: list[int] = []
-        for part in self._pattern.split(text):
-            ids += self._named[part] if part in self._named else self._processor.encode(part)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # SentencePiece refuses an id behind its vocabulary: an added token, or a padding row of the embedding.
-        known = self._processor.vocab_size()
-        return self._processor.decode([i for i in ids if 0 <= i < known and not self._processor.is_unknown(i)])
-
-    def token(self, token_id: int) -> str:
-        if token_id < self._processor.vocab_size():
-            return str(self._processor.id_to_piece(token_id))
-        return next((text for text, ids in self._named.items() if list(ids) == [token_id]), f"<{token_id}>")
+        Args:
+          prompt: Token ids that go before. Their text is left out, but for the bytes of a character that they do not
+            end. Push them instead to get their text as well.
+        """
+        stream = TextStream(self.decode, is_prefix_stable=self._backend.is_prefix_stable)
+        stream.push(prompt)
+        return stream
 
 
 def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
     """Loads a checkpoint's tokenizer.
 
-    A SentencePiece tokenizer.model serves where there is no tokenizer.json. Tokens that other files add to it are not
-    known, except ChatGLM's.
+    It is tokenizer.json, else a SentencePiece tokenizer.model, else vocab.json with merges.txt. Tokens that
+    tokenizer_config.json or added_tokens.json adds have the ids that these files give.
 
     Args:
-      path_or_hub_id: A directory with tokenizer.json or tokenizer.model, or a hub id.
+      path_or_hub_id: A directory with one of these, or a hub id.
       vocab_size: Rows of the model's embedding. A tokenizer may have more tokens: `encode` refuses a text that has
         one of them.
 
     Raises:
-      ValueError: No or a malformed tokenizer, or one whose end-of-sequence ids lie beyond the model's vocabulary.
-      NotImplementedError: A tokenizer.model, and sentencepiece is not installed.
+      ValueError: No or a malformed tokenizer, added tokens that contradict it, or end-of-sequence ids beyond the
+        model's vocabulary.
+      NotImplementedError: A tokenizer.model, and sentencepiece is not installed; a kind of tokenizer that is not built
+        from vocab.json.
     """
     directory = resolve(path_or_hub_id)
-    if (directory / "tokenizer.json").is_file():
+    if (directory / _JSON).is_file():
         tokenizer = _from_json(directory, vocab_size)
-    elif (directory / "tokenizer.model").is_file():
+    elif (directory / _MODEL).is_file():
         tokenizer = _from_sentencepiece(directory, vocab_size)
+    elif (directory / byte_level_bpe.MERGES).is_file() or (directory / byte_level_bpe.VOCAB).is_file():
+        tokenizer = _from_byte_level_bpe(directory, vocab_size)
     else:
-        raise ValueError(f"expected tokenizer.json or tokenizer.model in {directory}, found {list_files(directory)}")
+        raise ValueError(
+            f"expected {_JSON}, {_MODEL}, or {byte_level_bpe.VOCAB} with {byte_level_bpe.MERGES} in {directory}, "
+            f"found {list_files(directory)}"
+        )
     if vocab_size is not None:
         _check_eos(tokenizer, vocab_size, directory)
     return tokenizer
 
 
 def _from_json(directory: pathlib.Path, num_rows: int | None) -> Tokenizer:
-    path = directory / "tokenizer.json"
+    refuse_pointers(directory, [_JSON])
+    path = directory / _JSON
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    # Settings of the training may be saved with it. A prompt is never shortened or padded by a file.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    add_bos, eos_ids = _add_bos(directory), _eos_ids(directory)
-    if eos_ids is None:
-        eos_ids = (
-            () if special_token(directory, "eos_token") is None else (_token_id(tokenizer, directory, "eos_token"),)
-        )
+    return _with_settings(read_tokenizer(text, read_added_tokens(directory), path), path, num_rows)
+
+
+def _from_byte_level_bpe(directory: pathlib.Path, num_rows: int | None) -> Tokenizer:
+    end = byte_level_bpe.END_OF_TEXT
+    added = {end.content: end} | read_added_tokens(directory)
+    path = directory / byte_level_bpe.VOCAB
+    text = json.dumps(byte_level_bpe.read_byte_level_bpe(directory))
+    return _with_settings(read_tokenizer(text, added, path), path, num_rows)
+
+
+def _with_settings(tokenizer: tokenizers.Tokenizer, path: pathlib.Path, num_rows: int | None) -> Tokenizer:
+    """A tokenizer of the package, with BOS and EOS as the other files ask."""
+    add_bos, eos = setting(path.parent, "add_bos_token", BOOL), eos_ids(path.parent)
+    if eos is None:
+        eos = () if special_token(path.parent, "eos_token") is None else (_token_id(tokenizer, path, "eos_token"),)
     return Tokenizer(
-        _TokenizerJson(tokenizer, add_special_tokens=add_bos is not False),
-        prefix=[_token_id(tokenizer, directory, "bos_token")] if add_bos else [],
-        eos_ids=eos_ids,
+        TokenizerJson(tokenizer, add_special_tokens=add_bos is not False),
+        prefix=[_token_id(tokenizer, path, "bos_token")] if add_bos else [],
+        eos_ids=eos,
         num_rows=num_rows,
     )
 
 
 def _from_sentencepiece(directory: pathlib.Path, num_rows: int | None) -> Tokenizer:
-    path = directory / "tokenizer.model"
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise NotImplementedError(f"{path} needs sentencepiece: pip install 'fdpp-jax[sentencepiece]'") from error
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    bos, eos = processor.bos_id(), processor.eos_id()  # -1: the file has none
+    refuse_pointers(directory, [_MODEL])
+    model = SentencePieceModel(
+        directory / _MODEL,
+        legacy=setting(directory, "legacy", BOOL) is not False,
+        add_prefix_space=setting(directory, "add_prefix_space", BOOL) is not False,
+    )
+    processor = model.processor
+    bos, eos, unk = processor.bos_id(), processor.eos_id(), processor.unk_id()  # -1: the file has none
+    own = [AddedToken(processor.id_to_piece(i), special=True) for i in (bos, eos, unk) if i >= 0]
+    added = {token.content: token for token in own} | read_added_tokens(directory)
+    aliases: Mapping[str, Sequence[int]] = {}
+    prefix = [bos] if setting(directory, "add_bos_token", BOOL) is not False and bos >= 0 else []
+    turns: tuple[int, ...] = ()
     if read_optional_json(directory, "config.json").get("model_type") == "chatglm":
-        added = {token: processor.vocab_size() + i for i, token in enumerate(_CHATGLM_TOKENS)}
-        prefix = [added[token] for token in _CHATGLM_PREFIX]
-        named = {role: [added[role]] for role in _CHATGLM_ROLES}
-        named["".join(_CHATGLM_PREFIX)] = prefix
-        backend = _SentencePiece(processor, named=named, num_added=len(added))
-        turns = tuple(added[token] for token in _CHATGLM_TURNS)
-    else:
-        named = {processor.id_to_piece(i): [i] for i in (bos, eos) if i >= 0}
-        backend = _SentencePiece(processor, named=named, num_added=0)
-        prefix = [bos] if _add_bos(directory) is not False and bos >= 0 else []
-        turns = ()
-    eos_ids = _eos_ids(directory)
-    if eos_ids is None:
-        eos_ids = (eos,) if eos >= 0 else ()
-    eos_ids = tuple(dict.fromkeys(eos_ids + turns))
-    return Tokenizer(backend, prefix=prefix, eos_ids=eos_ids, num_rows=num_rows)
+        ids = {token: processor.vocab_size() + i for i, token in enumerate(_CHATGLM_TOKENS)}
+        prefix = [ids[token] for token in _CHATGLM_PREFIX]
+        turns = tuple(ids[token] for token in _CHATGLM_TURNS)
+        added = {text: token for text, token in added.items() if text not in ids}
+        added |= {role: AddedToken(role, id=ids[role], special=True) for role in _CHATGLM_ROLES}
+        aliases = {"".join(_CHATGLM_PREFIX): prefix}
+    model.add(added, aliases)
+    found = eos_ids(directory)
+    if found is None:
+        found = (eos,) if eos >= 0 else ()
+    return Tokenizer(model, prefix=prefix, eos_ids=tuple(dict.fromkeys(found + turns)), num_rows=num_rows)
 
 
 def _check_eos(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -> None:
@@ -236,40 +209,10 @@ def _check_eos(tokenizer: Tokenizer, vocab_size: int, directory: pathlib.Path) -
         )
 
 
-def _eos_ids(directory: pathlib.Path) -> tuple[int, ...] | None:
-    """generation_config.json knows best (Llama 3 has three), then config.json; None where both are silent."""
-    for name in ("generation_config.json", "config.json"):
-        eos = read_optional_field(read_optional_json(directory, name), "eos_token_id", _EOS_IDS, directory / name)
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
-    return None
-
-
-def _add_bos(directory: pathlib.Path) -> bool | None:
-    """Whether a text starts with BOS; None where the checkpoint does not say."""
-    add_bos: bool | None = read_optional_field(
-        read_optional_json(directory, _SETTINGS), "add_bos_token", BOOL, directory / _SETTINGS
-    )
-    return add_bos
-
-
-def special_token(directory: pathlib.Path, name: str) -> str | None:
-    """The text of a special token such as bos_token, None where the checkpoint names none.
-
-    Raises:
-      ValueError: It is neither text nor {"content": text, ...}.
-    """
-    for file in (_SETTINGS, "special_tokens_map.json"):  # the second is all that old checkpoints have
-        token = read_optional_field(read_optional_json(directory, file), name, _TOKEN, directory / file)
-        if token is not None:
-            return str(token["content"] if isinstance(token, dict) else token)
-    return None
-
-
-def _token_id(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, name: str) -> int:
+def _token_id(tokenizer: tokenizers.Tokenizer, path: pathlib.Path, name: str) -> int:
     """Id of a special token."""
-    text = special_token(directory, name)
+    text = special_token(path.parent, name)
     token_id: int | None = None if text is None else tokenizer.token_to_id(text)
     if token_id is None:
-        raise ValueError(f"{directory} names {name} {text!r}, which tokenizer.json does not have")
+        raise ValueError(f"{path.parent} names {name} {text!r}, which {path.name} does not have")
     return token_id

@@ -1,21 +1,17 @@
 """The tokenizer wrapper: special tokens as the checkpoint's files ask, and mismatches refused."""
 
-import functools
-import io
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 import pytest
-import sentencepiece
 import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fdpp_jax.models import chat_text, load_tokenizer
+from fdpp_jax.models import load_tokenizer
 
 VOCAB = {"<s>": 0, "</s>": 1, "<unk>": 2, "def": 3, "return": 4, "x": 5}
 
@@ -129,9 +125,8 @@ def test_special_token_that_does_not_exist(tmp_path: pathlib.Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"expected tokenizer\.json or tokenizer\.model in .* found an empty directory$"
-    ):
+    files = r"tokenizer\.json, tokenizer\.model, or vocab\.json with merges\.txt"
+    with pytest.raises(ValueError, match=f"expected {files} in .* found an empty directory$"):
         load_tokenizer(tmp_path)
 
 
@@ -141,119 +136,14 @@ def test_malformed_tokenizer(tmp_path: pathlib.Path) -> None:
         load_tokenizer(tmp_path)
 
 
-@functools.cache
-def sentencepiece_model(**settings: Any) -> bytes:
-    """A tokenizer.model with <unk> 0, <s> 1, </s> 2 and a token for every byte."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["def f(x): return x", "the quick brown fox jumps over the lazy dog"]),
-        model_writer=model,
-        model_type="bpe",
-        byte_fallback=True,
-        vocab_size=300,
-        minloglevel=2,
-        **settings,
-    )
-    return model.getvalue()
-
-
-def write_sentencepiece(folder: pathlib.Path, model: bytes, **files: Any) -> pathlib.Path:
-    """A checkpoint's directory with a SentencePiece model and JSON files by name."""
-    (folder / "tokenizer.model").write_bytes(model)
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("files", "prefix", "vocab_size", "eos_ids"),
-    [
-        ({}, [1], 300, (2,)),
-        ({"config": {"model_type": "llama"}, "tokenizer_config": {"add_bos_token": True}}, [1], 300, (2,)),
-        ({"tokenizer_config": {"add_bos_token": False}}, [], 300, (2,)),
-        # [gMASK] sop of [MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>
-        ({"config": {"model_type": "chatglm"}}, [301, 303], 309, (2, 306, 308)),
-    ],
-)
-def test_sentencepiece(
-    tmp_path: pathlib.Path, files: Any, prefix: list[int], vocab_size: int, eos_ids: tuple[int, ...]
-) -> None:
-    model = sentencepiece_model()
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, model, **files))
-    text = "def fox(\u6f22) \U0001f98a"  # neither of the last two is in the training text
-    ids = tokenizer.encode(text)
-    assert ids == prefix + sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
-    assert tokenizer.encode("") == prefix
-    assert tokenizer.decode([*ids, 2]) == text
-    assert tokenizer.decode(prefix) == ""
-    assert tokenizer.vocab_size == vocab_size
-    assert tokenizer.eos_ids == eos_ids
-
-
-def test_sentencepiece_decodes_what_is_no_piece(tmp_path: pathlib.Path) -> None:
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, sentencepiece_model()))
-    ids = tokenizer.encode("the lazy dog")
-    assert tokenizer.decode([0, *ids, 0, 65023]) == "the lazy dog"
-
-
-def test_sentencepiece_text_may_name_bos_and_eos(tmp_path: pathlib.Path) -> None:
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, sentencepiece_model()))
-    turns = [tokenizer.encode(text) for text in ("the dog", "the fox")]
-    assert tokenizer.encode("<s>the dog</s><s>the fox") == [*turns[0], 2, *turns[1]]
-
-
-def test_the_text_of_chatglm3_s_template(tmp_path: pathlib.Path) -> None:
-    config = {"model_type": "chatglm", "eos_token_id": [2, 306]}
-    template = (
-        "{% for m in messages %}{% if loop.first %}[gMASK]sop{% endif %}<|{{ m['role'] }}|>\n {{ m['content'] }}"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    model = sentencepiece_model()
-    folder = write_sentencepiece(
-        tmp_path, model, config=config, tokenizer_config={"chat_template": template, "add_bos_token": False}
-    )
-    messages = [{"role": "system", "content": "the fox"}, {"role": "user", "content": "philosopher sop [MASK] eop"}]
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model).encode
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(chat_text(folder, messages), add_special_tokens=False)
-    assert ids == [301, 303, 305, *pieces("\n the fox"), 306, *pieces("\n philosopher sop [MASK] eop"), 307]
-    assert tokenizer.encode("[gMASK]sop<|user|>") == [301, 303, 306]  # not twice
-    assert tokenizer.eos_ids == (2, 306, 308)
-
-
-def test_sentencepiece_without_bos_and_eos(tmp_path: pathlib.Path) -> None:
-    model = sentencepiece_model(bos_id=-1, eos_id=-1)
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, model))
-    assert tokenizer.encode("") == []
-    assert tokenizer.eos_ids == ()
-
-
-def test_sentencepiece_eos_ids_of_the_config(tmp_path: pathlib.Path) -> None:
-    folder = write_sentencepiece(tmp_path, sentencepiece_model(), config={"eos_token_id": [2, 7]})
-    assert load_tokenizer(folder).eos_ids == (2, 7)
-
-
-def test_sentencepiece_vocabulary_counts_the_added_tokens(tmp_path: pathlib.Path) -> None:
-    folder = write_sentencepiece(tmp_path, sentencepiece_model(), config={"model_type": "chatglm"})
-    assert load_tokenizer(folder, vocab_size=309).vocab_size == 309
-    with pytest.raises(ValueError, match=r"end-of-sequence ids \[2, 306, 308\] .* exceed the vocabulary of 308"):
-        load_tokenizer(folder, vocab_size=308)
-
-
 def test_tokenizer_json_goes_before_sentencepiece(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"never read")
     assert load_tokenizer(write(tmp_path)).vocab_size == len(VOCAB)
 
 
-def test_malformed_sentencepiece(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.model is not a tokenizer: .*parse"):
-        load_tokenizer(write_sentencepiece(tmp_path, b"junk"))
-
-
-def test_sentencepiece_is_optional(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_sentencepiece(tmp_path, sentencepiece_model())
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(
-        NotImplementedError, match=r"tokenizer\.model needs sentencepiece: pip install 'fdpp-jax\[sentencepiece\]'"
-    ):
-        load_tokenizer(folder)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_git_lfs_pointer_is_no_tokenizer(tmp_path: pathlib.Path, name: str) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"got git-lfs pointers for {name}: `git lfs pull` there gets them$"):
+        load_tokenizer(tmp_path)

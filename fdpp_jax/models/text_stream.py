@@ -1,0 +1,51 @@
+"""The text of tokens as they come: what is given out is never taken back."""
+
+from collections.abc import Callable, Sequence
+
+_REPLACEMENT = "\ufffd"
+# U+FFFD that the bytes of one unfinished character may decode to: one a byte, and the fourth would end it.
+_MAX_UNFINISHED = 3
+# With more tokens than this, all but the last are let go, so that a long text costs no more a token than a short one.
+_MAX_TOKENS, _KEPT_TOKENS = 64, 16
+
+
+class TextStream:
+    """Text of tokens that come one after the other.
+
+    All that `push` and `finish` give, joined, is the text of all tokens decoded at once. A character comes out once all
+    of its bytes are there.
+
+    Args:
+      decode: From token ids to text.
+      is_prefix_stable: Whether the text of the first tokens is always how the whole text begins, but for U+FFFD at its
+        end. If not, all text waits for `finish`.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], *, is_prefix_stable: bool):
+        self._decode = decode
+        self._is_prefix_stable = is_prefix_stable
+        self._ids: list[int] = []
+        self._num_given = 0  # characters of these ids' text
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes more tokens, and gives the text that is new and final."""
+        self._ids += ids
+        if not self._is_prefix_stable:
+            return ""
+        text = self._decode(self._ids)
+        unfinished = min(_MAX_UNFINISHED, len(text) - len(text.rstrip(_REPLACEMENT)))
+        new = text[self._num_given : len(text) - unfinished]
+        self._num_given += len(new)
+        if len(self._ids) > _MAX_TOKENS and not unfinished:
+            self._let_go()
+        return new
+
+    def finish(self) -> str:
+        """The rest of the text; no tokens may follow."""
+        return self._decode(self._ids)[self._num_given :]
+
+    def _let_go(self) -> None:
+        """Keeps the last tokens alone, which tell that what follows is not at the text's beginning."""
+        kept = self._ids[-_KEPT_TOKENS:]
+        if text := self._decode(kept):
+            self._ids, self._num_given = kept, len(text)
