@@ -369,6 +369,7 @@ def _shard_names(directory: pathlib.Path) -> tuple[Mapping[str, str], list[str]]
     if names:
         return {}, names
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
+    refuse_pointers(directory, pickled)
     if pickled:
         raise ValueError(
             f"expected *.safetensors in {directory}, found {', '.join(pickled)}: a pickle may run any program, so none "

@@ -1,5 +1,6 @@
 """The text of tokens as they come: what is given out is never taken back."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"
@@ -19,13 +20,16 @@ class TextStream:
       decode: From token ids to text.
       is_prefix_stable: Whether the text of the first tokens is always how the whole text begins, but for U+FFFD at its
         end. If not, all text waits for `finish`.
+      prompt: Token ids that go before, whose text is left out.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], *, is_prefix_stable: bool):
+    def __init__(self, decode: Callable[[Sequence[int]], str], *, is_prefix_stable: bool, prompt: Sequence[int] = ()):
         self._decode = decode
         self._is_prefix_stable = is_prefix_stable
         self._ids: list[int] = []
         self._num_given = 0  # characters of these ids' text
+        self._before = "" if is_prefix_stable else decode(prompt)
+        self.push(prompt)
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes more tokens, and gives the text that is new and final."""
@@ -42,7 +46,9 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest of the text; no tokens may follow."""
-        return self._decode(self._ids)[self._num_given :]
+        text = self._decode(self._ids)
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, self._before, strict=False))
+        return text[self._num_given + len(list(alike)) :]
 
     def _let_go(self) -> None:
         """Keeps the last tokens alone, which tell that what follows is not at the text's beginning."""

@@ -103,9 +103,7 @@ class Tokenizer:
           prompt: Token ids that go before. Their text is left out, but for the bytes of a character that they do not
             end. Push them instead to get their text as well.
         """
-        stream = TextStream(self.decode, is_prefix_stable=self._backend.is_prefix_stable)
-        stream.push(prompt)
-        return stream
+        return TextStream(self.decode, is_prefix_stable=self._backend.is_prefix_stable, prompt=prompt)
 
 
 def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:

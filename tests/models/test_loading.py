@@ -119,6 +119,11 @@ def test_git_lfs_pointers_are_no_weights(sharded: pathlib.Path) -> None:
         with pytest.raises(ValueError, match=message) as error:
             read(sharded)
         assert "\n" not in str(error.value)
+    for path in (*sharded.glob("*.safetensors"), sharded / "model.safetensors.index.json"):
+        path.unlink()
+    (sharded / "pytorch_model.bin").write_bytes(pointer)  # which no conversion would read
+    with pytest.raises(ValueError, match=r"git-lfs pointers for pytorch_model\.bin"):
+        models.load(sharded)
     (sharded / "config.json").write_bytes(pointer)
     with pytest.raises(ValueError, match=r"git-lfs pointers for config\.json"):
         models.load(sharded)
