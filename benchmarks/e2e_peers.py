@@ -6,6 +6,9 @@
 
 Milliseconds a token, medians of several loops, beside the time to read weights and live cache in this process. Compare
 ratios to that floor with those of `fdpp-jax bench decode`: absolute times drift between processes.
+
+Each peer has a process of its own, and the token that it picks is compared with an eager step's, or one without a
+cache, before it is timed. A peer that is not installed, crashes, hangs or answers wrongly is reported as such.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attention_peers
+from peer_process import FailedError, PeerProcess, check
 
 _EXAMPLES = """\
 examples:
@@ -35,6 +39,7 @@ needs torch; transformers is optional.
 _LOOPS = 5
 _FLOOR_BYTES = 1 << 30
 _EPS = 1e-5
+_TOLERANCE = 0.05  # of the largest logit: a token this close to the best one is as good in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +89,24 @@ class Case:
     steps: int
     device: str
 
+    @property
+    def bytes_read(self) -> int:
+        """Of a step in the middle."""
+        return self.shape.bytes_read(self.batch * (self.context - self.steps // 2))
+
 
 Loop = Callable[[], float]  # decodes the steps, and returns the seconds that took
+Error = Callable[[], float]  # of one step's tokens, from `_gap`
 
 
-def _transformers(case: Case) -> Loop:
+def _gap(logits: Any, tokens: Any) -> float:
+    """How far below the best the logits [B, V] of tokens [B] lie, relative to the largest."""
+    logits = logits.float()
+    below = logits.amax(-1) - logits.gather(-1, tokens[:, None])[:, 0]
+    return (below / logits.abs().amax(-1)).max().item()
+
+
+def _transformers(case: Case) -> tuple[Loop, Error]:
     import torch
     import transformers
 
@@ -120,10 +138,17 @@ def _transformers(case: Case) -> Loop:
         _synchronize(case.device)
         return time.perf_counter() - started
 
-    return loop
+    def error() -> float:
+        cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        tokens = prompt[:, :1]
+        cached = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        whole = model(torch.cat([prompt, tokens], 1), use_cache=False, logits_to_keep=1).logits[:, -1]
+        return _gap(whole, cached.argmax(-1))
+
+    return loop, error
 
 
-def _compiled(case: Case) -> Loop:
+def _compiled(case: Case) -> tuple[Loop, Error]:
     import torch
     import torch._inductor.config
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -132,9 +157,12 @@ def _compiled(case: Case) -> Loop:
     model = _llama(case)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
-    def loop() -> float:
+    def start() -> tuple[Any, Any]:
         tokens = torch.arange(case.batch, device=case.device) % case.shape.vocab_size
-        position = torch.tensor([case.context - case.steps], device=case.device)
+        return tokens, torch.tensor([case.context - case.steps], device=case.device)
+
+    def loop() -> float:
+        tokens, position = start()
         _synchronize(case.device)
         started = time.perf_counter()
         with sdpa_kernel(SDPBackend.MATH):  # the compiler's own code for one query is faster than a call
@@ -144,7 +172,12 @@ def _compiled(case: Case) -> Loop:
         _synchronize(case.device)
         return time.perf_counter() - started
 
-    return loop
+    def error() -> float:
+        with sdpa_kernel(SDPBackend.MATH):
+            tokens = step(*start()).clone()
+            return _gap(model.logits(*start()), tokens)
+
+    return loop, error
 
 
 def _llama(case: Case) -> Any:
@@ -206,17 +239,20 @@ def _llama(case: Case) -> Any:
             self.register_buffer("slots", torch.arange(case.context, device=case.device))
 
         def forward(self, tokens: Any, position: Any) -> Any:
+            return self.logits(tokens, position).argmax(-1)
+
+        def logits(self, tokens: Any, position: Any) -> Any:
             hidden = self.embedding[tokens]
             angles = position * self.frequencies
             mask = (self.slots <= position)[None, None, None]  # [1, 1, 1, S]
             for layer in self.layers:
                 hidden = layer(hidden, position, angles.cos(), angles.sin(), mask)
-            return linear(normed(hidden, self.norm), self.head).argmax(-1)
+            return linear(normed(hidden, self.norm), self.head)
 
     return Llama()
 
 
-_PEERS: dict[str, Callable[[Case], Loop]] = {"transformers": _transformers, "torch.compile": _compiled}
+_PEERS: dict[str, Callable[[Case], tuple[Loop, Error]]] = {"transformers": _transformers, "torch.compile": _compiled}
 
 
 def _synchronize(device: str) -> None:
@@ -244,32 +280,41 @@ def _read_floor(num_bytes: int, device: str) -> float:
     return statistics.median([read() for _ in range(2 + _LOOPS)][2:]) * num_bytes / (2 * size)
 
 
-def measure(case: Case, names: list[str]) -> dict[str, Any]:
-    """The record of one case: of each peer the milliseconds a step, or why it does not run."""
-    import torch
+class _Peer:
+    """A peer, in the process that it has to itself."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def measure(self, case: Case) -> float:
+        """Milliseconds a step."""
+        import torch
+
+        torch.manual_seed(0)
+        with torch.no_grad():
+            loop, error = _PEERS[self._name](case)
+            check(error(), _TOLERANCE)
+            loop()  # compiles
+            return 1e3 * statistics.median(loop() for _ in range(_LOOPS)) / case.steps
+
+
+def measure(case: Case, floor_s: float, peers: dict[str, PeerProcess]) -> dict[str, Any]:
+    """The record of one case: of each peer the milliseconds a step, or why there are none."""
     times: dict[str, float | None] = {}
     failures: dict[str, str] = {}
-    num_bytes = case.shape.bytes_read(case.batch * (case.context - case.steps // 2))
-    floor = _read_floor(num_bytes, case.device)
-    for name in names:
+    for name, peer in peers.items():
         attention_peers.say(f"e2e_peers: {name}", sys.stderr)
         times[name] = None
-        try:
-            with torch.no_grad():
-                loop = _PEERS[name](case)
-                loop()  # compiles
-                times[name] = 1e3 * statistics.median(loop() for _ in range(_LOOPS)) / case.steps
-            del loop
-        except Exception as error:  # whatever a peer raises is its row
-            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
+        with peer:  # a model of one peer must leave the GPU's memory to the next
+            try:
+                times[name] = peer.call("measure", case)
+            except FailedError as why:
+                failures[name] = str(why)
     return {
         "shape": dataclasses.asdict(case.shape),
         "decode": {"batch": case.batch, "context": case.context, "steps": case.steps, "dtype": "bfloat16"},
-        "bytes": num_bytes,
-        "read_floor_ms": 1e3 * floor,
+        "bytes": case.bytes_read,
+        "read_floor_ms": 1e3 * floor_s,
         "ms_per_step": times,
         "failures": failures,
     }
@@ -287,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", metavar="TEXT", default="", help=f"whose name holds TEXT: {', '.join(_PEERS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, with device, versions and commit")
+    parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help=attention_peers.TIMEOUT_HELP)
     args = parser.parse_args(argv)
 
     def fail(why: str) -> int:
@@ -305,16 +351,15 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         return fail("torch finds no CUDA device; --model tiny --device cpu shows that the script runs")
-    if importlib.util.find_spec("transformers") is None:
-        attention_peers.say("e2e_peers: transformers is not installed: it is left out", sys.stderr)
-        names = [name for name in names if name != "transformers"]
-    record = measure(Case(MODELS[args.model], args.batch, args.context, args.steps, args.device), names)
+    case = Case(MODELS[args.model], args.batch, args.context, args.steps, args.device)
+    peers = {name: PeerProcess(functools.partial(_Peer, name), args.timeout) for name in names}
+    record = measure(case, _read_floor(case.bytes_read, case.device), peers)
     floor = record["read_floor_ms"]
     for name, milliseconds in record["ms_per_step"].items():
         if milliseconds is not None:
             attention_peers.say(f"{name} | {milliseconds:.3f} ms a token | {milliseconds / floor:.2f} x floor")
     for name, why in record["failures"].items():
-        attention_peers.say(f"{name} does not run: {why}")
+        attention_peers.say(f"{name}: {why}")
     attention_peers.say(f"read floor | {floor:.3f} ms")
     if args.json is not None:
         result = {**attention_peers.provenance(args.device), "model": args.model, **record}

@@ -1,12 +1,15 @@
-"""The scripts of benchmarks/: peers in torch, which know no JAX, and the plot."""
+"""The scripts of benchmarks/: peers in torch, which know no JAX and may fail, and the plot."""
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
 
+import peer_case
 import pytest
 from matplotlib.figure import Figure
 
@@ -20,12 +23,89 @@ PEERS_SCRIPT = BENCHMARKS / "attention_peers.py"
 E2E_SCRIPT = BENCHMARKS / "e2e_peers.py"
 
 
+TIMEOUT_S = 60.0  # of a peer that starts on a machine that is busy
+HANGS_FOR_S = 2.0
+
+
+@pytest.fixture(autouse=True)
+def _scripts_find_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
 def _script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(path.stem)
+
+
+def _processes(made, timeout_s=TIMEOUT_S):
+    """The processes of some of `peer_case`'s peers, which end with the stack."""
+    stack = contextlib.ExitStack()
+    peer_process = importlib.import_module("peer_process")
+    return stack, {peer.__name__: stack.enter_context(peer_process.PeerProcess(peer, timeout_s)) for peer in made}
+
+
+def test_a_peer_that_fails_is_a_cell_of_the_attention_table():
+    attention_peers = _script(PEERS_SCRIPT)
+    good = (peer_case.Floor, peer_case.Good, peer_case.CrashesAtFirst)
+    failing = (peer_case.Crashes, peer_case.CrashesLate, peer_case.AnswersWrongly, peer_case.AnswersNaN)
+    failing += (peer_case.Refuses, peer_case.Raises, peer_case.IsNotInstalled)
+    stack, peers = _processes((*good, *failing))
+    with stack:
+        floor = peers.pop("Floor")
+        one, eight = (attention_peers.Case(batch, 32, 32, 1024) for batch in (1, 8))
+        records = [attention_peers.measure(case, floor, peers) for case in (one, eight)]
+    failures = {
+        "Crashes": "crashed (signal 6)",
+        "CrashesLate": "crashed (exit 3)",
+        "AnswersWrongly": "wrong: error 0.31",
+        "AnswersNaN": "wrong: error nan",
+        "Refuses": "one sequence only",
+        "Raises": "ValueError: no plan",
+        "IsNotInstalled": "not installed: no_such_peer",
+    }
+    assert records[0]["failures"] == {"CrashesAtFirst": "crashed (signal 6)", **failures}
+    assert records[1]["failures"] == failures
+    assert [record["time_us"]["Good"] for record in records] == [3.0, 3.0]
+    assert [record["time_us"]["CrashesAtFirst"] for record in records] == [None, 3.0]
+    assert [record["time_us"]["Crashes"] for record in records] == [None, None]
+    assert [record["read_floor_us"] for record in records] == [peer_case.FLOOR_US] * 2
+
+
+def test_a_peer_that_hangs_is_a_cell():
+    attention_peers = _script(PEERS_SCRIPT)
+    stack, peers = _processes((peer_case.Floor, peer_case.Good))
+    hanging, hangs = _processes((peer_case.Hangs,), HANGS_FOR_S)
+    with stack, hanging:
+        floor = peers.pop("Floor")
+        record = attention_peers.measure(attention_peers.TABLE[0], floor, {**hangs, **peers})
+    assert record["failures"] == {"Hangs": "timed out after 2 s"}
+    assert record["time_us"] == {"Hangs": None, "Good": 3.0}
+
+
+def test_a_peer_that_fails_is_a_cell_of_the_decode_record(capsys):
+    e2e_peers = _script(E2E_SCRIPT)
+    case = e2e_peers.Case(e2e_peers.MODELS["tiny"], batch=1, context=16, steps=8, device="cpu")
+    made = (peer_case.Crashes, peer_case.AnswersWrongly, peer_case.IsNotInstalled, peer_case.Good)
+    stack, peers = _processes(made)
+    with stack:
+        record = e2e_peers.measure(case, 1e-3, peers)
+    assert record["failures"] == {
+        "Crashes": "crashed (signal 6)",
+        "AnswersWrongly": "wrong: error 0.31",
+        "IsNotInstalled": "not installed: no_such_peer",
+    }
+    assert record["ms_per_step"] == {"Crashes": None, "AnswersWrongly": None, "IsNotInstalled": None, "Good": 3.0}
+    assert record["read_floor_ms"] == 1.0
+
+
+def test_a_peer_keeps_its_process_until_it_fails():
+    stack, peers = _processes((peer_case.Counts,))
+    failed = importlib.import_module("peer_process").FailedError
+    with stack:
+        peer = peers["Counts"]
+        assert [peer.call("count"), peer.call("count")] == [1, 2]
+        with pytest.raises(failed, match="AttributeError: 'Counts' object has no attribute 'absent'"):
+            peer.call("absent")
+        assert peer.call("count") == 1
 
 
 def test_the_peers_time_the_same_table():
@@ -37,8 +117,7 @@ def test_the_peers_time_the_same_table():
     assert [case.live_bytes for case in cases if case.scales != "token"] == ours
 
 
-def test_the_peers_decode_the_same_models(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_the_peers_decode_the_same_models():
     models = _script(E2E_SCRIPT).MODELS
     for name in ("llama-2-7b", "llama-2-13b", "llama-3-8b"):
         theirs, ours = models[name], PRESETS[name]
