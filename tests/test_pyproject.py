@@ -1,14 +1,25 @@
-"""What pyproject.toml promises: an sdist that can test itself."""
+"""What pyproject.toml promises: an sdist that can test itself, and tests that end."""
 
 import pathlib
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 ALWAYS_PACKED = {".gitignore", "LICENSE", "README.md", "pyproject.toml"}  # by hatchling, whatever `include` says
+
+_WAITS = """
+import threading
+
+def test_waits_for_a_barrier():
+    threading.Barrier(2).wait()
+
+def test_after():
+    pass
+"""
 
 
 def _not_packed(tracked: list[str], include: list[str]) -> list[str]:
@@ -28,3 +39,18 @@ def test_the_sdist_has_every_file_that_git_tracks():
 
 def test_the_checker_finds_a_file_that_is_not_packed():
     assert _not_packed(["README.md", "docs/a.md", "benchmarks/b.py"], ["/docs"]) == ["benchmarks/b.py"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_test_that_waits_for_ever_ends_and_says_where(tmp_path, pytestconfig, workers):
+    assert float(pytestconfig.getini("faulthandler_timeout")) > 0
+    path = tmp_path / "test_waits.py"
+    path.write_text(_WAITS, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), "-n", str(workers), str(path)]
+    command += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert 'test_waits.py", line 5 in test_waits_for_a_barrier' in done.stderr
+    if workers:  # another worker takes the crashed one's place
+        assert "crashed while running" in done.stdout
+        assert "1 failed, 1 passed" in done.stdout
