@@ -48,7 +48,7 @@ def test_a_test_that_waits_for_ever_ends_and_says_where(tmp_path, pytestconfig, 
     path.write_text(_WAITS, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), "-n", str(workers), str(path)]
     command += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     assert 'test_waits.py", line 5 in test_waits_for_a_barrier' in done.stderr
     if workers:  # another worker takes the crashed one's place
