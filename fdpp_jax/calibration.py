@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdpp_jax import score_stats, unified_max
+from fdpp_jax import device_memory, score_stats, unified_max
 from fdpp_jax._version import __version__
 from fdpp_jax.json_fields import OBJECT, SIZE, TEXT, equal_to, one_of, read_field
 from fdpp_jax.models.config import DecoderConfig
@@ -52,6 +52,7 @@ _FIELDS = {
 _MAX_RECOMPUTE_RATE = 1e-4
 # Two pieces of 512 tokens. Where none of n rows is outside, 3 / n of all rows still may be (95 %): 0.3 % of a head's.
 MIN_TOKENS = 1024
+_LOWER = "Lower the batch or the length of its texts"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,6 +250,7 @@ def calibrate(
     Raises:
       ValueError: There are fewer than min_tokens, an argument does not fit the model, or the model's scores are not
         finite.
+      MemoryError: The device has too little memory for a batch.
     """
     config = model.config
     shape = (config.num_hidden_layers, config.num_attention_heads, model.dtype.name, config.max_position_embeddings)
@@ -256,12 +258,14 @@ def calibrate(
         got = (resume.num_layers, resume.num_heads, resume.dtype, resume.max_keys)
         raise ValueError(f"resume must be of this model: (layers, heads, dtype, max_keys) = {shape}, got {got}")
     graphdef, weights = nnx.split(model)
+    model_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
     total = resume
     for batch in batches:
         tokens, lengths, live = _check_batch(batch, model)
         if not live.any():
             continue
-        new = score_stats.add(None, _record(graphdef, weights, tokens, lengths))
+        with device_memory.explained(lambda: {"the weights take": model_bytes}, _LOWER):
+            new = score_stats.add(None, _record(graphdef, weights, tokens, lengths))
         _check_finite(new)
         if total is None:
             total = Calibration(new, model.dtype.name, config.max_position_embeddings, 0, 0, _versions())

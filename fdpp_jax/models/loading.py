@@ -41,6 +41,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja")
 # Mistral publishes its weights a second time, in a format of its own.
 _HUB_IGNORED = ("*/*", "consolidated*.safetensors")
+_SMALLER = "Take a smaller model, a narrower dtype, or a device with more memory"
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _TENSOR_DTYPES = ("BF16", "F16", "F32", "F64")
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
@@ -73,6 +74,7 @@ def load(
       ValueError: Neither a directory nor a reachable hub id, an unsupported config, or shards and tensors that are
         missing, truncated, misshaped, too many, or other than the config implies. All problems of a checkpoint are
         listed at once.
+      MemoryError: The device has too little memory.
     """
     if jnp.dtype(dtype).name not in _MODEL_DTYPES:
         raise ValueError(f"expected a dtype out of {', '.join(_MODEL_DTYPES)}, got {jnp.dtype(dtype).name}")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -79,8 +80,11 @@ class Tokenizer:
         """Token ids of a text, BOS included where the checkpoint asks for it; a chat template has its own.
 
         Raises:
-          ValueError: A token has no row in the model's embedding; names the token and its text.
+          ValueError: The text is not valid Unicode, or a token has no row in the model's embedding; names it and its
+            text.
         """
+        if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+            raise ValueError(f"expected a text in Unicode, got half of a surrogate pair at character {half.start()}")
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens)
         if add_special_tokens and ids[: len(self._prefix)] != self._prefix:
             ids = self._prefix + ids
@@ -106,6 +110,11 @@ class Tokenizer:
         return TextStream(self.decode, is_prefix_stable=self._backend.is_prefix_stable, prompt=prompt)
 
 
+def has_tokenizer(directory: pathlib.Path) -> bool:
+    """Whether a checkpoint has files of a tokenizer, good or bad."""
+    return any((directory / name).is_file() for name in (_JSON, _MODEL, byte_level_bpe.VOCAB, byte_level_bpe.MERGES))
+
+
 def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
     """Loads a checkpoint's tokenizer.
 
@@ -124,17 +133,17 @@ def load_tokenizer(path_or_hub_id: str | pathlib.Path, vocab_size: int | None = 
         from vocab.json.
     """
     directory = resolve(path_or_hub_id)
-    if (directory / _JSON).is_file():
-        tokenizer = _from_json(directory, vocab_size)
-    elif (directory / _MODEL).is_file():
-        tokenizer = _from_sentencepiece(directory, vocab_size)
-    elif (directory / byte_level_bpe.MERGES).is_file() or (directory / byte_level_bpe.VOCAB).is_file():
-        tokenizer = _from_byte_level_bpe(directory, vocab_size)
-    else:
+    if not has_tokenizer(directory):
         raise ValueError(
             f"expected {_JSON}, {_MODEL}, or {byte_level_bpe.VOCAB} with {byte_level_bpe.MERGES} in {directory}, "
             f"found {list_files(directory)}"
         )
+    if (directory / _JSON).is_file():
+        tokenizer = _from_json(directory, vocab_size)
+    elif (directory / _MODEL).is_file():
+        tokenizer = _from_sentencepiece(directory, vocab_size)
+    else:
+        tokenizer = _from_byte_level_bpe(directory, vocab_size)
     if vocab_size is not None:
         _check_eos(tokenizer, vocab_size, directory)
     return tokenizer

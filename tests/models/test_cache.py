@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from fdpp_jax import UnifiedMax, models
-from fdpp_jax.generation import decode_step
+from fdpp_jax.decode_loop import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig
 from fdpp_jax.models.cache import write_prompt, write_token
 

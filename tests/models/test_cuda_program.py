@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from fdpp_jax import UnifiedMax
-from fdpp_jax.generation import decode_step
+from fdpp_jax.decode_loop import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
 from fdpp_jax.plans import device
 

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from fdpp_jax import models
-from fdpp_jax.models import LlamaConfig
+from fdpp_jax.models import LlamaConfig, loading
 from fdpp_jax.models.rotary import stored_frequencies
 from fdpp_jax.plans.shapes import MatmulShape
 
@@ -478,3 +478,12 @@ def test_model_plans_name_every_kernel_of_a_step() -> None:
     assert chosen["head"] == "flat"  # tied
     with pytest.raises(ValueError, match="batch=0"):
         models.model_plans(config, batch=0, capacity=4096, device="H200")
+
+
+def test_memory_that_is_used_up_while_loading(monkeypatch) -> None:
+    def exhausted(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+
+    monkeypatch.setattr(loading, "_fuse", exhausted)
+    with pytest.raises(MemoryError, match=r"allocate 12345 bytes\. .*: the weights take [\d.]+ MB\. Take a smaller"):
+        models.load(models.bundled_path())

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fdpp_jax.models import load_tokenizer
+from fdpp_jax.models import bundled_path, load_tokenizer
 
 VOCAB = {"<s>": 0, "</s>": 1, "<unk>": 2, "def": 3, "return": 4, "x": 5}
 
@@ -147,3 +147,9 @@ def test_a_git_lfs_pointer_is_no_tokenizer(tmp_path: pathlib.Path, name: str) ->
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match=rf"got git-lfs pointers for {name}: `git lfs pull` there gets them$"):
         load_tokenizer(tmp_path)
+
+
+def test_half_of_a_surrogate_pair_is_no_text():
+    """What Python makes of bytes in a command that are not UTF-8."""
+    with pytest.raises(ValueError, match="expected a text in Unicode, got half of a surrogate pair at character 1"):
+        load_tokenizer(bundled_path()).encode("a\udcff")

@@ -1,0 +1,50 @@
+"""What a user is told when a device's memory is used up."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+
+@contextlib.contextmanager
+def explained(held: Callable[[], Mapping[str, int]], advice: str) -> Iterator[None]:
+    """Raises what JAX says of memory that is used up as a MemoryError that says what takes it, and what to lower.
+
+    Args:
+      held: What the device holds or is to hold: a name and its bytes each. Asked for after a failure only.
+      advice: What to lower.
+
+    Raises:
+      MemoryError: The device has too little memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in held().items())
+        raise MemoryError(f"{request(error)}. Of the device's {_capacity()}: {parts}. {advice}") from error
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether JAX has failed for want of a device's memory, which no class of error says."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def request(error: BaseException) -> str:
+    """The line of XLA's that says how much was asked for."""
+    return str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0].rstrip(".")
+
+
+def size(num_bytes: float) -> str:
+    """ "3.1 GB", "12 MB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
+
+
+def _capacity() -> str:
+    """How much memory the first device has, as far as JAX may use it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return f"memory ({size(stats['bytes_limit'])})" if "bytes_limit" in stats else "memory"
