@@ -8,7 +8,7 @@ from fdpp_jax._version import __version__
 if TYPE_CHECKING:
     from fdpp_jax import calibration, heuristics, models
     from fdpp_jax.calibration import Calibration, calibrate
-    from fdpp_jax.generation import generate
+    from fdpp_jax.generation import generate, stream
     from fdpp_jax.ops import dot_product_attention, flat_matmul
     from fdpp_jax.unified_max import UnifiedMax
 
@@ -23,6 +23,7 @@ __all__ = [
     "generate",
     "heuristics",
     "models",
+    "stream",
 ]
 
 # Imported at first use, since Flax alone takes as long to import as JAX.
@@ -33,6 +34,7 @@ _HOME = {
     "dot_product_attention": "ops",
     "flat_matmul": "ops",
     "generate": "generation",
+    "stream": "generation",
 }
 _ROOMS = ("calibration", "heuristics", "models")
 

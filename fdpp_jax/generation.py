@@ -1,37 +1,34 @@
-"""Prefill and the decode loop.
+"""`generate` and `stream`: the host's side of generation.
 
-The prompt is padded to a power of two and prefilled at once. Then chunks of decode steps run as one jitted
-loop each, which the host hears of only at its end. The KV cache is donated from call to call and updated in
-place. Rows that leave the safe window of unified-max softmax are redone inside the attention kernel. Where there is
-none, the whole step is redone by one `lax.cond` with online softmax: it writes the same cache slots again.
+The prompt is padded to a power of two and prefilled at once. Then chunks of decode steps run as one jitted loop each
+(`decode_loop`), which the host hears of only at its end.
 """
 
 import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from fdpp_jax import calibration
-from fdpp_jax.models.cache import KVCache
+from fdpp_jax import calibration, device_memory
+from fdpp_jax.decode_loop import NOT_FINITE, decode_chunk, decode_compiler_options, executable, flattened, prefill
+from fdpp_jax.models import KVCache, Tokenizer
 from fdpp_jax.models.decoder import CausalLM
-from fdpp_jax.ops.layer import compiler_options
 from fdpp_jax.plans.shapes import round_up
-from fdpp_jax.sampling import Sampling, make_sampling, sample
+from fdpp_jax.prompts import Prompts, PromptsLike, are_texts, check_prompts, encoded, positive_int, tokenizer_of
+from fdpp_jax.sampling import Sampling, make_sampling
 from fdpp_jax.unified_max import UnifiedMax
 
 type Softmax = UnifiedMax | Literal["auto"] | None
-type Structure = tuple[nnx.GraphDef, jax.tree_util.PyTreeDef]
 
-_MIN_PROMPT_BUCKET = 16
 _CAPACITY_MULTIPLE = 64
 _STEPS_OF_DRIFT = 64  # how often phi fails is judged over the latest so many steps, or a chunk if that has more
+_LOWER = "Lower max_new_tokens, the number of prompts or their length, or take a smaller model"
 _MAX_BLOCK = 8  # launches of so many decode steps queue up before the host looks whether to go on
 
 
@@ -50,6 +47,8 @@ class GenerationResult:
       decode_seconds: The time of all decode steps, without compilation and without the consumer of a stream.
       compile_seconds: Spent tracing and compiling; 0 when the shapes were seen before.
       cache_capacity: Slots a row of the KV cache had, S: what the attention kernel was planned for.
+      prompts: The tokens of each prompt.
+      tokenizer: What makes texts of tokens: the one that was given, or finds the model's; None: there is none.
     """
 
     tokens: np.ndarray
@@ -62,57 +61,93 @@ class GenerationResult:
     decode_seconds: float
     compile_seconds: float
     cache_capacity: int
+    prompts: list[list[int]]
+    tokenizer: Callable[[], Tokenizer | None] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def token_lists(self) -> list[list[int]]:
+        """The new tokens of each row that count, as lists."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+    @functools.cached_property
+    def texts(self) -> list[str] | None:
+        """The text that each row adds to its prompt's, without special tokens; None where there is no tokenizer.
+
+        Raises:
+          ValueError: The tokenizer beside the model's checkpoint is malformed.
+        """
+        tokenizer = self.tokenizer()
+        if tokenizer is None:
+            return None
+        texts = []
+        for prompt, tokens in zip(self.prompts, self.token_lists, strict=True):
+            stream = tokenizer.stream(prompt)
+            texts.append(stream.push(tokens) + stream.finish())
+        return texts
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamChunk:
-    """The next tokens of a stream: tokens [B, n] int32, and lengths [B] int32 that count from the start."""
+    """What is new in a stream.
+
+    Attributes:
+      tokens: [B, n] int32 new tokens.
+      lengths: [B] int32 new tokens that count, from the start of the stream on.
+      texts: The text that each row has got; a character comes once it is complete. None where the prompts were tokens
+        and no tokenizer was given.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    texts: list[str] | None = None
 
 
 def generate(
     model: CausalLM,
-    tokens: Any,
+    tokens: PromptsLike,
     prompt_lengths: Any = None,
     max_new_tokens: int = 64,
-    eos_ids: Sequence[int] = (),
+    eos_ids: Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
     softmax: Softmax = "auto",
     max_recompute_rate: float = 0.1,
+    tokenizer: Tokenizer | None = None,
 ) -> GenerationResult:
     """Continues a batch of prompts.
 
     Args:
       model: The model.
-      tokens: [B, T] integer prompts, right-padded; the padding may hold anything.
-      prompt_lengths: [B] int, 1..T. None: T for every row.
+      tokens: The prompts: [B, T] integers, right-padded with anything; a list of each prompt's tokens; a text or a
+        list of texts, for which the tokenizer adds BOS where the checkpoint asks for it.
+      prompt_lengths: [B] int, 1..T, of a padded array. None: T for every row.
       max_new_tokens: New tokens a row gets at most.
-      eos_ids: Tokens that end a row.
+      eos_ids: Tokens that end a row. None: the tokenizer's where the prompts are texts, else none.
       temperature: 0 takes the best token.
       top_k: Sample among the k best tokens only.
       top_p: Sample among the fewest best tokens whose probabilities reach top_p only.
-      key: PRNG key; None: jax.random.key(0).
+      key: PRNG key of the sampling; None: jax.random.key(0).
       softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone. "auto": what the
         calibration beside the model's checkpoint says (`calibration.choose_softmax`), and None for a model without a
         checkpoint. The answer is the same; the result's softmax_reason says which it was.
       max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is
         left runs with online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
         that a short call lacks count as good ones. 1: never.
+      tokenizer: Makes tokens of texts, and texts of tokens. None: the one beside the model's checkpoint.
 
     Returns:
-      The tokens, how many count, and what it took.
+      The tokens, how many count, their texts, and what it took.
 
     Raises:
       ValueError: An argument doesn't fit the others or the model. Raised before anything is computed.
+      FloatingPointError: Logits are NaN or infinite; names the first row and step.
+      MemoryError: The device has too little memory; names what takes it.
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
-    options = temperature, top_k, top_p, key, softmax, max_recompute_rate
+    options = temperature, top_k, top_p, key, softmax, max_recompute_rate, tokenizer
     # Between two chunks the GPU waits, and drift is looked for: docs/experiments/decode_step.md#chunks-of-generate
     chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options, chunk_size=_STEPS_OF_DRIFT)
     while True:
@@ -124,16 +159,17 @@ def generate(
 
 def stream(
     model: CausalLM,
-    tokens: Any,
+    tokens: PromptsLike,
     prompt_lengths: Any = None,
     max_new_tokens: int = 64,
-    eos_ids: Sequence[int] = (),
+    eos_ids: Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
     softmax: Softmax = "auto",
     max_recompute_rate: float = 0.1,
+    tokenizer: Tokenizer | None = None,
     chunk_size: int = 32,
 ) -> Generator[StreamChunk, None, GenerationResult]:
     """`generate` in pieces: yields the first token, then up to `chunk_size` tokens at a time.
@@ -145,17 +181,19 @@ def stream(
       chunk_size: Tokens between two synchronisations with the host. The others: see `generate`.
 
     Raises:
-      ValueError: An argument doesn't fit the others or the model.
+      ValueError, FloatingPointError, MemoryError: As in `generate`.
     """
-    prompts, lengths = _check_prompts(model, tokens, prompt_lengths, max_new_tokens, chunk_size)
-    vocab_size = model.config.vocab_size
-    bad_ids = [token for token in eos_ids if not 0 <= token < vocab_size]
-    if bad_ids:
-        raise ValueError(f"eos_ids must be within 0..{vocab_size - 1}, got {bad_ids}")
-    sampling = make_sampling(temperature, top_k, top_p, vocab_size=vocab_size)
+    chunk_size = positive_int("chunk_size", chunk_size)
+    if are_texts(tokens):
+        tokenizer = tokenizer or _needed_tokenizer(model)
+        tokens = encoded(tokens, tokenizer)
+        eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
+    prompts = check_prompts(model.config, tokens, prompt_lengths, max_new_tokens=max_new_tokens)
+    end_ids = _checked_eos(() if eos_ids is None else eos_ids, model.config.vocab_size)
+    sampling = make_sampling(temperature, top_k, top_p, vocab_size=model.config.vocab_size)
     softmax, reason = _chosen(model, softmax)
     if softmax is not None and softmax.phi is not None:
-        rows = (model.config.num_hidden_layers, prompts.shape[0], model.config.num_attention_heads)
+        rows = (model.config.num_hidden_layers, len(prompts.lengths), model.config.num_attention_heads)
         phi_shape = np.shape(softmax.phi)
         fits = all(n in (1, row) for n, row in zip(phi_shape[::-1], rows[::-1], strict=False))
         if len(phi_shape) > 3 or not fits or (len(phi_shape) == 3 and phi_shape[0] != rows[0]):
@@ -167,9 +205,63 @@ def stream(
         softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
     if not 0 <= max_recompute_rate <= 1:
         raise ValueError(f"max_recompute_rate must be within 0..1, got {max_recompute_rate}")
-    key = jax.random.key(0) if key is None else key
-    policy = softmax, reason, max_recompute_rate
-    return _run(model, prompts, lengths, max_new_tokens, tuple(eos_ids), sampling, key, policy, chunk_size)
+    job = _Job(
+        prompts=prompts,
+        max_new_tokens=int(max_new_tokens),
+        eos_ids=end_ids,
+        sampling=sampling,
+        key=_checked_key(key),
+        softmax=softmax,
+        softmax_reason=reason,
+        max_recompute_rate=max_recompute_rate,
+        chunk_size=chunk_size,
+        tokenizer=tokenizer,
+    )
+    return _run(model, job)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The checked arguments of `stream`."""
+
+    prompts: Prompts
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    sampling: Sampling
+    key: jax.Array
+    softmax: UnifiedMax | None
+    softmax_reason: str
+    max_recompute_rate: float
+    chunk_size: int
+    tokenizer: Tokenizer | None
+
+
+def _needed_tokenizer(model: CausalLM) -> Tokenizer:
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        where = "was not loaded from a checkpoint" if model.checkpoint is None else f"has none in {model.checkpoint}"
+        raise ValueError(f"texts need a tokenizer, and the model {where}: pass tokens, or tokenizer=")
+    return tokenizer
+
+
+def _checked_eos(eos_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    ids = np.asarray(eos_ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"eos_ids must be a sequence of token ids, got {eos_ids!r}")
+    bad_ids = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+    if bad_ids:
+        raise ValueError(f"eos_ids must be within 0..{vocab_size - 1}, got {bad_ids}")
+    return tuple(ids.tolist())
+
+
+def _checked_key(key: jax.Array | None) -> jax.Array:
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, jax.Array) and key.shape == () and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if isinstance(key, jax.Array) and key.ndim == 1 and key.dtype == jnp.uint32:  # jax.random.PRNGKey's
+        return jax.random.wrap_key_data(key)
+    raise ValueError(f"key must be a PRNG key such as jax.random.key(7), got {key!r}")
 
 
 def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
@@ -185,110 +277,63 @@ def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
     return calibration.choose_softmax(model.config, model.checkpoint, model.dtype)
 
 
-def _check_prompts(
-    model: CausalLM, tokens: Any, prompt_lengths: Any, max_new_tokens: int, chunk_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts padded with zeros to their bucket, [B, T'] int32, and their lengths, [B] int32."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
-        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}")
-    batch, width = tokens.shape
-    lengths = np.full(batch, width) if prompt_lengths is None else np.asarray(prompt_lengths)
-    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(f"prompt_lengths must be integers [{batch}], got {lengths.dtype} of shape {lengths.shape}")
-    if lengths.min() < 1 or lengths.max() > width:
-        raise ValueError(f"prompt_lengths must be within 1..{width} (the width of tokens), got {lengths.tolist()}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    longest, limit = int(lengths.max()), model.config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt of {longest} tokens and {max_new_tokens=} need {longest + max_new_tokens} positions, "
-            f"the model has {limit} (max_position_embeddings)"
-        )
-    live = np.arange(width) < lengths[:, None]  # [B, T]
-    unknown = tokens[live & ((tokens < 0) | (tokens >= model.config.vocab_size))]
-    if unknown.size:
-        raise ValueError(f"tokens must be within 0..{model.config.vocab_size - 1}, got {int(unknown[0])}")
-
-    bucket = min(max(_MIN_PROMPT_BUCKET, 1 << (longest - 1).bit_length()), limit)
-    prompts = np.zeros((batch, bucket), np.int32)
-    prompts[:, :longest] = np.where(live, tokens, 0)[:, :longest]
-    return prompts, lengths.astype(np.int32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Loop:
-    """What a decode step hands to the next: the last tokens, and the cache of all before them."""
-
-    cache: KVCache
-    tokens: jax.Array  # [B] int32
-    finished: jax.Array  # [B] bool
-    lengths: jax.Array  # [B] int32
-    recomputed_steps: jax.Array  # [] int32
-    key: jax.Array
-
-
-def _run(
-    model: CausalLM,
-    prompts: np.ndarray,
-    prompt_lengths: np.ndarray,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    sampling: Sampling,
-    key: jax.Array,
-    policy: tuple[UnifiedMax | None, str, float],
-    chunk_size: int,
-) -> Generator[StreamChunk, None, GenerationResult]:
-    """The host's side of `stream`, with arguments that are checked."""
-    softmax, softmax_reason, max_recompute_rate = policy
+def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationResult]:
+    """The host's side of `stream`."""
+    softmax, sampling, max_new_tokens, chunk_size = job.softmax, job.sampling, job.max_new_tokens, job.chunk_size
+    batch, prompt_bucket = job.prompts.tokens.shape
     structure, weights = flattened(model)
-    capacity = round_up(prompts.shape[1] + max_new_tokens, _CAPACITY_MULTIPLE)
-    eos = jnp.asarray(eos_ids, jnp.int32)
-    options = decode_compiler_options(model, prompts.shape[0])
+    capacity = round_up(prompt_bucket + max_new_tokens, _CAPACITY_MULTIPLE)
+    eos = jnp.asarray(job.eos_ids, jnp.int32)
+    options = decode_compiler_options(model, batch)
     # A CUDA graph is one launch, of which nothing queues up; and a loop in a loop takes longer to compile.
     block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if options else 1
-    # A copy, since the loop donates its key and the caller keeps theirs.
-    prefill_args = (weights, jnp.asarray(prompts), jnp.asarray(prompt_lengths), sampling, eos, jax.random.clone(key))
+    texts = _TextRows(job.tokenizer, job.prompts)
+    explained = functools.partial(device_memory.explained, lambda: _held(model, weights, batch, capacity), _LOWER)
 
     started = time.perf_counter()
-    with_key_norms = softmax is not None and softmax.is_bound
-    prefill, compile_seconds = _executable(_prefill, (structure, capacity, with_key_norms), prefill_args, {})
-    started += compile_seconds
-    loop = jax.block_until_ready(prefill(*prefill_args))
-    new_tokens = np.full((prompts.shape[0], max_new_tokens), eos_ids[0] if eos_ids else 0, np.int32)
-    new_tokens[:, 0] = loop.tokens
+    with explained():
+        # A copy of the key, since the loop donates its own and the caller keeps theirs.
+        arrays = jnp.asarray(job.prompts.tokens), jnp.asarray(job.prompts.lengths)
+        prefill_args = (weights, *arrays, sampling, eos, jax.random.clone(job.key))
+        with_key_norms = softmax is not None and softmax.is_bound
+        run_prefill, compile_seconds = executable(prefill, (structure, capacity, with_key_norms), prefill_args, {})
+        started += compile_seconds
+        loop, first = jax.block_until_ready(run_prefill(*prefill_args))
+    new_tokens = np.full((batch, max_new_tokens), job.eos_ids[0] if job.eos_ids else 0, np.int32)
+    new_tokens[:, 0] = _finite(np.asarray(first)[:, None], 0, model.dtype)[:, 0]
     prefill_seconds = time.perf_counter() - started
-    yield StreamChunk(new_tokens[:, :1].copy(), np.asarray(loop.lengths))
-
-    num_tokens, decode_seconds, online_from, decode_chunk = 1, 0.0, None, None
+    num_tokens, decode_seconds, online_from, run_chunk = 1, 0.0, None, None
     judged = 0, 0  # steps that are known to be without drift, and of these the redone ones
-    is_over = max_new_tokens == 1 or bool(np.asarray(loop.finished).all())
+    lengths, is_over = np.asarray(loop.lengths), max_new_tokens == 1 or bool(np.asarray(loop.finished).all())
+    yield StreamChunk(new_tokens[:, :1].copy(), lengths, texts.push(new_tokens[:, :1], lengths, is_over))
+
     while not is_over:
         started = time.perf_counter()
-        num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
-        chunk_args = (weights, loop, num_steps, sampling, eos, softmax)
-        if decode_chunk is None:  # looking it up takes as long as a step
-            decode_chunk, seconds = _executable(_decode_chunk, (structure, chunk_size, block_size), chunk_args, options)
-            compile_seconds += seconds
-            started += seconds
-        loop, chunk, steps_run = jax.block_until_ready(decode_chunk(*chunk_args))
-        steps = int(steps_run)
-        new_tokens[:, num_tokens : num_tokens + steps] = np.asarray(chunk)[:, :steps]
+        with explained():
+            num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
+            chunk_args = (weights, loop, num_steps, sampling, eos, softmax)
+            if run_chunk is None:  # looking it up takes as long as a step
+                statics = structure, chunk_size, block_size
+                run_chunk, seconds = executable(decode_chunk, statics, chunk_args, options)
+                compile_seconds += seconds
+                started += seconds
+            loop, chunk, steps_run = jax.block_until_ready(run_chunk(*chunk_args))
+        new = _finite(np.asarray(chunk)[:, : int(steps_run)], num_tokens, model.dtype)
+        new_tokens[:, num_tokens : num_tokens + new.shape[1]] = new
         decode_seconds += time.perf_counter() - started
-        yield StreamChunk(new_tokens[:, num_tokens : num_tokens + steps].copy(), np.asarray(loop.lengths))
-        num_tokens += steps
-        is_over = num_tokens == max_new_tokens or bool(np.asarray(loop.finished).all())
+        num_tokens += new.shape[1]
+        lengths, is_over = (
+            np.asarray(loop.lengths),
+            num_tokens == max_new_tokens or bool(np.asarray(loop.finished).all()),
+        )
+        yield StreamChunk(new, lengths, texts.push(new, lengths, is_over))
         if softmax is not None:
             done = num_tokens - 1, int(loop.recomputed_steps)
             recent, redone = done[0] - judged[0], done[1] - judged[1]
-            if redone > max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
+            if redone > job.max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
                 _warn_of_drift(softmax, recent, redone, is_over)
                 if not is_over:
-                    softmax, online_from, decode_chunk = None, num_tokens - 1, None
+                    softmax, online_from, run_chunk = None, num_tokens - 1, None
             elif recent >= _STEPS_OF_DRIFT:
                 judged = done
 
@@ -296,13 +341,66 @@ def _run(
         tokens=new_tokens,
         lengths=np.array(loop.lengths),
         recomputed_steps=int(loop.recomputed_steps),
-        softmax_reason=softmax_reason,
+        softmax_reason=job.softmax_reason,
         online_from=online_from,
         decode_steps=num_tokens - 1,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         compile_seconds=compile_seconds,
         cache_capacity=capacity,
+        prompts=job.prompts.rows(),
+        tokenizer=functools.partial(tokenizer_of, model) if job.tokenizer is None else lambda: job.tokenizer,
+    )
+
+
+class _TextRows:
+    """The text of each row of a stream, as far as it is certain."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: Prompts):
+        self._streams = None if tokenizer is None else [tokenizer.stream(prompt) for prompt in prompts.rows()]
+        self._done = np.zeros(len(prompts.lengths), np.int32)
+        self._num_tokens = 0
+
+    def push(self, tokens: np.ndarray, lengths: np.ndarray, is_over: bool) -> list[str] | None:
+        """What tokens [B, n] add to each row, of which `lengths` count in all; with its last token a row is whole."""
+        if self._streams is None:
+            return None
+        self._num_tokens += tokens.shape[1]
+        texts = []
+        for i, stream in enumerate(self._streams):
+            num_new = int(lengths[i] - self._done[i])
+            text = stream.push(tokens[i, :num_new].tolist())
+            has_ended = is_over or lengths[i] < self._num_tokens
+            texts.append(text + stream.finish() if has_ended else text)
+            self._done[i] += num_new
+        return texts
+
+
+def _held(model: CausalLM, weights: list[jax.Array], batch: int, capacity: int) -> dict[str, int]:
+    """What takes the device's memory: names and bytes."""
+    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch, capacity, model.dtype))
+    return {
+        "the weights take": sum(x.nbytes for x in weights),
+        f"the KV cache of {batch} x {capacity} tokens": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+    }
+
+
+def _finite(tokens: np.ndarray, num_before: int, dtype: jnp.dtype) -> np.ndarray:
+    """The tokens [B, n] of a chunk, none of which stands for logits that were not finite.
+
+    Raises:
+      FloatingPointError: One does.
+    """
+    bad = tokens == NOT_FINITE
+    if not bad.any():
+        return tokens
+    step = int(bad.any(axis=0).argmax())
+    row = int(bad[:, step].argmax())
+    where = "of the prompt" if num_before + step == 0 else f"of decode step {num_before + step}"
+    wider = " Try dtype bfloat16 or float32, which have a wider range." if dtype == jnp.float16 else ""
+    raise FloatingPointError(
+        f"expected finite logits, got NaN or infinity in row {row} {where}: weights are damaged, or activations exceed "
+        f"{dtype.name}.{wider}"
     )
 
 
@@ -314,161 +412,3 @@ def _warn_of_drift(softmax: UnifiedMax, steps: int, redone: int, is_over: bool) 
         f"on text like this (fdpp_jax.calibrate), or use {instead}",
         stacklevel=2,
     )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
-    structure: Structure,
-    capacity: int,
-    with_key_norms: bool,
-    weights: list[jax.Array],
-    prompts: jax.Array,
-    prompt_lengths: jax.Array,
-    sampling: Sampling,
-    eos_ids: jax.Array,
-    key: jax.Array,
-) -> _Loop:
-    """Fills a new cache from the prompts and draws the first token of every row."""
-    model = rebuilt(structure, weights)
-    batch = prompts.shape[0]
-    cache = KVCache.create(model.config, batch, capacity, model.dtype, with_key_norms=with_key_norms)
-    logits, cache = model.prefill(prompts, prompt_lengths, cache)
-    key, sample_key = jax.random.split(key)
-    tokens = sample(logits, sample_key, sampling)
-    return _Loop(
-        cache=cache,
-        tokens=tokens,
-        finished=(tokens[:, None] == eos_ids).any(axis=1),
-        lengths=jnp.ones((batch,), jnp.int32),
-        recomputed_steps=jnp.zeros((), jnp.int32),
-        key=key,
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode_chunk(
-    structure: Structure,
-    chunk_size: int,
-    block_size: int,
-    weights: list[jax.Array],
-    loop: _Loop,
-    num_steps: jax.Array,
-    sampling: Sampling,
-    eos_ids: jax.Array,
-    softmax: UnifiedMax | None,
-) -> tuple[_Loop, jax.Array, jax.Array]:
-    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block changes nothing.
-
-    block_size divides chunk_size: of the steps in a block none asks whether to go on.
-
-    Returns:
-      (loop, tokens [B, chunk_size], steps that count).
-    """
-    model = rebuilt(structure, weights)
-    pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
-
-    def is_live(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
-        loop, _, step = carry
-        return (step < num_steps) & ~loop.finished.all()
-
-    def take_step(i: jax.Array, carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
-        del i
-        (loop, chunk, step), counts = carry, is_live(carry)
-        logits, cache, redone = decode_step(model, loop.tokens, loop.cache, softmax)
-        key, sample_key = jax.random.split(loop.key)
-        tokens = jnp.where(loop.finished, pad, sample(logits, sample_key, sampling))
-        next_loop = _Loop(
-            cache=dataclasses.replace(cache, lengths=jnp.where(counts, cache.lengths, loop.cache.lengths)),
-            tokens=tokens,
-            finished=loop.finished | (tokens[:, None] == eos_ids).any(axis=1),
-            lengths=loop.lengths + (counts & ~loop.finished),
-            recomputed_steps=loop.recomputed_steps + (counts & redone),
-            key=key,
-        )
-        return next_loop, chunk.at[:, step].set(tokens), step + counts
-
-    def take_block(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
-        return jax.lax.fori_loop(0, block_size, take_step, carry)
-
-    chunk = jnp.full((loop.tokens.shape[0], chunk_size), pad, jnp.int32)
-    return jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))
-
-
-def flattened(model: CausalLM) -> tuple[Structure, list[jax.Array]]:
-    """The hashable part of a model, and its arrays as a list.
-
-    A list passes through jit's dispatch faster than an NNX state does:
-    docs/experiments/decode_step.md#start-and-end-of-a-loop
-    """
-    graphdef, state = nnx.split(model)
-    weights, treedef = jax.tree.flatten(state)
-    return (graphdef, treedef), weights
-
-
-def rebuilt(structure: Structure, weights: list[jax.Array]) -> CausalLM:
-    """The model that `flattened` took apart."""
-    graphdef, treedef = structure
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
-
-
-def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str]:
-    """XLA's options for a loop of the model's decode steps with a batch of rows."""
-    return compiler_options(model.layer_plan(batch))
-
-
-def decode_step(
-    model: CausalLM, tokens: jax.Array, cache: KVCache, softmax: UnifiedMax | None
-) -> tuple[jax.Array, KVCache, jax.Array]:
-    """One decode step that is exact whatever the scores are.
-
-    Args:
-      model: The model.
-      tokens: [B] int32, the last token of every row.
-      cache: The keys and values of the tokens before.
-      softmax: None, or the policy whose failures are redone.
-
-    Returns:
-      (logits [B, V] float32, the cache with one more token, whether a row or all of the step was redone [] bool).
-    """
-    lengths, norms = cache.lengths, cache.key_max_norms
-    logits, cache, overflow, redone = model.decode(tokens, cache, softmax=softmax)
-    if overflow is False:  # lax.cond would stay in the program
-        return logits, cache, jnp.asarray(redone)
-
-    def redo(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        del logits
-        # Keys behind an overflow are NaN, and so are the norms that took them in.
-        cache = dataclasses.replace(cache, lengths=lengths, key_max_norms=norms)
-        logits, cache, *_ = model.decode(tokens, cache, softmax=None)
-        return logits, cache
-
-    def keep(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        return logits, cache
-
-    logits, cache = jax.lax.cond(overflow, redo, keep, logits, cache)
-    return logits, cache, jnp.logical_or(overflow, redone)
-
-
-def _executable(
-    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...], options: dict[str, str]
-) -> tuple[jax.stages.Compiled, float]:
-    """The program for arguments like these, and the seconds that it took to get it."""
-    started = time.perf_counter()
-    leaves, treedef = jax.tree.flatten(args)
-    avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None) for x in leaves)
-    misses = _compile.cache_info().misses
-    compiled = _compile(function, statics, treedef, avals, tuple(options.items()))
-    seconds = time.perf_counter() - started
-    return compiled, seconds if _compile.cache_info().misses > misses else 0.0
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(
-    function: Any,
-    statics: tuple[Hashable, ...],
-    treedef: jax.tree_util.PyTreeDef,
-    avals: tuple[jax.ShapeDtypeStruct, ...],
-    options: tuple[tuple[str, str], ...],
-) -> jax.stages.Compiled:
-    """Compiles ahead of the call, so that compilation is not measured as decoding."""
-    return function.lower(*statics, *jax.tree.unflatten(treedef, avals)).compile(compiler_options=dict(options))

@@ -75,6 +75,21 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.take_along_axis(tokens, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
+def rows_are_finite(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Whether each row's largest logit is a finite number: [B] bool. Else what `sample` draws means nothing.
+
+    It asks for what `sample` computes anyway, which XLA computes once: a step has nothing more to read.
+
+    Args:
+      logits: [B, V] float32.
+      sampling: The policy of `sample`.
+    """
+    if sampling.temperature is None:
+        best = jnp.argmax(logits, axis=-1)  # the first NaN, where there is one
+        return jnp.isfinite(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0])
+    return jnp.isfinite(logits.max(axis=-1))
+
+
 def best_tokens(scores: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """The candidates that top-k and top-p leave, best first.
 

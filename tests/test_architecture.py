@@ -21,13 +21,14 @@ LEVELS = (
     ("cli",),
     ("bench",),
     ("generation",),
+    ("decode_loop", "prompts"),
     ("sampling", "calibration"),
     ("score_stats",),
     ("models",),
     ("ops",),
     ("heuristics", "pallas", "triton"),
     ("plans",),
-    ("unified_max", "json_fields", "progress"),
+    ("unified_max", "json_fields", "progress", "device_memory"),
     ("_version",),
 )
 LEVEL_OF = {room: len(LEVELS) - index for index, rooms in enumerate(LEVELS) for room in rooms}
@@ -226,7 +227,7 @@ def test_public_names_are_there_and_nothing_else():
         "flat_matmul",
         "generate",
     ]
-    names += ["heuristics", "models"]
+    names += ["heuristics", "models", "stream"]
     assert sorted(fdpp_jax.__all__) == names
     assert dir(fdpp_jax) == names
     for name in names:

@@ -17,7 +17,7 @@ from calibration_case import calibration_of
 from flax import nnx
 
 import fdpp_jax
-from fdpp_jax import Calibration, UnifiedMax, calibration, generation, models, score_stats
+from fdpp_jax import Calibration, UnifiedMax, calibration, decode_loop, models, score_stats
 from fdpp_jax.ops import reference
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.score_stats import Distribution
@@ -339,7 +339,7 @@ def _forced_decoding(graphdef, weights, tokens, capacity, softmax):
 
     def step(cache, pair):
         token, target = pair
-        logits, cache, redone = generation.decode_step(model, token[None], cache, softmax)
+        logits, cache, redone = decode_loop.decode_step(model, token[None], cache, softmax)
         return cache, (-jax.nn.log_softmax(logits[0])[target], redone)
 
     _, (losses, redone) = jax.lax.scan(step, cache, (tokens[:-1], tokens[1:]))
@@ -470,3 +470,12 @@ def test_perplexity_of_held_out_text_never_depends_on_phi(dtype, rounding):
     assert rates["bound"] < 0.02
     assert 0 < rates["+40"] < 1
     assert [rates[name] for name in ("+60", "+120", "-60")] == [1] * 3
+
+
+def test_memory_that_is_used_up_by_a_batch(monkeypatch):
+    def exhausted(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+
+    monkeypatch.setattr(calibration, "_record", exhausted)
+    with pytest.raises(MemoryError, match=r"allocate 12345 bytes\. .*: the weights take [\d.]+ MB\. Lower the batch"):
+        calibration.calibrate(models.load(models.bundled_path()), [np.zeros((1, 8), np.int32)])

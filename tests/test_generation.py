@@ -1,7 +1,6 @@
 """Generation against a plain loop over the whole sequence, and what the jitted loop promises."""
 
 import dataclasses
-import itertools
 import pathlib
 import shutil
 
@@ -11,53 +10,27 @@ import numpy as np
 import pytest
 from calibration_case import calibration_of
 from flax import nnx
+from generation_case import CONFIG, PROMPTS, SOFTMAXES, drain, loud_model, plain_loop
 
-from fdpp_jax import generation, ops
+from fdpp_jax import decode_loop, generation
 from fdpp_jax.generation import generate, stream
-from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM, load, random_model
-from fdpp_jax.sampling import Sampling
+from fdpp_jax.models import (
+    LlamaForCausalLM,
+    load,
+    random_model,
+)
 from fdpp_jax.unified_max import UnifiedMax
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=48,
-)
-PROMPTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 5))
-SOFTMAXES = {"online": None, "unified": UnifiedMax(), "bound": UnifiedMax.bound()}
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """Random weights eight times the usual, since the usual ones repeat one token for ever."""
-    graphdef, weights = nnx.split(LlamaForCausalLM(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, weights))
-
-
-@pytest.fixture(scope="module")
-def plain_loop(model):
-    """plain_loop(prompt, n): n greedy tokens, each from the logits of the whole sequence so far."""
-    graphdef, weights = nnx.split(model)
-    forward = jax.jit(lambda weights, tokens: nnx.merge(graphdef, weights)(tokens))
-
-    def run(prompt, num_tokens: int) -> list[int]:
-        tokens = np.zeros((1, CONFIG.max_position_embeddings), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        for i in range(len(prompt), len(prompt) + num_tokens):
-            tokens[0, i] = int(forward(weights, tokens)[0, i - 1].argmax())
-        return tokens[0, len(prompt) : len(prompt) + num_tokens].tolist()
-
-    return run
+    return loud_model()
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES)
-def test_greedy_equals_the_plain_loop(model, plain_loop, softmax):
+def test_greedy_equals_the_plain_loop(model, softmax):
     result = generate(model, PROMPTS, max_new_tokens=20, softmax=softmax)
     assert result.tokens.tolist() == [plain_loop(prompt, 20) for prompt in PROMPTS]
     assert len(set(result.tokens[0].tolist())) > 3  # not one token for ever
@@ -99,14 +72,14 @@ def test_softmax_is_chosen_by_the_calibration_beside_the_checkpoint(model, tmp_p
         run()
 
 
-def test_up_to_the_last_position(model, plain_loop):
+def test_up_to_the_last_position(model):
     prompt = np.arange(17)  # its bucket is 32, and 31 more exceed a power of two
     result = generate(model, prompt[None], max_new_tokens=31)
     assert result.tokens[0].tolist() == plain_loop(prompt, 31)
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES)
-def test_unequal_prompts_equal_single_runs(model, plain_loop, softmax):
+def test_unequal_prompts_equal_single_runs(model, softmax):
     lengths = [1, 7, 4]
     tokens = np.full((3, 9), -1)  # padding may hold anything
     for row, length in enumerate(lengths):
@@ -116,7 +89,7 @@ def test_unequal_prompts_equal_single_runs(model, plain_loop, softmax):
     assert result.tokens.tolist() == expected
 
 
-def test_one_token_needs_no_decode_step(model, plain_loop):
+def test_one_token_needs_no_decode_step(model):
     result = generate(model, PROMPTS[:1], max_new_tokens=1)
     assert result.tokens.tolist() == [plain_loop(PROMPTS[0], 1)]
     assert (result.decode_steps, result.decode_seconds) == (0, 0.0)
@@ -132,13 +105,13 @@ def in_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("chunk_size", "how"), [(1, None), (3, None), (32, None), (12, "in_blocks"), (32, "in_blocks")]
 )
-def test_rows_end_at_their_first_end_token(request, model, plain_loop, chunk_size, how):
+def test_rows_end_at_their_first_end_token(request, model, chunk_size, how):
     if how is not None:
         request.getfixturevalue(how)
     expected = [plain_loop(prompt, 20) for prompt in PROMPTS]
     ends = (expected[0][3], expected[1][6])
     lengths = [1 + min(row.index(end) for end in ends if end in row) for row in expected]
-    chunks, result = _drain(stream(model, PROMPTS, max_new_tokens=20, eos_ids=ends, chunk_size=chunk_size))
+    chunks, result = drain(stream(model, PROMPTS, max_new_tokens=20, eos_ids=ends, chunk_size=chunk_size))
     assert result.lengths.tolist() == lengths
     for row, length in enumerate(lengths):
         assert result.tokens[row].tolist() == expected[row][:length] + [ends[0]] * (20 - length)
@@ -146,7 +119,7 @@ def test_rows_end_at_their_first_end_token(request, model, plain_loop, chunk_siz
     assert sum(chunk.tokens.shape[1] for chunk in chunks) == max(lengths)
 
 
-def test_a_first_token_that_ends_every_row(model, plain_loop):
+def test_a_first_token_that_ends_every_row(model):
     ends = [plain_loop(prompt, 1)[0] for prompt in PROMPTS]
     result = generate(model, PROMPTS, max_new_tokens=20, eos_ids=ends)
     assert result.lengths.tolist() == [1, 1]
@@ -206,33 +179,33 @@ def test_a_call_that_ends_first_is_warned_of_too(longer, steps):
 
 def test_good_steps_long_ago_do_not_count(longer, monkeypatch):
     """Steps fail from the 128th on; from the 142nd on they are a tenth of all."""
-    step_of = generation.decode_step
+    step_of = decode_loop.decode_step
 
     def drifting(model, tokens, cache, softmax):
         logits, after, redone = step_of(model, tokens, cache, softmax)
         return logits, after, redone if softmax is None else cache.lengths[0] >= PROMPTS.shape[1] + 127
 
-    decode_chunk = generation._decode_chunk.__wrapped__
+    decode_chunk = decode_loop.decode_chunk.__wrapped__
     fresh = jax.jit(lambda *args: decode_chunk(*args), static_argnums=(0, 1, 2), donate_argnums=4)  # own cache
-    monkeypatch.setattr(generation, "decode_step", drifting)
-    monkeypatch.setattr(generation, "_decode_chunk", fresh)
+    monkeypatch.setattr(decode_loop, "decode_step", drifting)
+    monkeypatch.setattr(generation, "decode_chunk", fresh)
     with pytest.warns(UserWarning, match="8 of the latest 8 decode steps"):
-        _, result = _drain(stream(longer, PROMPTS, max_new_tokens=161, chunk_size=8, softmax=UnifiedMax()))
+        _, result = drain(stream(longer, PROMPTS, max_new_tokens=161, chunk_size=8, softmax=UnifiedMax()))
     assert result.online_from == 136
 
 
 def test_the_switch_compiles_one_program(longer):
     def misses(**arguments):
-        before = generation._compile.cache_info().misses
+        before = decode_loop._compile.cache_info().misses
         with pytest.warns(UserWarning, match="the rest runs with online softmax"):
             generate(longer, PROMPTS, max_new_tokens=81, **arguments)
-        return generation._compile.cache_info().misses - before
+        return decode_loop._compile.cache_info().misses - before
 
-    generation._compile.cache_clear()
+    decode_loop._compile.cache_clear()
     assert misses(softmax=UnifiedMax(200.0)) == 3  # prefill, and the loop with either softmax
     assert misses(softmax=UnifiedMax(-200.0)) == 0
     generate(longer, PROMPTS, max_new_tokens=81)  # is what the rest ran
-    assert generation._compile.cache_info().misses == 3
+    assert decode_loop._compile.cache_info().misses == 3
 
 
 def test_a_bound_that_fails_is_not_advised(longer):
@@ -262,7 +235,7 @@ def test_a_phi_of_each_layer_and_head(model):
 def test_same_shapes_compile_nothing(model):
     arguments = {"max_new_tokens": 20, "temperature": 0.7, "top_p": 0.9}
     generate(model, PROMPTS, **arguments, softmax=UnifiedMax(6.0))
-    misses = generation._compile.cache_info().misses
+    misses = decode_loop._compile.cache_info().misses
     for phi in (7.0, 200, jnp.float32(3)):
         changed = arguments | {"temperature": 0.5 + float(phi) / 1000}
         result = generate(
@@ -271,7 +244,7 @@ def test_same_shapes_compile_nothing(model):
         assert result.compile_seconds == 0.0
     # Another length within the bucket and the capacity is the same program too.
     generate(model, PROMPTS[:, :3] + 1, **arguments | {"max_new_tokens": 30}, softmax=UnifiedMax())
-    assert generation._compile.cache_info().misses == misses
+    assert decode_loop._compile.cache_info().misses == misses
 
 
 def test_seeds(model):
@@ -283,94 +256,13 @@ def test_seeds(model):
     assert run(None) == run(jax.random.key(0)) != run(key)
 
 
-def _drain(chunks):
-    collected = []
-    while True:
-        try:
-            collected.append(next(chunks))
-        except StopIteration as stop:
-            return collected, stop.value
-
-
 def test_stream_yields_what_generate_returns(model):
-    chunks, result = _drain(stream(model, PROMPTS, max_new_tokens=20, chunk_size=8))
+    chunks, result = drain(stream(model, PROMPTS, max_new_tokens=20, chunk_size=8))
     assert [chunk.tokens.shape[1] for chunk in chunks] == [1, 8, 8, 3]
     assert [chunk.lengths.tolist() for chunk in chunks] == [[1, 1], [9, 9], [17, 17], [20, 20]]
     tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
     np.testing.assert_array_equal(tokens, result.tokens)
     np.testing.assert_array_equal(tokens, generate(model, PROMPTS, max_new_tokens=20).tokens)
-
-
-# The program.
-
-
-def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
-    structure, weights = generation.flattened(model)
-    eos_ids = jnp.array([3], jnp.int32)
-    prompts, lengths = jnp.zeros((batch, 16), jnp.int32), jnp.full((batch,), 5, jnp.int32)
-    prefill = (
-        structure,
-        capacity,
-        softmax is not None and softmax.is_bound,
-        weights,
-        prompts,
-        lengths,
-        Sampling(),
-        eos_ids,
-        jax.random.key(0),
-    )
-    loop = generation._prefill(*prefill)
-    return structure, 8, 4, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax
-
-
-@pytest.mark.parametrize(
-    ("softmax", "num_conds"), [(None, 0), (UnifiedMax(jnp.float32(6)), 1), (UnifiedMax.bound(), 1)]
-)
-def test_one_cond_a_step_and_none_without_unified_max(model, softmax, num_conds):
-    arguments = _decode_chunk_arguments(model, 2, 64, softmax)
-    assert str(generation._decode_chunk.trace(*arguments).jaxpr).count("= cond[") == num_conds
-
-
-@pytest.mark.parametrize(("has_kernel", "num_conds"), [((True, True), 0), ((False, True), 1)])
-def test_what_a_kernel_redoes_is_counted_without_a_cond(model, monkeypatch, has_kernel, num_conds):
-    unchecked, layers = ops.unchecked_decode_attention, itertools.cycle(has_kernel)
-
-    def attend(*arrays, softmax, redone, **options):
-        if not next(layers) or softmax is None:
-            return unchecked(*arrays, softmax=softmax, redone=redone, **options)
-        fails = softmax.phi[..., 0] > 100  # [1]: of head 0, in a stand-in for the kernel
-        return unchecked(*arrays, **options)[0], redone.at[:, 0].max(fails.astype(jnp.int32))
-
-    monkeypatch.setattr(ops, "unchecked_decode_attention", attend)
-    graphdef, weights = nnx.split(model)
-    cache = KVCache.create(CONFIG, 2, 16, jnp.float32)
-
-    @jax.jit
-    def step(softmax):
-        return generation.decode_step(nnx.merge(graphdef, weights), jnp.array([3, 5]), cache, softmax)
-
-    exact, exact_cache, redone = step(None)
-    assert not redone
-    for layer in (None, 0, 1):
-        softmax = UnifiedMax(jnp.zeros((2, 1, 4)) if layer is None else jnp.zeros((2, 1, 4)).at[layer].set(200.0))
-        assert str(step.trace(softmax).jaxpr).count("= cond[") == num_conds
-        logits, grown, redone = step(softmax)
-        assert bool(redone) == (layer is not None)
-        np.testing.assert_allclose(logits, exact, atol=1e-5)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grown, exact_cache)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_recompute_copies_no_cache(model, batch):
-    capacity = 4096
-    array_bytes = batch * capacity * CONFIG.kv_size * 4
-    temp_bytes = {}
-    for name, softmax in (("online", None), ("unified", UnifiedMax(jnp.float32(6)))):
-        compiled = generation._decode_chunk.lower(*_decode_chunk_arguments(model, batch, capacity, softmax)).compile()
-        memory = compiled.memory_analysis()
-        assert memory.alias_size_in_bytes >= 2 * CONFIG.num_hidden_layers * array_bytes  # all of it in place
-        temp_bytes[name] = memory.temp_size_in_bytes
-    assert temp_bytes["unified"] - temp_bytes["online"] < array_bytes / 4
 
 
 # Bad input.
@@ -388,7 +280,19 @@ def test_the_recompute_copies_no_cache(model, batch):
         ({"prompt_lengths": [3.0, 3.0]}, "prompt_lengths must be integers .* got float64"),
         ({"prompt_lengths": [0, 3]}, r"prompt_lengths must be within 1\.\.5 .* got \[0, 3\]"),
         ({"prompt_lengths": [6, 3]}, r"prompt_lengths must be within 1\.\.5 .* got \[6, 3\]"),
+        ({"tokens": [[1, 2], []]}, r"tokens must be lists of integers, got \[\] for prompt 1"),
+        ({"tokens": [[1, 2], [3.0]]}, r"tokens must be lists of integers, got \[3.0\] for prompt 1"),
+        ({"tokens": [[1, 2], 3]}, "tokens must be lists of integers, got 3 for prompt 1"),
+        ({"tokens": [[1, 2], [3]], "prompt_lengths": [2, 1]}, "prompt_lengths belong to a padded array"),
+        ({"tokens": "x"}, r"texts need a tokenizer, and the model was not loaded from a checkpoint: pass tokens, or"),
+        ({"tokens": ["x", [1]]}, "expected prompts that are all texts or all tokens, got list and str"),
+        ({"tokens": []}, r"tokens must be integers \[B, T\], got float64 of shape \(0,\)"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 3.0}, "max_new_tokens must be an integer of at least 1, got 3.0"),
+        ({"eos_ids": 5}, "eos_ids must be a sequence of token ids, got 5"),
+        ({"eos_ids": [5.0]}, r"eos_ids must be a sequence of token ids, got \[5.0\]"),
+        ({"key": 7}, r"key must be a PRNG key such as jax.random.key\(7\), got 7"),
+        ({"key": jnp.zeros((2, 2))}, "key must be a PRNG key such as"),
         ({"max_new_tokens": 44}, r"prompt of 5 tokens and max_new_tokens=44 need 49 positions, the model has 48"),
         ({"eos_ids": (1, 64)}, r"eos_ids must be within 0\.\.63, got \[64\]"),
         ({"temperature": -1.0}, "temperature must be"),
@@ -411,3 +315,30 @@ def test_bad_input_is_one_clear_error_before_anything_runs(model, arguments, mes
 def test_bad_chunk_size(model):
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         stream(model, PROMPTS, chunk_size=0)
+    with pytest.raises(ValueError, match=r"chunk_size must be an integer of at least 1, got 8\.0"):
+        stream(model, PROMPTS, chunk_size=8.0)
+
+
+# Memory.
+
+
+def test_memory_that_is_used_up_names_what_takes_it(model, monkeypatch):
+    def exhausted(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+
+    message = (
+        r"Out of memory while trying to allocate 12345 bytes. Of the device's memory.*: the weights take [\d.]+ kB, "
+        r"the KV cache of 2 x 64 tokens 32.8 kB\. Lower max_new_tokens, the number of prompts"
+    )
+    monkeypatch.setattr(generation, "executable", exhausted)
+    with pytest.raises(MemoryError, match=message):
+        generate(model, PROMPTS, max_new_tokens=20)
+
+
+def test_other_failures_of_jax_stay_what_they_are(model, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no idea")
+
+    monkeypatch.setattr(generation, "executable", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no idea"):
+        generate(model, PROMPTS, max_new_tokens=20)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdpp_jax.sampling import best_tokens, make_sampling, sample
+from fdpp_jax.sampling import Sampling, best_tokens, make_sampling, rows_are_finite, sample
 
 VOCAB = 8
 PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.2, 0.1, 0.15, 0.03, 0.05])
@@ -143,3 +143,16 @@ def test_strengths_are_traced():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_sampling(**arguments, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), make_sampling(0.5, vocab_size=3)])
+def test_which_rows_are_finite(sampling):
+    rows = {
+        (1.0, 2.0, 3.0): True,
+        (-np.inf, 2.0, -np.inf): True,  # a family may forbid tokens so
+        (-np.inf, -np.inf, -np.inf): False,
+        (1.0, np.nan, 3.0): False,
+        (np.inf, 2.0, 3.0): False,
+        (3.4e38, -3.4e38, 0.0): True,
+    }
+    assert rows_are_finite(jnp.array(list(rows)), sampling).tolist() == list(rows.values())

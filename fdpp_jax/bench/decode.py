@@ -16,7 +16,7 @@ from fdpp_jax import models, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.clock import read_floor
 from fdpp_jax.bench.report import BenchReport, provenance
-from fdpp_jax.generation import Structure, decode_compiler_options, decode_step, flattened, rebuilt
+from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.models.step_cache import StepCache

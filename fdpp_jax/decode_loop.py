@@ -1,0 +1,200 @@
+"""The programs of generation: prefill, and chunks of decode steps as one jitted loop each.
+
+The KV cache is donated from call to call and updated in place. Rows that leave the safe window of unified-max softmax
+are redone inside the attention kernel. Where there is none, the whole step is redone by one `lax.cond` with online
+softmax: it writes the same cache slots again.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdpp_jax.models.cache import KVCache
+from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.ops.layer import compiler_options
+from fdpp_jax.sampling import Sampling, rows_are_finite, sample
+from fdpp_jax.unified_max import UnifiedMax
+
+type Structure = tuple[nnx.GraphDef, jax.tree_util.PyTreeDef]
+
+# In the place of a token: the host sees it once a chunk, so that no step waits.
+NOT_FINITE = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What a decode step hands to the next: the last tokens, and the cache of all before them."""
+
+    cache: KVCache
+    tokens: jax.Array  # [B] int32
+    finished: jax.Array  # [B] bool
+    lengths: jax.Array  # [B] int32
+    recomputed_steps: jax.Array  # [] int32
+    key: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(
+    structure: Structure,
+    capacity: int,
+    with_key_norms: bool,
+    weights: list[jax.Array],
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    sampling: Sampling,
+    eos_ids: jax.Array,
+    key: jax.Array,
+) -> tuple[Loop, jax.Array]:
+    """Fills a new cache from the prompts and draws the first token of every row, NOT_FINITE where none can be."""
+    model = rebuilt(structure, weights)
+    batch = prompts.shape[0]
+    cache = KVCache.create(model.config, batch, capacity, model.dtype, with_key_norms=with_key_norms)
+    logits, cache = model.prefill(prompts, prompt_lengths, cache)
+    key, sample_key = jax.random.split(key)
+    tokens = sample(logits, sample_key, sampling)
+    loop = Loop(
+        cache=cache,
+        tokens=tokens,
+        finished=(tokens[:, None] == eos_ids).any(axis=1),
+        lengths=jnp.ones((batch,), jnp.int32),
+        recomputed_steps=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+    return loop, jnp.where(rows_are_finite(logits, sampling), tokens, NOT_FINITE)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode_chunk(
+    structure: Structure,
+    chunk_size: int,
+    block_size: int,
+    weights: list[jax.Array],
+    loop: Loop,
+    num_steps: jax.Array,
+    sampling: Sampling,
+    eos_ids: jax.Array,
+    softmax: UnifiedMax | None,
+) -> tuple[Loop, jax.Array, jax.Array]:
+    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block changes nothing.
+
+    block_size divides chunk_size: of the steps in a block none asks whether to go on.
+
+    Returns:
+      (loop, tokens [B, chunk_size], NOT_FINITE for a row whose logits were not finite, steps that count).
+    """
+    model = rebuilt(structure, weights)
+    pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
+
+    def is_live(carry: tuple[Loop, jax.Array, jax.Array]) -> jax.Array:
+        loop, _, step = carry
+        return (step < num_steps) & ~loop.finished.all()
+
+    def take_step(i: jax.Array, carry: tuple[Loop, jax.Array, jax.Array]) -> tuple[Loop, jax.Array, jax.Array]:
+        del i
+        (loop, chunk, step), counts = carry, is_live(carry)
+        logits, cache, redone = decode_step(model, loop.tokens, loop.cache, softmax)
+        key, sample_key = jax.random.split(loop.key)
+        tokens = jnp.where(loop.finished, pad, sample(logits, sample_key, sampling))
+        marked = jnp.where(loop.finished | rows_are_finite(logits, sampling), tokens, NOT_FINITE)
+        next_loop = Loop(
+            cache=dataclasses.replace(cache, lengths=jnp.where(counts, cache.lengths, loop.cache.lengths)),
+            tokens=tokens,
+            finished=loop.finished | (tokens[:, None] == eos_ids).any(axis=1),
+            lengths=loop.lengths + (counts & ~loop.finished),
+            recomputed_steps=loop.recomputed_steps + (counts & redone),
+            key=key,
+        )
+        return next_loop, chunk.at[:, step].set(marked), step + counts
+
+    def take_block(carry: tuple[Loop, jax.Array, jax.Array]) -> tuple[Loop, jax.Array, jax.Array]:
+        return jax.lax.fori_loop(0, block_size, take_step, carry)
+
+    chunk = jnp.full((loop.tokens.shape[0], chunk_size), pad, jnp.int32)
+    return jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))
+
+
+def flattened(model: CausalLM) -> tuple[Structure, list[jax.Array]]:
+    """The hashable part of a model, and its arrays as a list.
+
+    A list passes through jit's dispatch faster than an NNX state does:
+    docs/experiments/decode_step.md#start-and-end-of-a-loop
+    """
+    graphdef, state = nnx.split(model)
+    weights, treedef = jax.tree.flatten(state)
+    return (graphdef, treedef), weights
+
+
+def rebuilt(structure: Structure, weights: list[jax.Array]) -> CausalLM:
+    """The model that `flattened` took apart."""
+    graphdef, treedef = structure
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
+
+
+def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str]:
+    """XLA's options for a loop of the model's decode steps with a batch of rows."""
+    return compiler_options(model.layer_plan(batch))
+
+
+def decode_step(
+    model: CausalLM, tokens: jax.Array, cache: KVCache, softmax: UnifiedMax | None
+) -> tuple[jax.Array, KVCache, jax.Array]:
+    """One decode step that is exact whatever the scores are.
+
+    Args:
+      model: The model.
+      tokens: [B] int32, the last token of every row.
+      cache: The keys and values of the tokens before.
+      softmax: None, or the policy whose failures are redone.
+
+    Returns:
+      (logits [B, V] float32, the cache with one more token, whether a row or all of the step was redone [] bool).
+    """
+    lengths, norms = cache.lengths, cache.key_max_norms
+    logits, cache, overflow, redone = model.decode(tokens, cache, softmax=softmax)
+    if overflow is False:  # lax.cond would stay in the program
+        return logits, cache, jnp.asarray(redone)
+
+    def redo(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        del logits
+        # Keys behind an overflow are NaN, and so are the norms that took them in.
+        cache = dataclasses.replace(cache, lengths=lengths, key_max_norms=norms)
+        logits, cache, *_ = model.decode(tokens, cache, softmax=None)
+        return logits, cache
+
+    def keep(logits: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return logits, cache
+
+    logits, cache = jax.lax.cond(overflow, redo, keep, logits, cache)
+    return logits, cache, jnp.logical_or(overflow, redone)
+
+
+def executable(
+    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...], options: dict[str, str]
+) -> tuple[jax.stages.Compiled, float]:
+    """The program for arguments like these, and the seconds that it took to get it."""
+    started = time.perf_counter()
+    leaves, treedef = jax.tree.flatten(args)
+    avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None) for x in leaves)
+    misses = _compile.cache_info().misses
+    compiled = _compile(function, statics, treedef, avals, tuple(options.items()))
+    seconds = time.perf_counter() - started
+    return compiled, seconds if _compile.cache_info().misses > misses else 0.0
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(
+    function: Any,
+    statics: tuple[Hashable, ...],
+    treedef: jax.tree_util.PyTreeDef,
+    avals: tuple[jax.ShapeDtypeStruct, ...],
+    options: tuple[tuple[str, str], ...],
+) -> jax.stages.Compiled:
+    """Compiles ahead of the call, so that compilation is not measured as decoding."""
+    return function.lower(*statics, *jax.tree.unflatten(treedef, avals)).compile(compiler_options=dict(options))

@@ -1,0 +1,153 @@
+"""The prompts of `generate` and `stream`: a padded array, lists of tokens or texts, checked and padded to one array."""
+
+import dataclasses
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import SupportsIndex, TypeGuard
+
+import jax
+import numpy as np
+
+from fdpp_jax.models import CausalLM, DecoderConfig, Tokenizer, load_tokenizer
+from fdpp_jax.models.tokenizer import has_tokenizer
+
+# A text, texts, token ids of one or several prompts, or a right-padded array [B, T].
+type PromptsLike = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | jax.Array
+
+_MIN_BUCKET = 16
+# Of models that were given texts, or whose tokens became texts.
+_TOKENIZERS: "weakref.WeakKeyDictionary[CausalLM, Tokenizer]" = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Checked prompts.
+
+    Attributes:
+      tokens: [B, T] int32, zeros behind each prompt; T is a power of two, or the model's limit.
+      lengths: [B] int32 tokens of each prompt.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def rows(self) -> list[list[int]]:
+        """The tokens of each prompt."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+
+def are_texts(prompts: PromptsLike) -> TypeGuard[str | Sequence[str]]:
+    """Whether prompts are a text or several, and no tokens.
+
+    Raises:
+      ValueError: Texts and something else.
+    """
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, list | tuple) or not any(isinstance(prompt, str) for prompt in prompts):
+        return False
+    kinds = sorted({type(prompt).__name__ for prompt in prompts})
+    if kinds != ["str"]:
+        raise ValueError(f"expected prompts that are all texts or all tokens, got {' and '.join(kinds)}")
+    return True
+
+
+def tokenizer_of(model: CausalLM) -> Tokenizer | None:
+    """The tokenizer beside the model's checkpoint, read once; None where there is none.
+
+    Raises:
+      ValueError: It is malformed.
+    """
+    if model not in _TOKENIZERS:
+        if model.checkpoint is None or not has_tokenizer(model.checkpoint):
+            return None
+        _TOKENIZERS[model] = load_tokenizer(model.checkpoint, vocab_size=model.config.vocab_size)
+    return _TOKENIZERS[model]
+
+
+def encoded(prompts: str | Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of one text or several.
+
+    Raises:
+      ValueError: No text, or one without tokens.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    rows = [tokenizer.encode(text) for text in texts]
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"expected prompts of at least one token, got none for prompt {i}, {texts[i]!r}")
+    return rows
+
+
+def check_prompts(
+    config: DecoderConfig, prompts: PromptsLike, prompt_lengths: object = None, *, max_new_tokens: SupportsIndex
+) -> Prompts:
+    """Prompts of tokens, padded for the model.
+
+    Args:
+      config: The model's.
+      prompts: Token ids: a padded array [B, T], or a list of each prompt's.
+      prompt_lengths: [B] integers of a padded array; None: T for every row.
+      max_new_tokens: How many more the model must have positions for.
+
+    Raises:
+      ValueError: They don't fit each other or the model.
+    """
+    max_new_tokens = positive_int("max_new_tokens", max_new_tokens)
+    tokens, lengths = _padded(prompts, prompt_lengths)
+    longest, limit = int(lengths.max()), config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt of {longest} tokens and {max_new_tokens=} need {longest + max_new_tokens} positions, "
+            f"the model has {limit} (max_position_embeddings)"
+        )
+    live = np.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]
+    unknown = tokens[live & ((tokens < 0) | (tokens >= config.vocab_size))]
+    if unknown.size:
+        raise ValueError(f"tokens must be within 0..{config.vocab_size - 1}, got {int(unknown[0])}")
+    bucket = min(max(_MIN_BUCKET, 1 << (longest - 1).bit_length()), limit)
+    padded = np.zeros((len(lengths), bucket), np.int32)
+    padded[:, :longest] = np.where(live, tokens, 0)[:, :longest]
+    return Prompts(padded, lengths.astype(np.int32))
+
+
+def positive_int(name: str, value: SupportsIndex) -> int:
+    """The argument of that name, an integer of at least 1.
+
+    Raises:
+      ValueError: It is none.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def _padded(prompts: PromptsLike, prompt_lengths: object) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T], anything behind each prompt, and lengths [B]."""
+    rows = [np.asarray(row) for row in prompts] if isinstance(prompts, list | tuple) else []
+    if len({row.shape for row in rows}) > 1:
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths belong to a padded array [B, T], got lists of unequal lengths as well")
+        for i, row in enumerate(rows):
+            if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer) or not row.size:
+                raise ValueError(f"tokens must be lists of integers, got {prompts[i]!r} for prompt {i}")
+        lengths = np.array([row.size for row in rows])
+        tokens = np.zeros((len(rows), lengths.max()), np.int64)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: row.size] = row
+        return tokens, lengths
+    tokens = np.asarray(prompts)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
+        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}")
+    batch, width = tokens.shape
+    lengths = np.full(batch, width) if prompt_lengths is None else np.asarray(prompt_lengths)
+    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"prompt_lengths must be integers [{batch}], got {lengths.dtype} of shape {lengths.shape}")
+    if lengths.min() < 1 or lengths.max() > width:
+        raise ValueError(f"prompt_lengths must be within 1..{width} (the width of tokens), got {lengths.tolist()}")
+    return tokens, lengths
