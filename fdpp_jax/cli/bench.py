@@ -1,7 +1,6 @@
 """`fdpp-jax bench decode | attention | matmul`: from flags to one bench."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from fdpp_jax.cli.arguments import (
@@ -15,7 +14,7 @@ from fdpp_jax.cli.arguments import (
     output_file,
 )
 from fdpp_jax.cli.checkpoints import keep_compiled, model_config
-from fdpp_jax.cli.output import print_table
+from fdpp_jax.cli.output import print_table, report
 
 if TYPE_CHECKING:
     from fdpp_jax.bench.attention import Lengths
@@ -183,4 +182,4 @@ def _print_report(report: "BenchReport", path: str | None) -> None:
 
 def _warn_off_gpu(running: "Device") -> None:
     if not running.is_gpu:
-        print(f"fdpp-jax: warning: no GPU: these are numbers of {running.kind}, of no kernel", file=sys.stderr)
+        report(f"warning: no GPU: these are numbers of {running.kind}, of no kernel")

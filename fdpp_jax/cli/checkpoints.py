@@ -1,9 +1,11 @@
 """From what `--model` names to a checkpoint or a model's shapes, and how commands run a checkpoint."""
 
 import pathlib
+import tempfile
 from typing import TYPE_CHECKING
 
 from fdpp_jax.cli.arguments import BUNDLED
+from fdpp_jax.cli.output import report
 
 if TYPE_CHECKING:
     from fdpp_jax.models import DecoderConfig
@@ -51,10 +53,28 @@ def default_dtype(running: "Device") -> str:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs for the next run, unless the user has told JAX where to keep them."""
+    """Keeps compiled programs for the next run: where the user has told JAX to, else in our own cache.
+
+    Raises:
+      ValueError: The user's place cannot be written. Our own is left alone then, with a warning.
+    """
     import jax
 
     from fdpp_jax.plans import tables
 
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(tables.cache_directory() / "xla"))
+    named = jax.config.jax_compilation_cache_dir
+    if not jax.config.jax_enable_compilation_cache or (named is not None and "://" in named):  # a bucket
+        return
+    directory = tables.cache_directory() / "xla" if named is None else pathlib.Path(named)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        why = f"expected a directory for compiled programs that can be written, got {directory}: {error.strerror}"
+        if named is not None:
+            raise ValueError(f"{why}; JAX_COMPILATION_CACHE_DIR names it") from error
+        report(f"warning: {why}; nothing is kept")
+    else:
+        if named is None:
+            jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,41 +1,68 @@
-"""`fdpp-jax generate`: continues prompts, and says how fast it was and which kernels ran."""
+"""`fdpp-jax generate`: continues prompts or holds a conversation; the text on stdout, all else on stderr."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from fdpp_jax.cli.arguments import Commands, add_checkpoint, add_command
 from fdpp_jax.cli.checkpoints import checkpoint_directory, default_dtype, keep_compiled
-from fdpp_jax.cli.output import print_plans
+from fdpp_jax.cli.output import kernels_line, plan_records, print_json, print_plans, report
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from fdpp_jax.cli.output import NamedPlan
     from fdpp_jax.generation import GenerationResult, StreamChunk
-    from fdpp_jax.models import SamplingDefaults, Tokenizer
+    from fdpp_jax.models import CausalLM, SamplingDefaults, Tokenizer
+    from fdpp_jax.plans.device import Device
     from fdpp_jax.unified_max import UnifiedMax
 
 _EXAMPLES = """\
   fdpp-jax generate --prompt "def "
   fdpp-jax generate --prompt "class Node" --prompt "import " --max-new-tokens 32    one batch of two
-  fdpp-jax generate --model org/name --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 7
+  fdpp-jax generate --model org/name --prompt-file story.txt --temperature 0.8 --top-p 0.95 --seed 7
   fdpp-jax generate --model org/name --chat --prompt "Who are you?"
+  fdpp-jax generate --model org/name --chat                         a conversation; Ctrl-D ends it
+  echo "def " | fdpp-jax generate --prompt - --quiet > out.txt      the generated text alone
   fdpp-jax generate --prompt "def " --phi 40    a phi far off: watch the recomputed steps, not the text
 """
 _STREAM_CHUNK = 8  # tokens per exchange with the device: few enough to be lively, enough to be cheap
+_STDIN = "-"
 
 
 def add(commands: Commands) -> None:
     """Adds the command's parser."""
-    summary = "continue prompts, then say how fast it was and which kernels ran"
+    summary = "continue prompts, or chat; the text goes to stdout, and how fast it was, and why, to stderr"
     parser = add_command(commands, "generate", run, summary, _EXAMPLES)
     add_checkpoint(parser)
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; again for a batch")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
+    prompts = parser.add_argument_group("prompts, any number of them: one batch")
+    prompts.add_argument(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help=f"text to continue; {_STDIN} reads it from stdin",
+    )
+    prompts.add_argument(
+        "--prompt-file",
+        action="append",
+        dest="prompts",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="file with a text to continue, in UTF-8; its last line break is no part of it",
+    )
+    prompts.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt is a user's message: use the chat template; without a prompt, a conversation",
+    )
+    prompts.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="new tokens (default: 64)")
     parser.add_argument(
         "--temperature",
@@ -45,7 +72,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K best tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the best tokens of probability P")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, a 64-bit integer (default: 0)")
     parser.add_argument(
         "--softmax",
         choices=("auto", "unified", "bound", "online"),
@@ -55,70 +82,165 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    shown = parser.add_argument_group("output").add_mutually_exclusive_group()
+    shown.add_argument(
+        "--json", action="store_true", help="print one JSON object instead: texts, tokens, times, kernels"
+    )
+    shown.add_argument("--verbose", action="store_true", help="report every kernel of a decode step, and why it runs")
+    shown.add_argument("--quiet", action="store_true", help="report nothing but warnings and errors")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """A loaded model, and how to sample from it."""
+
+    args: argparse.Namespace
+    directory: pathlib.Path
+    tokenizer: "Tokenizer"
+    model: "CausalLM"
+    running: "Device"
+    sampling: "SamplingDefaults"
+    softmax: "UnifiedMax | None"
+    why: str  # that softmax
+
+    def stream(self, prompts: list[list[int]], turn: int = 0) -> "Generator[StreamChunk, None, GenerationResult]":
+        """Generates; turns of a conversation draw other numbers."""
+        import jax
+
+        from fdpp_jax import generation
+
+        return generation.stream(
+            self.model,
+            prompts,
+            max_new_tokens=self.args.max_new_tokens,
+            eos_ids=() if self.args.ignore_eos else self.tokenizer.eos_ids,
+            **dataclasses.asdict(self.sampling),
+            key=jax.random.fold_in(seed_key(self.args.seed), turn) if turn else seed_key(self.args.seed),
+            softmax=self.softmax,
+            chunk_size=_STREAM_CHUNK,
+            tokenizer=self.tokenizer,
+        )
+
+    def plans(self, result: "GenerationResult") -> "list[NamedPlan]":
+        """The kernels of the decode steps that led to a result."""
+        from fdpp_jax import models
+
+        return models.model_plans(
+            self.model.config,
+            batch=len(result.lengths),
+            capacity=result.cache_capacity,
+            device=self.running,
+            dtype=self.model.dtype,
+        )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the texts as they come, then speed and kernels."""
+    """Prints texts as they come, then says how fast it was and which kernels ran.
+
+    Raises:
+      ValueError: Flags, prompts or the checkpoint don't fit. Raised before weights are loaded.
+    """
+    _check_flags(args)
+    texts = [prompt_text(source) for source in args.prompts or ()]
+    if not all(texts):
+        raise ValueError("expected prompts that are not empty, got one that is")
+
+    from fdpp_jax import models
+    from fdpp_jax.plans import device
+    from fdpp_jax.prompts import check_prompts, positive_int
+    from fdpp_jax.sampling import make_sampling
+
+    running = device.current()
+    keep_compiled()
+    directory = checkpoint_directory(args.model)
+    config = models.loading.read_config(directory)
+    # The tokenizer comes first: a wrong one shows at once, weights take a while. So does all else that can be wrong.
+    tokenizer = models.load_tokenizer(directory, vocab_size=config.vocab_size)
+    prompts = [_prompt_tokens(args, text, directory, tokenizer) for text in texts]
+    sampling = _sampling(args, directory)
+    make_sampling(**dataclasses.asdict(sampling), vocab_size=config.vocab_size)
+    positive_int("max_new_tokens", args.max_new_tokens)
+    seed_key(args.seed)
+    if prompts:
+        check_prompts(config, prompts, max_new_tokens=args.max_new_tokens)
+    dtype = args.dtype or default_dtype(running)
+    softmax, why = choose_softmax(args.softmax, args.phi, directory, dtype)
+    model = models.load(directory, dtype=dtype, progress=False if args.quiet else None)
+    session = _Session(args, directory, tokenizer, model, running, sampling, softmax, why)
+    if texts:
+        _complete(session, texts, prompts)
+    else:
+        _converse(session)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
     if args.phi is not None and args.softmax not in ("auto", "unified"):
         raise ValueError(f"--phi belongs to --softmax unified, got --softmax {args.softmax}")
     if args.system is not None and not args.chat:
         raise ValueError("--system belongs to --chat")
-    if not all(args.prompt):
-        raise ValueError("--prompt must not be empty")
+    if not args.prompts and not args.chat:
+        raise ValueError("expected --prompt TEXT or --prompt-file FILE, or --chat for a conversation")
+    if not args.prompts and args.json:
+        raise ValueError("--json belongs to prompts, not to a conversation")
+    if args.prompts and args.prompts.count(_STDIN) > 1:
+        raise ValueError(f"stdin is one prompt: expected --prompt {_STDIN} once")
 
+
+def prompt_text(source: str | pathlib.Path) -> str:
+    """The text that --prompt or --prompt-file names.
+
+    Raises:
+      ValueError: It is not UTF-8.
+      OSError: The file cannot be read.
+    """
+    if isinstance(source, pathlib.Path):
+        name, content = str(source), source.read_bytes().removesuffix(b"\n")
+    elif source == _STDIN:
+        name, content = "stdin", sys.stdin.buffer.read().removesuffix(b"\n")
+    else:
+        name, content = "--prompt", os.fsencode(source)
+    return _utf8(content, name)
+
+
+def _utf8(content: bytes, name: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 in {name}, got byte 0x{content[error.start]:02x} at position {error.start}"
+        ) from None
+
+
+def seed_key(seed: int) -> Any:
+    """The PRNG key of a seed: another one for each of the 64-bit integers, and `jax.random.key`'s own for 32 bits.
+
+    Raises:
+      ValueError: The seed is no 64-bit integer.
+    """
     import jax
     import numpy as np
 
-    from fdpp_jax import generation, models
-    from fdpp_jax.plans import device
-
-    keep_compiled()
-    directory = checkpoint_directory(args.model)
-    # The tokenizer comes first: a wrong one shows at once, weights take a while.
-    tokenizer = models.load_tokenizer(directory, vocab_size=models.loading.read_config(directory).vocab_size)
-    prompts = [_prompt_tokens(args, prompt, directory, tokenizer) for prompt in args.prompt]
-    sampling = _sampling(args, directory)
-    running = device.current()
-    dtype = args.dtype or default_dtype(running)
-    softmax, why = choose_softmax(args.softmax, args.phi, directory, dtype)
-    model = models.load(directory, dtype=dtype)
-
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    chunks = generation.stream(
-        model,
-        tokens,
-        lengths,
-        args.max_new_tokens,
-        eos_ids=() if args.ignore_eos else tokenizer.eos_ids,
-        **dataclasses.asdict(sampling),
-        key=jax.random.key(args.seed),
-        softmax=softmax,
-        chunk_size=_STREAM_CHUNK,
-    )
-    print(f"fdpp-jax: softmax: {why}", file=sys.stderr)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = print_stream(chunks, prompts, tokenizer)
-    for warning in caught:
-        print(f"fdpp-jax: warning: {warning.message}", file=sys.stderr)
-    print_speed(result, lengths.tolist())
-    plans = models.model_plans(
-        model.config, batch=len(prompts), capacity=result.cache_capacity, device=running, dtype=model.dtype
-    )
-    print_plans(plans, f"Kernels of a decode step on {running.kind}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed must be within -2^63..2^63 - 1, got {seed}")
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    key = jax.random.key(np.uint32(low))
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
 def _prompt_tokens(args: argparse.Namespace, text: str, directory: pathlib.Path, tokenizer: "Tokenizer") -> list[int]:
-    """The tokens of one --prompt."""
-    from fdpp_jax import models
-
+    """The tokens of one prompt."""
     if not args.chat:
         return tokenizer.encode(text)
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-    messages.append({"role": "user", "content": text})
+    return _chat_tokens(directory, tokenizer, [*_system(args), {"role": "user", "content": text}])
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if args.system is None else [{"role": "system", "content": _utf8(os.fsencode(args.system), "--system")}]
+
+
+def _chat_tokens(directory: pathlib.Path, tokenizer: "Tokenizer", messages: list[dict[str, str]]) -> list[int]:
+    from fdpp_jax import models
+
     return tokenizer.encode(models.chat_text(directory, messages), add_special_tokens=False)
 
 
@@ -133,61 +255,183 @@ def _sampling(args: argparse.Namespace, directory: pathlib.Path) -> "SamplingDef
     return models.SamplingDefaults(temperature, args.top_k, args.top_p)
 
 
-def print_stream(
-    chunks: "Generator[StreamChunk, None, GenerationResult]", prompts: list[list[int]], tokenizer: "Tokenizer"
+def _complete(session: _Session, texts: list[str], prompts: list[list[int]]) -> None:
+    """Continues all prompts as one batch."""
+    args = session.args
+    with _reported_warnings():
+        if args.json:
+            result = exhaust(session.stream(prompts))
+        else:
+            # A terminal shows the prompt before the text that continues it; a pipe gets that text alone.
+            is_echoed = sys.stdout.isatty() and sys.stderr.isatty() and not (args.chat or args.quiet)
+            result = print_stream(session.stream(prompts), len(prompts), texts if is_echoed else None)
+    plans = session.plans(result)
+    if args.json:
+        print_json(_record(session, texts, result, plans))
+    elif not args.quiet:
+        _report(session, result, plans)
+
+
+def _converse(session: _Session) -> None:
+    """Answers one message after the other, until there are no more."""
+    messages = _system(session.args)
+    for turn, text in enumerate(_messages()):
+        messages.append({"role": "user", "content": text})
+        prompt = _chat_tokens(session.directory, session.tokenizer, messages)
+        with _reported_warnings():
+            result = print_stream(session.stream([prompt], turn), 1)
+        if session.args.verbose or (turn == 0 and not session.args.quiet):
+            _report(session, result, session.plans(result))
+        messages.append({"role": "assistant", "content": result.texts[0] if result.texts else ""})
+
+
+def _messages() -> Iterator[str]:
+    """Lines that the user types, or that another program writes."""
+    has_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if has_terminal:
+        import readline  # noqa: F401  lets a line be edited
+
+        report("a conversation: Ctrl-D ends it")
+    while True:
+        try:
+            line = input("> " if has_terminal else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield _utf8(os.fsencode(line), "the message")
+
+
+@contextlib.contextmanager
+def _reported_warnings() -> Iterator[None]:
+    """Says what Python warns of in a line each, once the work inside is over."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for warning in caught:
+                report(f"warning: {warning.message}")
+
+
+def exhaust(
+    chunks: "Generator[StreamChunk, None, GenerationResult]", show: "Callable[[StreamChunk, int], None] | None" = None
 ) -> "GenerationResult":
-    """Prints the text of one prompt as it comes; of several prompts, each text when it has ended."""
-    new_tokens: list[list[int]] = [[] for _ in prompts]
-    waiting = dict.fromkeys(range(len(prompts)))
-    written = ""
-
-    def text(row: int) -> str:
-        return tokenizer.decode([*prompts[row], *new_tokens[row]])
-
-    def print_whole(row: int) -> None:
-        print(f"[{row + 1} of {len(prompts)}] {text(row)}\n", flush=True)
-        del waiting[row]
-
+    """Runs a stream to its end, and shows each chunk, with the number of tokens so far."""
     num_tokens = 0
     while True:
         try:
             chunk = next(chunks)
         except StopIteration as stop:
             result: GenerationResult = stop.value
-            break
+            return result
         num_tokens += chunk.tokens.shape[1]
-        for row, length in enumerate(chunk.lengths.tolist()):
-            new_tokens[row] = [*new_tokens[row], *chunk.tokens[row].tolist()][:length]
-            if len(prompts) > 1 and row in waiting and length < num_tokens:
+        if show is not None:
+            show(chunk, num_tokens)
+
+
+def print_stream(
+    chunks: "Generator[StreamChunk, None, GenerationResult]", num_prompts: int, echo: list[str] | None = None
+) -> "GenerationResult":
+    """Prints the text of one prompt as it comes; of several prompts, each text when it has ended.
+
+    Args:
+      chunks: With texts.
+      num_prompts: Rows of a chunk.
+      echo: The prompts, to be printed before what continues them, on stderr.
+    """
+    texts = [""] * num_prompts
+    waiting = dict.fromkeys(range(num_prompts))
+
+    def show_prompt(row: int) -> None:
+        if echo is not None:
+            sys.stderr.write(echo[row])
+            sys.stderr.flush()
+
+    def print_whole(row: int) -> None:
+        print(f"[{row + 1} of {num_prompts}] ", end="", flush=True)
+        show_prompt(row)
+        print(texts[row], end="\n\n", flush=True)
+        del waiting[row]
+
+    if num_prompts == 1:
+        show_prompt(0)
+
+    def print_new(chunk: "StreamChunk", num_tokens: int) -> None:
+        for row, text in enumerate(chunk.texts or ()):
+            texts[row] += text
+            if num_prompts == 1:
+                print(text, end="", flush=True)
+            elif row in waiting and chunk.lengths[row] < num_tokens:
                 print_whole(row)
-        if len(prompts) == 1:
-            # A character with bytes still to come decodes to U+FFFD: it waits for the next chunk.
-            ready = text(0).rstrip("\ufffd")
-            print(ready.removeprefix(written), end="", flush=True)
-            written = ready
-    if len(prompts) == 1:
-        print(text(0).removeprefix(written), end="\n\n")
-    else:
-        for row in tuple(waiting):
-            print_whole(row)
+
+    try:
+        result = exhaust(chunks, print_new)
+    finally:  # an error stands on a line of its own
+        if num_prompts == 1:
+            print(flush=True)
+    for row in tuple(waiting) if num_prompts > 1 else ():
+        print_whole(row)
     return result
 
 
-def print_speed(result: "GenerationResult", prompt_lengths: list[int]) -> None:
-    """Prints tokens per second, and how many steps were recomputed."""
-    num_prompt, num_new = sum(prompt_lengths), int(result.lengths.sum()) - len(prompt_lengths)
-    print(f"prefill  {_rate(num_prompt, result.prefill_seconds)}")
-    print(f"decode   {_rate(num_new, result.decode_seconds)}", end="")
-    if result.decode_steps:
-        print(f", {result.decode_seconds / result.decode_steps * 1e3:.2f} ms a step", end="")
-    print(f"\ncompile  {result.compile_seconds:.1f} s")
-    print(f"recomputed steps: {result.recomputed_steps} of {result.decode_steps}\n")
+def _report(session: _Session, result: "GenerationResult", plans: "list[NamedPlan]") -> None:
+    """Says on stderr how fast it was, which softmax ran, and which kernels."""
+    report(speed_line(result))
+    redone = f"{result.recomputed_steps} of {result.decode_steps} steps recomputed"
+    report(f"softmax: {session.why}; {redone}")
+    if session.args.verbose:
+        print_plans(plans, f"Kernels of a decode step on {session.running.kind}", file=sys.stderr)
+    else:
+        report(kernels_line(plans, session.running))
+
+
+def speed_line(result: "GenerationResult") -> str:
+    """Tokens per second, and what came before."""
+    num_prompt, num_new = sum(map(len, result.prompts)), int(result.lengths.sum()) - len(result.lengths)
+    steps = f", {result.decode_seconds / result.decode_steps * 1e3:.2f} ms a step" if result.decode_steps else ""
+    return (
+        f"decode: {_rate(num_new, result.decode_seconds)}{steps}; prefill: "
+        f"{_rate(num_prompt, result.prefill_seconds)}; compilation: {result.compile_seconds:.1f} s"
+    )
 
 
 def _rate(num_tokens: int, seconds: float) -> str:
-    """ "63 tokens in 0.42 s: 150.0 tokens/s"."""
-    speed = f": {num_tokens / seconds:.1f} tokens/s" if num_tokens and seconds > 0 else ""
+    """ "63 tokens in 0.42 s, 150.0 tokens/s"."""
+    speed = f", {num_tokens / seconds:.1f} tokens/s" if num_tokens and seconds > 0 else ""
     return f"{num_tokens} tokens in {seconds:.3f} s{speed}"
+
+
+def _record(
+    session: _Session, texts: list[str], result: "GenerationResult", plans: "list[NamedPlan]"
+) -> dict[str, Any]:
+    """What --json prints."""
+    rows = zip(texts, result.prompts, result.token_lists, result.texts or (), strict=True)
+    eos_ids = () if session.args.ignore_eos else session.tokenizer.eos_ids
+    return {
+        "model": str(session.args.model or session.directory),
+        "device": session.running.kind,
+        "dtype": session.model.dtype.name,
+        "results": [
+            {
+                "prompt": text,
+                "text": new_text,
+                "tokens": tokens,
+                "prompt_tokens": len(prompt),
+                "ended": tokens[-1] in eos_ids,
+            }
+            for text, prompt, tokens, new_text in rows
+        ],
+        "softmax": session.why,
+        "decode_steps": result.decode_steps,
+        "recomputed_steps": result.recomputed_steps,
+        "online_from": result.online_from,
+        "seconds": {
+            "prefill": result.prefill_seconds,
+            "decode": result.decode_seconds,
+            "compile": result.compile_seconds,
+        },
+        "kernels": plan_records(plans),
+    }
 
 
 def choose_softmax(

@@ -1,28 +1,30 @@
 """`fdpp-jax info`: versions, the device, and which kernels it has."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fdpp_jax._version import __version__
 from fdpp_jax.cli.arguments import Commands, add_command
-from fdpp_jax.cli.output import print_table
+from fdpp_jax.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from fdpp_jax.plans.device import Device
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_EXAMPLES = "  fdpp-jax info\n  fdpp-jax info --json\n"
 _MATMULS = (("flat matmul", "flat", 8), ("gemv", "gemv", 1))  # name, algorithm, rows
 
 
 def add(commands: Commands) -> None:
     """Adds the command's parser."""
-    add_command(commands, "info", run, "show versions, the device, and which kernels it has", "  fdpp-jax info\n")
+    parser = add_command(commands, "info", run, "show versions, the device, and which kernels it has", _EXAMPLES)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints three tables."""
-    del args
+    """Prints versions, the device's figures and its kernels."""
     import importlib.metadata
     import platform
 
@@ -32,9 +34,13 @@ def run(args: argparse.Namespace) -> None:
 
     versions = [("python", platform.python_version()), ("fdpp-jax", __version__)]
     versions += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
-    print_table("Versions", ("package", "version"), versions)
-
     running = device.current()
+    if args.json:
+        kernels = [{"kernel": name, "available": why is None, "reason": why} for name, why in _kernels(running)]
+        figures = dataclasses.asdict(running) | {"devices": len(jax.devices())}
+        print_json({"versions": dict(versions), "device": figures, "kernels": kernels})
+        return
+    print_table("Versions", ("package", "version"), versions)
     figures = {"kind": running.kind, "devices": len(jax.devices()), "SMs or cores": running.num_sms}
     if running.is_gpu:
         figures |= {

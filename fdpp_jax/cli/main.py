@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fdpp_jax._version import __version__
 from fdpp_jax.cli import bench, calibrate, generate, info, plan, tune
+from fdpp_jax.cli.output import report
 
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -41,10 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `| head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"fdpp-jax: error: {error}", file=sys.stderr)
-        return _EXIT_ERROR
+    except (ValueError, NotImplementedError, OSError, MemoryError, FloatingPointError) as error:
+        return _fail(error)
+    except RuntimeError as error:
+        from fdpp_jax import device_memory  # JAX is there by now
+
+        if not device_memory.is_exhausted(error):
+            raise
+        return _fail(f"{device_memory.request(error)}. Lower the sizes that the command names")
     return 0
+
+
+def _fail(error: object) -> int:
+    report(f"error: {error}")
+    return _EXIT_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,22 +1,39 @@
-"""Tables that commands print."""
+"""What commands print: the answer on stdout, as a table or as JSON, and the report on stderr."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fdpp_jax.progress import say
 
 if TYPE_CHECKING:
     from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan
+    from fdpp_jax.plans.device import Device
     from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
     type Shape = AttentionShape | LayerShape | MatmulShape
     type Plan = AttentionPlan | LayerPlan | MatmulPlan
+    type NamedPlan = tuple[str, Shape, Plan]
 
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints cells under their headings."""
+def report(line: str) -> None:
+    """Says something that is not the answer, on stderr."""
+    say("fdpp-jax", line)
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """Prints one JSON object."""
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO | None = None
+) -> None:
+    """Prints cells under their headings; to stdout, unless a file is given."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -26,16 +43,44 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # Text: the brackets of a shape are no markup
-    Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
+    file = file or sys.stdout
+    Console(file=file, width=None if file.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
 
 
-def print_plans(plans: "Sequence[tuple[str, Shape, Plan]]", title: str) -> None:
-    """Prints a line per kernel of a step, as `models.model_plans` lists them."""
+def print_plans(plans: "Sequence[NamedPlan]", title: str, *, file: TextIO | None = None) -> None:
+    """Prints a line per kernel of a step, as `models.model_plans` lists them; to stdout, unless a file is given."""
     print_table(
         title,
         ("kernel", "shape", "runs", "config", "why"),
         [(name, _shape_text(shape), _runs_text(plan), _config_text(plan), plan.reason) for name, shape, plan in plans],
+        file=file,
     )
+
+
+def plan_records(plans: "Sequence[NamedPlan]") -> list[dict[str, Any]]:
+    """The same for JSON."""
+    return [
+        {
+            "kernel": name,
+            "shape": dataclasses.asdict(shape),
+            "backend": plan.backend,
+            "algorithm": plan.algorithm,
+            "config": None if plan.config is None else dataclasses.asdict(plan.config),
+            "reason": plan.reason,
+        }
+        for name, shape, plan in plans
+    ]
+
+
+def kernels_line(plans: "Sequence[NamedPlan]", running: "Device") -> str:
+    """One line on the kernels of a step: which run, and what is left to plain XLA."""
+    ours = [name for name, _, plan in plans if plan.backend != "xla"]
+    others = [name for name, _, plan in plans if plan.backend == "xla"]
+    if not ours:
+        why = f": no kernel for {running.arch} yet" if running.is_gpu else ""
+        return f"kernels: none on {running.kind}, plain XLA computes all{why} (--verbose says more)"
+    rest = f"; plain XLA for {', '.join(others)}" if others else ""
+    return f"kernels: {', '.join(ours)} on {running.kind}{rest} (--verbose says why)"
 
 
 def _shape_text(shape: "Shape") -> str:

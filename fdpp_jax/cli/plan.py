@@ -4,11 +4,12 @@ import argparse
 
 from fdpp_jax.cli.arguments import Commands, add_batch, add_command, add_dtype, add_model_shapes
 from fdpp_jax.cli.checkpoints import model_config
-from fdpp_jax.cli.output import print_plans
+from fdpp_jax.cli.output import plan_records, print_json, print_plans
 
 _EXAMPLES = """\
   fdpp-jax plan --model llama-2-7b --batch 8 --context 4096 --device A100
   fdpp-jax plan --model llama-3-8b --device H200
+  fdpp-jax plan --model qwen3-8b --device H100 --json
 """
 _DEFAULT_MODEL = "llama-2-7b"
 
@@ -22,10 +23,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--context", type=int, default=4096, help="slots of the KV cache (default: 4096)")
     parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")
     add_dtype(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table of plans."""
+    """Prints the plans."""
     model = args.model or _DEFAULT_MODEL
     config = model_config(model)
     from fdpp_jax import models
@@ -33,5 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
     target = device.by_name(args.device) if args.device else device.current()
     plans = models.model_plans(config, batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
+    if args.json:
+        settings = {"model": str(model), "device": target.kind, "batch": args.batch, "context": args.context}
+        print_json({**settings, "dtype": args.dtype, "kernels": plan_records(plans)})
+        return
     title = f"One decode step of {model} on {target.kind}: batch {args.batch}, context {args.context}, {args.dtype}"
     print_plans(plans, title)

@@ -108,11 +108,22 @@ def resolve(device: Device | str) -> Device:
 
 
 def current() -> Device:
-    """The device that JAX runs on now: `jax_default_device` where it is set, else `jax.devices()[0]`."""
+    """The device that JAX runs on now: `jax_default_device` where it is set, else `jax.devices()[0]`.
+
+    Raises:
+      ValueError: JAX has no device of the platforms that it was told to use.
+    """
     chosen = jax.config.jax_default_device
-    if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    return from_jax(chosen if chosen is not None else jax.devices()[0])
+    try:
+        if isinstance(chosen, str):
+            chosen = jax.devices(chosen)[0]
+        return from_jax(chosen if chosen is not None else jax.devices()[0])
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where JAX_PLATFORMS names what has no plugin
+        platforms = chosen if isinstance(chosen, str) else jax.config.jax_platforms
+        raise ValueError(
+            f"expected a platform that JAX has here, got {platforms!r}, by JAX_PLATFORMS or jax_default_device; an "
+            "NVIDIA GPU needs pip install 'fdpp-jax[cuda13]'"
+        ) from error
 
 
 def from_jax(device: jax.Device) -> Device:

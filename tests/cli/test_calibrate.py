@@ -49,7 +49,7 @@ def test_calibrate_then_generate_takes_it(capsys, checkpoint, texts, tmp_path):
     argv = ("generate", "--model", checkpoint, "--prompt", "The ", "--max-new-tokens", 4)
     code, out, err = run(capsys, *argv)
     assert code == 0
-    assert "recomputed steps: 0 of 3" in out
+    assert "; 0 of 3 steps recomputed" in err
     assert f"softmax: unified, phi {found.unified_max().phi:.2f}, calibrated: ln den from" in err
 
 

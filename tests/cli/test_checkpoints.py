@@ -15,16 +15,17 @@ def test_a_directory_that_is_named_goes_before_a_preset(capsys, monkeypatch, tmp
     code, out, _ = run(capsys, "plan", "--model", name, "--device", "H200")
     assert code == 0
     assert "[1, 160] @ [160, 64]" in out
-    code, out, err = run(capsys, "generate", "--model", name, "--prompt", "a", "--max-new-tokens", "1")
+    argv = ["--prompt", "a", "--max-new-tokens", "1", "--verbose"]
+    code, _, err = run(capsys, "generate", "--model", name, *argv)
     assert code == 0, err
-    assert "[1, 160] @ [160, 64]" in out
+    assert "[1, 160] @ [160, 64]" in err
     # Where none is named, the default stays what --help says.
     assert "[1, 4096] @ [4096, 32000]" in run(capsys, "plan", "--device", "A100")[1]
-    assert "[1, 160] @ [160, 64]" not in run(capsys, "generate", "--prompt", "a", "--max-new-tokens", "1")[1]
+    assert "[1, 160] @ [160, 64]" not in run(capsys, "generate", *argv)[2]
 
 
 def test_the_second_run_finds_what_the_first_has_compiled(tmp_path):
-    options = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    options = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | options | {"XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "fdpp_jax", "generate", "--prompt", "def ", "--max-new-tokens", "4"]
 
@@ -39,3 +40,24 @@ def test_the_second_run_finds_what_the_first_has_compiled(tmp_path):
     assert first
     assert {path.parts[:2] for path in first} == {("fdpp_jax", "xla")}
     assert compiled() == first
+
+
+def _run_with(tmp_path, **environment):
+    """A command in a process of its own, with compiled programs kept."""
+    command = [sys.executable, "-m", "fdpp_jax", "generate", "--prompt", "def ", "--max-new-tokens", "2"]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_place_for_compiled_programs_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    expected = f"expected a directory for compiled programs that can be written, got {file}/"
+    ours = _run_with(tmp_path, XDG_CACHE_HOME=str(file))
+    assert ours.returncode == 0, ours.stderr
+    assert len(ours.stdout) > 1
+    assert f"fdpp-jax: warning: {expected}fdpp_jax/xla: Not a directory; nothing is kept\n" in ours.stderr
+    assert "UserWarning" not in ours.stderr
+    theirs = _run_with(tmp_path, JAX_COMPILATION_CACHE_DIR=str(file / "x"))
+    assert (theirs.returncode, theirs.stdout) == (2, "")
+    assert theirs.stderr == f"fdpp-jax: error: {expected}x: Not a directory; JAX_COMPILATION_CACHE_DIR names it\n"

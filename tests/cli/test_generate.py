@@ -1,19 +1,26 @@
-"""`fdpp-jax generate`: texts, speed, and which softmax decodes."""
+"""`fdpp-jax generate`: texts, the report, conversations, and which softmax decodes."""
 
 import functools
+import io
+import json
 import pathlib
 import shutil
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from calibration_case import calibration_of
 from cli_case import FIXTURES, make_checkpoint, run
 
-from fdpp_jax import UnifiedMax, calibration, cli
+from fdpp_jax import UnifiedMax, calibration, cli, decode_loop, generation, models
 from fdpp_jax.cli import generate
+from fdpp_jax.cli.output import kernels_line
 from fdpp_jax.generation import GenerationResult, StreamChunk
+from fdpp_jax.models import PRESETS, model_plans
+from fdpp_jax.plans import device
 
 
 @pytest.fixture(scope="module")
@@ -21,40 +28,41 @@ def checkpoint(tmp_path_factory):
     return str(make_checkpoint(tmp_path_factory.mktemp("checkpoint")))
 
 
-class _ByteTokenizer:
-    """Each token is a byte of UTF-8."""
-
-    def decode(self, ids):
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
-def _stream(rows, chunk_sizes, lengths):
-    """Chunks of the rows' bytes, as generation.stream yields them."""
-    tokens = np.array([list(row) for row in rows], np.int32)  # [B, n]
-    position = 0
-    for size in chunk_sizes:
-        so_far = np.minimum(lengths, position + size).astype(np.int32)
-        yield StreamChunk(tokens[:, position : position + size], so_far)
-        position += size
-    return types.SimpleNamespace(tokens=tokens)
+def _stream(rows, lengths):
+    """Chunks of texts, as generation.stream yields them: of each row a piece a chunk, and a token a character."""
+    num_tokens = 0
+    for texts in zip(*rows, strict=True):
+        size = max(map(len, texts))
+        num_tokens += size
+        yield StreamChunk(np.zeros((len(rows), size), np.int32), np.minimum(lengths, num_tokens), list(texts))
+    return types.SimpleNamespace(texts=["".join(row) for row in rows])
 
 
-def test_text_streams_without_broken_characters(capsys, monkeypatch):
+def test_text_is_printed_as_it_comes(capsys, monkeypatch):
     pieces = []
     monkeypatch.setattr(sys.stdout, "write", pieces.append)
-    # The two bytes of e with acute come in two chunks.
-    generate.print_stream(_stream(["caf\u00e9!".encode()], [4, 2], [6]), [list(b"> ")], _ByteTokenizer())
+    generate.print_stream(_stream([["caf", "", "\u00e9!"]], [5]), 1, ["> "])
     monkeypatch.undo()
-    assert [piece for piece in pieces if piece] == ["> caf", "\u00e9!", "\n\n"]
+    assert [piece for piece in pieces if piece] == ["caf", "\u00e9!", "\n"]
+    assert capsys.readouterr() == ("", "> ")
 
 
 def test_several_prompts_are_printed_when_they_end(capsys):
-    chunks = _stream([b"ab....", b"cdefgh"], [1, 2, 3], [2, 6])
-    generate.print_stream(chunks, [list(b"1 "), list(b"2 ")], _ByteTokenizer())
-    assert capsys.readouterr().out == "[1 of 2] 1 ab\n\n[2 of 2] 2 cdefgh\n\n"
+    generate.print_stream(_stream([["ab", ""], ["cd", "efgh"]], [2, 6]), 2)
+    assert capsys.readouterr() == ("[1 of 2] ab\n\n[2 of 2] cdefgh\n\n", "")
 
 
-def test_speed_counts_decoded_tokens_only(capsys):
+def test_an_error_stands_on_a_line_of_its_own(capsys):
+    def broken():
+        yield StreamChunk(np.zeros((1, 2), np.int32), np.array([2]), ["ab"])
+        raise FloatingPointError("expected finite logits")
+
+    with pytest.raises(FloatingPointError):
+        generate.print_stream(broken(), 1)
+    assert capsys.readouterr().out == "ab\n"
+
+
+def test_speed_counts_decoded_tokens_only():
     result = GenerationResult(
         tokens=np.zeros((2, 8), np.int32),
         lengths=np.array([8, 3]),
@@ -66,39 +74,96 @@ def test_speed_counts_decoded_tokens_only(capsys):
         decode_seconds=0.25,
         compile_seconds=2.0,
         cache_capacity=64,
+        prompts=[[0] * 10, [0] * 5],
+        tokenizer=lambda: None,
     )
-    generate.print_speed(result, [10, 5])
-    assert capsys.readouterr().out == (
-        "prefill  15 tokens in 0.500 s: 30.0 tokens/s\n"
-        "decode   9 tokens in 0.250 s: 36.0 tokens/s, 35.71 ms a step\n"
-        "compile  2.0 s\n"
-        "recomputed steps: 1 of 7\n\n"
+    assert generate.speed_line(result) == (
+        "decode: 9 tokens in 0.250 s, 36.0 tokens/s, 35.71 ms a step; prefill: 15 tokens in 0.500 s, 30.0 tokens/s; "
+        "compilation: 2.0 s"
     )
 
 
 def _generate(capsys, checkpoint, *argv):
-    """stdout of generate: the text, and what follows it."""
+    """stdout and stderr of generate: the text, and the report."""
     code, out, err = run(capsys, "generate", "--model", checkpoint, "--ignore-eos", *argv)
     assert code == 0, err
-    text, _, report = out.partition("prefill  ")
-    return text, report
+    return out, err
 
 
-def test_generate_reports_speed_kernels_and_recomputes(capsys, checkpoint):
-    text, report = _generate(capsys, checkpoint, "--prompt", "def ", "--max-new-tokens", "12")
-    assert text.startswith("def ")
-    for expected in ("4 tokens in", "11 tokens in", "tokens/s", "recomputed steps: 0 of 11", "attention", "gate_up"):
-        assert expected in report
+def test_the_text_goes_to_stdout_and_the_report_to_stderr(capsys, checkpoint):
+    argv = ["--prompt", "def ", "--max-new-tokens", "12"]
+    text, report = _generate(capsys, checkpoint, *argv)
+    assert len(text) == 12 + 1  # a token a character
+    speed, softmax, kernels = report.splitlines()
+    assert speed.startswith("fdpp-jax: decode: ")
+    for expected in ("4 tokens in", "11 tokens in", "tokens/s", "ms a step"):
+        assert expected in speed
+    assert softmax.startswith("fdpp-jax: softmax: unified, phi 6, the default")
+    assert softmax.endswith("; 0 of 11 steps recomputed")
+    assert kernels == "fdpp-jax: kernels: none on cpu, plain XLA computes all (--verbose says more)"
+    assert _generate(capsys, checkpoint, *argv, "--quiet") == (text, "")
+    same, report = _generate(capsys, checkpoint, *argv, "--verbose")
+    assert same == text
+    for name in ("Kernels of a decode step on cpu", "attention", "gate_up", "no kernel for cpu"):
+        assert name in report
+
+
+def test_a_terminal_shows_the_prompt_before_the_text(capsys, checkpoint, monkeypatch):
+    argv = ["--prompt", "def ", "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "def fdpp-jax: decode" in _generate(capsys, checkpoint, *argv)[1]
+    assert _generate(capsys, checkpoint, *argv, "--quiet")[1] == ""
+
+
+def test_json_has_texts_tokens_times_and_kernels(capsys, checkpoint):
+    argv = ["--prompt", "def ", "--prompt", "x", "--max-new-tokens", "12"]
+    text, _ = _generate(capsys, checkpoint, *argv)
+    out, err = _generate(capsys, checkpoint, *argv, "--json")
+    assert err == ""
+    record = json.loads(out)
+    assert text == "".join(f"[{i} of 2] {row['text']}\n\n" for i, row in enumerate(record["results"], start=1))
+    first = record["results"][0]
+    assert (first["prompt"], first["prompt_tokens"], len(first["tokens"]), first["ended"]) == ("def ", 4, 12, False)
+    assert (record["model"], record["device"], record["dtype"]) == (checkpoint, "cpu", "float32")
+    assert (record["decode_steps"], record["recomputed_steps"], record["online_from"]) == (11, 0, None)
+    assert record["softmax"].startswith("unified, phi 6, the default")
+    assert record["seconds"].keys() == {"prefill", "decode", "compile"}
+    attention = next(kernel for kernel in record["kernels"] if kernel["kernel"] == "attention")
+    assert (attention["backend"], attention["shape"]["batch"], attention["config"]) == ("xla", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("A100", "kernels: none on A100, plain XLA computes all: no kernel for sm_80 yet (--verbose says more)"),
+        ("H100", "kernels: qkv, attention, o, gate_up, down, head on H100; plain XLA for layer (--verbose says why)"),
+    ],
+)
+def test_the_line_on_kernels_says_what_runs(name, line):
+    plans = model_plans(PRESETS["qwen3-8b"], batch=1, capacity=1024, device=name)
+    assert kernels_line(plans, device.by_name(name)) == line
+
+
+def test_a_prompt_from_a_file_and_from_stdin(capsys, checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_text("a\nb\n")  # of which the last line break is none of the prompt
+    expected = [_generate(capsys, checkpoint, "--prompt", text, "--quiet")[0][:-1] for text in ("x", "a\nb", "c")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"c\n")))
+    argv = ["--prompt", "x", "--prompt-file", path, "--prompt", "-", "--json"]
+    record = json.loads(_generate(capsys, checkpoint, *argv)[0])
+    assert [row["prompt"] for row in record["results"]] == ["x", "a\nb", "c"]
+    assert [row["text"] for row in record["results"]] == expected
 
 
 def test_softmax_changes_the_recomputed_steps_and_not_the_text(capsys, checkpoint):
     argv = ["--prompt", "class ", "--max-new-tokens", "8"]
     online, report = _generate(capsys, checkpoint, *argv, "--softmax", "online")
-    assert "recomputed steps: 0 of 7" in report
+    assert "; 0 of 7 steps recomputed" in report
     for softmax, recomputed in ((["--phi", "500"], 7), (["--softmax", "bound"], 0), (["--softmax", "unified"], 0)):
         text, report = _generate(capsys, checkpoint, *argv, *softmax)
         assert text == online
-        assert f"recomputed steps: {recomputed} of 7" in report
+        assert f"; {recomputed} of 7 steps recomputed" in report
 
 
 def test_a_phi_that_fails_too_often_is_warned_of(capsys, checkpoint):
@@ -111,15 +176,41 @@ def test_a_phi_that_fails_too_often_is_warned_of(capsys, checkpoint):
     assert "fdpp-jax: warning: 7 of the latest 7 decode steps left the safe window" in err
 
 
-def test_chat_fills_in_the_template_and_defaults_come_from_the_checkpoint(capsys, checkpoint, tmp_path):
+@pytest.fixture
+def chatting(checkpoint, tmp_path):
+    """A checkpoint with a chat template of one letter a role."""
     directory = pathlib.Path(shutil.copytree(checkpoint, tmp_path / "chat"))
     template = "{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}"
     (directory / "chat_template.jinja").write_text(template)
-    (directory / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0}')
+    return directory
+
+
+def test_chat_fills_in_the_template_and_defaults_come_from_the_checkpoint(capsys, checkpoint, chatting):
+    (chatting / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0}')
     argv = ["--chat", "--system", "a", "--prompt", "b", "--max-new-tokens", "8"]
-    sampled, _ = _generate(capsys, str(directory), *argv)
-    assert sampled.startswith("s=a;u=b;")
-    assert sampled != _generate(capsys, str(directory), *argv, "--temperature", "0")[0]
+    sampled, err = _generate(capsys, chatting, *argv)
+    assert err.startswith("fdpp-jax: ")  # what the user has typed is not said again
+    greedy = _generate(capsys, chatting, *argv, "--temperature", "0")[0]
+    assert sampled != greedy
+    assert greedy == _generate(capsys, checkpoint, "--prompt", "s=a;u=b;", "--max-new-tokens", "8")[0]
+
+
+def test_chat_without_a_prompt_is_a_conversation(capsys, checkpoint, chatting, monkeypatch):
+    argv = ["--max-new-tokens", "8", "--quiet"]
+    first = _generate(capsys, checkpoint, "--prompt", "s=a;u=b;", *argv)[0][:-1]
+    second = _generate(capsys, checkpoint, "--prompt", f"s=a;u=b;a={first};u=-;", *argv)[0][:-1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("b\n\n-\n"))
+    out, err = _generate(capsys, chatting, "--chat", "--system", "a", "--max-new-tokens", "8")
+    assert out == f"{first}\n{second}\n"
+    assert err.count("decode: ") == 1
+
+
+def test_each_turn_of_a_conversation_draws_anew(capsys, chatting, monkeypatch):
+    (chatting / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("b\nb\n"))
+    out, _ = _generate(capsys, chatting, "--chat", "--temperature", "5", "--max-new-tokens", "8")
+    first, second = out.splitlines()
+    assert first != second
 
 
 @pytest.mark.parametrize("flags", [["--top-p", "0.99"], ["--top-k", "100"]])
@@ -136,6 +227,14 @@ def test_sampling_follows_the_seed(capsys, checkpoint):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_seeds_of_64_bits_are_all_different():
+    seeds = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)]
+    assert len({jax.random.key_data(generate.seed_key(seed)).tobytes() for seed in seeds}) == len(seeds)
+    np.testing.assert_array_equal(
+        jax.random.key_data(generate.seed_key(2**32 - 1)), jax.random.key_data(jax.random.key(2**32 - 1))
+    )
+
+
 def test_a_batch_gives_each_prompt_its_own_text(capsys, checkpoint):
     argv = ["--max-new-tokens", "6", "--dtype", "float32"]
     alone = [_generate(capsys, checkpoint, "--prompt", prompt, *argv)[0].rstrip("\n") for prompt in ("ab", "cdefg")]
@@ -148,22 +247,64 @@ def test_a_batch_gives_each_prompt_its_own_text(capsys, checkpoint):
     ("argv", "message"),
     [
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
         (["--temperature", "-1"], "temperature"),
         (["--top-k", "0"], "top_k"),
+        (["--top-k", "129", "--temperature", "1"], "top_k must be within 1..128 (the vocabulary), got 129"),
         (["--max-new-tokens", "1000000"], "max_position_embeddings"),
+        (["--seed", "9223372036854775808"], "--seed must be within -2^63..2^63 - 1, got 9223372036854775808"),
+        (["--seed", "99999999999999999999"], "--seed must be within -2^63..2^63 - 1, got 99999999999999999999"),
+        (["--prompt", "a\udcff"], "expected UTF-8 in --prompt, got byte 0xff at position 1"),
+        (["--chat", "--system", "\udcff"], "expected UTF-8 in --system, got byte 0xff at position 0"),
+        (["--prompt-file", "/none/such"], "No such file or directory: '/none/such'"),
+        (["--prompt-file", "/"], "Is a directory: '/'"),
     ],
 )
-def test_bad_values_are_refused(capsys, checkpoint, argv, message):
+def test_bad_values_are_refused_before_weights_are_loaded(capsys, checkpoint, monkeypatch, argv, message):
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("loads"))
     code, out, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x", *argv)
     assert (code, out) == (2, "")
+    assert err.startswith("fdpp-jax: error: ")
+    assert err.count("\n") == 1
     assert message in err
+
+
+def test_a_file_that_is_not_utf_8(capsys, checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"ab\xff")
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt-file", path)
+    assert (code, err) == (2, f"fdpp-jax: error: expected UTF-8 in {path}, got byte 0xff at position 2\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "-")
+    assert (code, err) == (2, "fdpp-jax: error: expected UTF-8 in stdin, got byte 0xff at position 0\n")
+
+
+def test_logits_that_are_not_finite_end_with_one_line(capsys, checkpoint, monkeypatch):
+    monkeypatch.setattr(generation, "executable", _damaged)
+    code, out, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x", "--max-new-tokens", "8", "--quiet")
+    assert (code, out) == (2, "\n")
+    assert err.startswith(
+        "fdpp-jax: error: expected finite logits, got NaN or infinity in row 0 of the prompt: weights"
+    )
+    assert err.count("\n") == 1
+
+
+def _damaged(function, *args):
+    """What executable gives where the first token stands for logits that are not finite."""
+    compiled, seconds = decode_loop.executable(function, *args)
+
+    def run_damaged(*arrays):
+        loop, first = compiled(*arrays)
+        return loop, jnp.full_like(first, decode_loop.NOT_FINITE)
+
+    return run_damaged, seconds
 
 
 def test_generate_with_the_bundled_model(capsys):
     code, out, err = run(capsys, "generate", "--prompt", "def ", "--max-new-tokens", "10")
     assert code == 0, err
-    assert out.startswith("def ")
-    assert "Kernels of a decode step" in out
+    assert len(out) > 10
+    assert err.startswith("fdpp-jax: decode: 9 tokens")
 
 
 def test_which_softmax_generate_takes(tmp_path):

@@ -1,8 +1,10 @@
 """What `--help` says, and how errors and Ctrl-C end."""
 
+import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from cli_case import run
 
@@ -59,7 +61,10 @@ def test_version(capsys):
         (["plan", "--device", "V100"], "unknown device 'V100'; known are A100"),
         (["plan", "--device", "H200", "--batch", "0"], "batch"),
         (["generate", "--prompt", "x", "--phi", "3", "--softmax", "online"], "--phi belongs to --softmax unified"),
-        (["generate", "--prompt", ""], "--prompt must not be empty"),
+        (["generate", "--prompt", ""], "expected prompts that are not empty, got one that is"),
+        (["generate"], "expected --prompt TEXT or --prompt-file FILE, or --chat for a conversation"),
+        (["generate", "--chat", "--json"], "--json belongs to prompts, not to a conversation"),
+        (["generate", "--prompt", "-", "--prompt", "-"], "stdin is one prompt: expected --prompt - once"),
         (["generate", "--prompt", "x", "--system", "y"], "--system belongs to --chat"),
         (["generate", "--prompt", "x", "--chat"], "expected chat_template.jinja or a chat_template"),
         (["generate", "--prompt", "x", "--model", "llama-2-7b"], "llama-2-7b is a preset of shapes without weights"),
@@ -76,7 +81,9 @@ def test_expected_errors_are_one_line(capsys, argv, message):
         raise ValueError(err)
 
 
-@pytest.mark.parametrize("argv", [[], ["bench"], ["generate"], ["plan", "--batch", "many"], ["calibrate"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["bench"], ["generate", "--json", "--quiet"], ["plan", "--batch", "many"], ["calibrate"]]
+)
 def test_wrong_usage_is_argparse_s(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
@@ -90,6 +97,13 @@ def test_wrong_usage_is_argparse_s(capsys, argv):
         (KeyboardInterrupt(), 130, "\nfdpp-jax: interrupted\n"),
         (NotImplementedError("the kernel refuses"), 2, "fdpp-jax: error: the kernel refuses\n"),
         (FileNotFoundError("no such shard"), 2, "fdpp-jax: error: no such shard\n"),
+        (FloatingPointError("expected finite logits"), 2, "fdpp-jax: error: expected finite logits\n"),
+        (MemoryError("weights take 14 GB"), 2, "fdpp-jax: error: weights take 14 GB\n"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nBuffers:"),
+            2,
+            "fdpp-jax: error: Out of memory while trying to allocate 5 bytes. Lower the sizes that the command names\n",
+        ),
     ],
 )
 def test_how_a_command_ends(capsys, monkeypatch, error, code, err):
@@ -100,13 +114,29 @@ def test_how_a_command_ends(capsys, monkeypatch, error, code, err):
     assert run(capsys, "info") == (code, "", err)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL: no idea")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
     def fail(args):
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(info, "run", fail)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         cli.main(["info"])
+
+
+@pytest.mark.parametrize(
+    "command", ["info", "generate --prompt x", "bench matmul", "plan", "calibrate --data README.md"]
+)
+def test_a_platform_that_is_not_there(command):
+    """JAX_PLATFORMS names one whose plugin is not installed."""
+    environment = os.environ | {"JAX_PLATFORMS": "rocm"}
+    argv = [sys.executable, "-m", "fdpp_jax", *command.split()]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(
+        "fdpp-jax: error: expected a platform that JAX has here, got 'rocm', by JAX_PLATFORMS"
+    )
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`fdpp-jax plan`."""
 
+import json
 import re
 
 from cli_case import run
@@ -32,3 +33,15 @@ def test_plan_of_a_directory(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "--model", str(tmp_path), "--device", "H200")
     assert code == 0
     assert "[1, 64] @ [64, 96]" in out
+
+
+def test_plan_as_json(capsys):
+    code, out, err = run(capsys, "plan", "--model", "qwen3-8b", "--device", "H200", "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    attention = record.pop("kernels")[1]
+    assert (attention["kernel"], attention["backend"], attention["algorithm"]) == ("attention", "mosaic_gpu", "decode")
+    assert (attention["shape"]["capacity"], attention["shape"]["head_dim"]) == (4096, 128)
+    assert attention["config"]["block_kv"] > 0
+    assert attention["reason"]
+    assert record == {"model": "qwen3-8b", "device": "H200", "batch": 1, "context": 4096, "dtype": "bfloat16"}
