@@ -107,11 +107,11 @@ def decode_chunk(
             cache=dataclasses.replace(cache, lengths=jnp.where(counts, cache.lengths, loop.cache.lengths)),
             tokens=tokens,
             finished=loop.finished | (tokens[:, None] == eos_ids).any(axis=1),
-            lengths=loop.lengths + (counts & ~loop.finished),
-            recomputed_steps=loop.recomputed_steps + (counts & redone),
+            lengths=loop.lengths + (counts & ~loop.finished).astype(jnp.int32),
+            recomputed_steps=loop.recomputed_steps + (counts & redone).astype(jnp.int32),
             key=key,
         )
-        return next_loop, chunk.at[:, step].set(marked), step + counts
+        return next_loop, chunk.at[:, step].set(marked), step + counts.astype(jnp.int32)
 
     def take_block(carry: tuple[Loop, jax.Array, jax.Array]) -> tuple[Loop, jax.Array, jax.Array]:
         return jax.lax.fori_loop(0, block_size, take_step, carry)

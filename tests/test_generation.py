@@ -265,6 +265,23 @@ def test_stream_yields_what_generate_returns(model):
     np.testing.assert_array_equal(tokens, generate(model, PROMPTS, max_new_tokens=20).tokens)
 
 
+# JAX's settings.
+
+
+@pytest.mark.parametrize("setting", ["jax_enable_x64", "jax_numpy_dtype_promotion"])
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_generation_under_the_user_s_settings(model, setting, num_prompts):
+    options = dict(max_new_tokens=4, eos_ids=[63], softmax=UnifiedMax.bound())
+    expected = generate(model, PROMPTS[:num_prompts], **options).token_lists
+    before = getattr(jax.config, setting)
+    decode_loop._compile.cache_clear()  # a program compiled before would run as it is
+    jax.config.update(setting, True if setting == "jax_enable_x64" else "strict")
+    try:
+        assert generate(model, PROMPTS[:num_prompts], **options).token_lists == expected
+    finally:
+        jax.config.update(setting, before)
+
+
 # Bad input.
 
 

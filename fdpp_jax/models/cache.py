@@ -79,7 +79,8 @@ def write_token(cache: jax.Array, fresh: jax.Array, lengths: jax.Array) -> jax.A
     """
     fresh = fresh.astype(cache.dtype)
     if cache.shape[0] == 1:
+        zero = jnp.zeros_like(lengths[0])  # a Python 0 would be int64 with jax_enable_x64
         # One dynamic_update_slice fuses in place with what makes `fresh`; a scatter is a kernel of its own.
-        return jax.lax.dynamic_update_slice(cache, fresh, (0, lengths[0], 0, 0))
+        return jax.lax.dynamic_update_slice(cache, fresh, (zero, lengths[0], zero, zero))
     rows = jnp.arange(cache.shape[0])
     return cache.at[rows, lengths].set(fresh[:, 0], mode="drop", unique_indices=True, indices_are_sorted=True)
