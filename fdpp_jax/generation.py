@@ -21,7 +21,7 @@ from fdpp_jax.models import KVCache, Tokenizer
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.prompts import Prompts, PromptsLike, are_texts, check_prompts, encoded, positive_int, tokenizer_of
-from fdpp_jax.sampling import Sampling, make_sampling
+from fdpp_jax.sampling import Sampling, as_number, make_sampling
 from fdpp_jax.unified_max import UnifiedMax
 
 type Softmax = UnifiedMax | Literal["auto"] | None
@@ -185,6 +185,8 @@ def stream(
     """
     chunk_size = positive_int("chunk_size", chunk_size)
     if are_texts(tokens):
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths belong to a padded array [B, T], got texts as well")
         tokenizer = tokenizer or _needed_tokenizer(model)
         tokens = encoded(tokens, tokenizer)
         eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
@@ -203,6 +205,7 @@ def stream(
             )
         # One dtype for a Python float and an array, so that a new phi never compiles.
         softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
+    max_recompute_rate = as_number("max_recompute_rate", max_recompute_rate)
     if not 0 <= max_recompute_rate <= 1:
         raise ValueError(f"max_recompute_rate must be within 0..1, got {max_recompute_rate}")
     job = _Job(
@@ -259,9 +262,11 @@ def _checked_key(key: jax.Array | None) -> jax.Array:
         return jax.random.key(0)
     if isinstance(key, jax.Array) and key.shape == () and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    if isinstance(key, jax.Array) and key.ndim == 1 and key.dtype == jnp.uint32:  # jax.random.PRNGKey's
+    default = jax.eval_shape(jax.random.PRNGKey, 0)
+    if isinstance(key, jax.Array) and (key.shape, key.dtype) == (default.shape, default.dtype):
         return jax.random.wrap_key_data(key)
-    raise ValueError(f"key must be a PRNG key such as jax.random.key(7), got {key!r}")
+    got = f"{key.dtype} of shape {key.shape}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+    raise ValueError(f"key must be a PRNG key such as jax.random.key(7), got {got}")
 
 
 def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:

@@ -47,8 +47,8 @@ def are_texts(prompts: PromptsLike) -> TypeGuard[str | Sequence[str]]:
         return True
     if not isinstance(prompts, list | tuple) or not any(isinstance(prompt, str) for prompt in prompts):
         return False
-    kinds = sorted({type(prompt).__name__ for prompt in prompts})
-    if kinds != ["str"]:
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        kinds = sorted({type(prompt).__name__ for prompt in prompts})
         raise ValueError(f"expected prompts that are all texts or all tokens, got {' and '.join(kinds)}")
     return True
 
@@ -130,17 +130,22 @@ def positive_int(name: str, value: SupportsIndex) -> int:
 def _padded(prompts: PromptsLike, prompt_lengths: object) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, T], anything behind each prompt, and lengths [B]."""
     rows = [np.asarray(row) for row in prompts] if isinstance(prompts, list | tuple) else []
+    for i, row in enumerate(rows):
+        if row.ndim == 1 and not row.size:
+            raise ValueError(f"expected prompts of at least one token, got none for prompt {i}")
     if len({row.shape for row in rows}) > 1:
         if prompt_lengths is not None:
             raise ValueError("prompt_lengths belong to a padded array [B, T], got lists of unequal lengths as well")
         for i, row in enumerate(rows):
-            if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer) or not row.size:
+            if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
                 raise ValueError(f"tokens must be lists of integers, got {prompts[i]!r} for prompt {i}")
         lengths = np.array([row.size for row in rows])
         tokens = np.zeros((len(rows), lengths.max()), np.int64)
         for padded, row in zip(tokens, rows, strict=True):
             padded[: row.size] = row
         return tokens, lengths
+    if isinstance(prompts, list | tuple) and not rows:
+        raise ValueError("expected at least one prompt, got none")
     tokens = np.asarray(prompts)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
         raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}")

@@ -5,9 +5,11 @@ top_p compiles nothing. top_k is the exception, since it is the size of an array
 """
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Beyond these, float32 has no temperature or no reciprocal of it, and 0 / 0 or -inf * 0 would be drawn from. At either
 # end the draw is that of the limit: the best token, ties shared, or all tokens alike.
@@ -39,6 +41,14 @@ def make_sampling(
     Raises:
       ValueError: An argument is out of its range.
     """
+    temperature = as_number("temperature", temperature)
+    if top_k is not None:
+        try:
+            top_k = operator.index(top_k)
+        except TypeError:
+            raise ValueError(f"top_k must be an integer or None, got {top_k!r}") from None
+    if top_p is not None:
+        top_p = as_number("top_p", top_p)
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if top_k is not None and not 1 <= top_k <= vocab_size:
@@ -51,6 +61,19 @@ def make_sampling(
     return Sampling(
         temperature=jnp.float32(temperature), top_p=None if top_p is None else jnp.float32(top_p), top_k=top_k
     )
+
+
+def as_number(name: str, value: object) -> float:
+    """The argument of that name, a number or an array of one.
+
+    Raises:
+      ValueError: It is none.
+    """
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, np.number | np.ndarray | jax.Array) and np.size(value) == 1 and np.isrealobj(value):
+        return float(np.asarray(value).item())
+    raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -43,6 +43,7 @@ def test_texts_in_and_texts_out(with_tokenizer):
     assert one.texts == result.texts[:1]
     by_tokens = generate(with_tokenizer, result.prompts, max_new_tokens=12)
     assert by_tokens.texts == result.texts
+    assert generate(with_tokenizer, [np.str_(texts[0])], max_new_tokens=12, eos_ids=[]).texts == one.texts
 
 
 def test_texts_end_at_the_tokenizer_s_end(with_tokenizer):

@@ -138,6 +138,12 @@ def test_strengths_are_traced():
         ({"top_k": 9}, "top_k .* got 9"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "top_p .* got 1.1"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"temperature": jnp.ones(2)}, "temperature must be a number, got"),
+        ({"top_k": 2.5}, "top_k must be an integer or None, got 2.5"),
+        ({"top_k": "3"}, "top_k must be an integer or None, got '3'"),
+        ({"top_p": "0.5"}, "top_p must be a number, got '0.5'"),
     ],
 )
 def test_bad_arguments(arguments, message):
