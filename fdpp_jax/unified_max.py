@@ -9,7 +9,6 @@ tests each score, which fires on small scores that do no harm; we test the row's
 """
 
 import dataclasses
-import math
 from typing import Literal, get_args
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 # launch, which exits early where no row failed; or by a second call under lax.cond.
 Recompute = Literal["kernel", "launch", "cond"]
 
+_MAX_PHI = float(jnp.finfo(jnp.float32).max)
 # 2^+-64 leaves more than 2^60 of float32's range on either side for |v| and for the terms of the sum.
 _DEN_MIN = 2.0**-64
 _DEN_MAX = 2.0**64
@@ -56,8 +56,8 @@ class UnifiedMax:
     def __post_init__(self) -> None:
         if self.recompute not in (None, *get_args(Recompute)):
             raise ValueError(f"recompute must be None, {', '.join(get_args(Recompute))}; got {self.recompute!r}")
-        if isinstance(self.phi, float) and not math.isfinite(self.phi):
-            raise ValueError(f"phi must be finite, got {self.phi}")
+        if isinstance(self.phi, int | float) and not abs(self.phi) <= _MAX_PHI:
+            raise ValueError(f"phi must be finite in float32, got {self.phi}")
 
     @classmethod
     def bound(cls, recompute: Recompute | None = None) -> "UnifiedMax":
