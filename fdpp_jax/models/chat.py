@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdpp_jax.json_fields import BOOL, INDEX, NUMBER, TEXT, Kind, read_optional_field
-from fdpp_jax.models.loading import list_files, read_optional_json, resolve
+from fdpp_jax.models.loading import list_files, read_optional_json, refuse_pointers, resolve
 from fdpp_jax.models.tokenizer_settings import special_token
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def chat_text(path_or_hub_id: str | pathlib.Path, messages: Sequence[Message]) -
     try:
         return environment.from_string(source).render(values)
     except Exception as error:  # it computes what it likes, so it may fail as it likes
-        raise ValueError(f"the chat template of {directory} does not take these messages: {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"the chat template of {directory} does not take these messages: {why}") from error
 
 
 def _environment() -> "jinja2.Environment":
@@ -109,7 +110,11 @@ def _environment() -> "jinja2.Environment":
 def _template(directory: pathlib.Path) -> str:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        refuse_pointers(directory, [path.name])
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text: {error}") from error
     name = "tokenizer_config.json"
     template = read_optional_field(read_optional_json(directory, name), "chat_template", _TEMPLATES, directory / name)
     if isinstance(template, list):  # several by name

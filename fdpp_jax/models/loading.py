@@ -145,7 +145,7 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     refuse_pointers(directory, [name])
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}")

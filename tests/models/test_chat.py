@@ -98,6 +98,23 @@ def test_a_malformed_template_names_file_and_field(tmp_path, template):
         chat_text(_checkpoint(tmp_path, chat_template=template), USER)
 
 
+def test_a_template_s_own_message_stays_on_one_line(tmp_path):
+    directory = _checkpoint(tmp_path, "{{ raise_exception('no\nsystem role') }}")
+    with pytest.raises(ValueError, match="does not take these messages: no system role"):
+        chat_text(directory, USER)
+
+
+def test_a_template_that_is_no_text_names_its_file(tmp_path):
+    directory = _checkpoint(tmp_path)
+    path = directory / "chat_template.jinja"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not text: .* byte 0xff"):
+        chat_text(directory, USER)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"git-lfs pointers for chat_template\.jinja"):
+        chat_text(directory, USER)
+
+
 def test_no_template_and_no_jinja2(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"expected chat_template\.jinja .* tokenizer_config\.json"):
         chat_text(_checkpoint(tmp_path), USER)

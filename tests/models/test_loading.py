@@ -384,8 +384,9 @@ def test_no_config(tmp_path: pathlib.Path) -> None:
         models.load(tmp_path)
 
 
-def test_malformed_config(single: pathlib.Path) -> None:
-    (single / "config.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_malformed_config(single: pathlib.Path, content: str) -> None:
+    (single / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         models.load(single)
 
