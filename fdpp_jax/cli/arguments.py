@@ -65,8 +65,15 @@ def model(text: str) -> str | pathlib.Path:
 
     Defaults do not pass through here, so that "tiny" stays the bundled one where nobody asks for a directory.
     """
-    path = pathlib.Path(text).expanduser()
+    path = pathlib.Path(given(text)).expanduser()
     return path if path.is_dir() else text
+
+
+def given(text: str) -> str:
+    """A name; an empty one, as of a shell's variable that is not set, would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got an empty one")
+    return text
 
 
 def output_file(text: str) -> str:

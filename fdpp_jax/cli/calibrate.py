@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fdpp_jax.cli.arguments import Commands, add_checkpoint, add_command, output_file, unwritable_because
+from fdpp_jax.cli.arguments import Commands, add_checkpoint, add_command, given, output_file, unwritable_because
 from fdpp_jax.cli.checkpoints import checkpoint_directory, default_dtype, keep_compiled
 from fdpp_jax.cli.output import print_table
 from fdpp_jax.progress import bar
@@ -29,6 +29,7 @@ _EXAMPLES = """\
   fdpp-jax calibrate --model ./Llama-2-7b-hf --data ./texts --length 2048 --plot scores.png
 """
 _DEFAULT_LENGTH = 512
+_UTF8 = "utf-8-sig"  # a byte order mark is none of the text
 
 
 def add(commands: Commands) -> None:
@@ -39,6 +40,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
+        type=given,
         metavar="FILE-OR-DIR",
         help="a text file, or a directory of them, as they will be decoded",
     )
@@ -197,19 +199,23 @@ def _samples(
 
 def _texts(path: pathlib.Path) -> Iterator[str]:
     """The text of a file, or of all UTF-8 files below a directory, in the order of their names."""
+    from fdpp_jax.models.loading import refuse_pointers
+
     if not path.exists():
         raise ValueError(f"--data must be a file or a directory, got {path}")
     if path.is_file():
+        refuse_pointers(path.parent, [path.name])
         try:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_text(encoding=_UTF8)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not text in UTF-8: {error}") from error
         return
     for entry in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in entry.relative_to(path).parts)
         if entry.is_file() and not hidden:
+            refuse_pointers(entry.parent, [entry.name])
             with contextlib.suppress(UnicodeDecodeError):
-                yield entry.read_text(encoding="utf-8")
+                yield entry.read_text(encoding=_UTF8)
 
 
 def _batches(tokens: "np.ndarray", lengths: "np.ndarray", batch: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:

@@ -1,6 +1,7 @@
 """`fdpp-jax generate`: continues prompts or holds a conversation; the text on stdout, all else on stderr."""
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import os
@@ -194,12 +195,16 @@ def prompt_text(source: str | pathlib.Path) -> str:
       OSError: The file cannot be read.
     """
     if isinstance(source, pathlib.Path):
-        name, content = str(source), source.read_bytes().removesuffix(b"\n")
-    elif source == _STDIN:
-        name, content = "stdin", sys.stdin.buffer.read().removesuffix(b"\n")
-    else:
-        name, content = "--prompt", os.fsencode(source)
-    return _utf8(content, name)
+        return _file_text(source.read_bytes(), str(source))
+    if source == _STDIN:
+        return _file_text(sys.stdin.buffer.read(), "stdin")
+    return _utf8(os.fsencode(source), "--prompt")
+
+
+def _file_text(content: bytes, name: str) -> str:
+    """What a file says, without what editors write around it: a byte order mark, and the last line's break."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    return _utf8(content.removesuffix(b"\n").removesuffix(b"\r") if content.endswith(b"\n") else content, name)
 
 
 def _utf8(content: bytes, name: str) -> str:
@@ -229,9 +234,11 @@ def seed_key(seed: int) -> Any:
 
 def _prompt_tokens(args: argparse.Namespace, text: str, directory: pathlib.Path, tokenizer: "Tokenizer") -> list[int]:
     """The tokens of one prompt."""
-    if not args.chat:
-        return tokenizer.encode(text)
-    return _chat_tokens(directory, tokenizer, [*_system(args), {"role": "user", "content": text}])
+    if args.chat:
+        return _chat_tokens(directory, tokenizer, [*_system(args), {"role": "user", "content": text}])
+    from fdpp_jax.prompts import encoded
+
+    return encoded(text, tokenizer)[0]
 
 
 def _system(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -297,6 +304,10 @@ def _messages() -> Iterator[str]:
             line = input("> " if has_terminal else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            got = f"byte 0x{error.object[error.start]:02x}"
+            raise ValueError(f"expected UTF-8 in the message, got {got} at position {error.start}") from None
+        line = line.removeprefix("\ufeff")  # a byte order mark, where a file is piped in
         if line.strip():
             yield _utf8(os.fsencode(line), "the message")
 
@@ -366,9 +377,12 @@ def print_stream(
 
     try:
         result = exhaust(chunks, print_new)
-    finally:  # an error stands on a line of its own
-        if num_prompts == 1:
+    except BaseException:
+        if num_prompts == 1 and texts[0]:  # an error stands on a line of its own
             print(flush=True)
+        raise
+    if num_prompts == 1:
+        print(flush=True)
     for row in tuple(waiting) if num_prompts > 1 else ():
         print_whole(row)
     return result

@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    _open_standard_streams()
     try:
+        args = _parser().parse_args(argv)
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `| head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError as error:
+        return _fail(
+            f"expected an output that takes {error.object[error.start]!r}, got one in {error.encoding}: "
+            "PYTHONIOENCODING=utf-8 makes it take all"
+        )
     except (ValueError, NotImplementedError, OSError, MemoryError, FloatingPointError) as error:
         return _fail(error)
     except RuntimeError as error:
@@ -51,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{device_memory.request(error)}. Lower the sizes that the command names")
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Puts the null device where the caller has closed stdin, stdout or stderr, which Python has as None then."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _fail(error: object) -> int:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from fdpp_jax import models
     from fdpp_jax.plans import device
 
-    target = device.by_name(args.device) if args.device else device.current()
+    target = device.by_name(args.device) if args.device is not None else device.current()
     plans = models.model_plans(config, batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
     if args.json:
         settings = {"model": str(model), "device": target.kind, "batch": args.batch, "context": args.context}

@@ -11,6 +11,7 @@ import safetensors.numpy
 from cli_case import make_checkpoint, run
 
 from fdpp_jax import calibration
+from fdpp_jax.cli import calibrate
 
 
 @pytest.fixture
@@ -190,6 +191,21 @@ def test_data_without_text_is_refused(capsys, checkpoint, texts, tmp_path):
         code, _, err = run(capsys, *calibrate_command(checkpoint, data))
         assert code == 2
         assert message in err
+
+
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab")
+    assert list(calibrate._texts(tmp_path)) == list(calibrate._texts(tmp_path / "a.txt")) == ["ab"]
+
+
+def test_pointers_are_no_text(capsys, checkpoint, texts):
+    pointer = texts / "0.txt"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for data in (texts, pointer):
+        code, out, err = run(capsys, *calibrate_command(checkpoint, data))
+        assert (code, out) == (2, "")
+        assert err.startswith(f"fdpp-jax: error: expected the files themselves in {texts}, got git-lfs pointers for 0.")
+        assert err.count("\n") == 1
 
 
 def test_nothing_is_written_beside_the_bundled_model(capsys, texts):

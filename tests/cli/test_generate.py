@@ -62,6 +62,16 @@ def test_an_error_stands_on_a_line_of_its_own(capsys):
     assert capsys.readouterr().out == "ab\n"
 
 
+def test_an_error_before_the_text_leaves_stdout_empty(capsys):
+    def broken():
+        raise FloatingPointError("expected finite logits")
+        yield
+
+    with pytest.raises(FloatingPointError):
+        generate.print_stream(broken(), 1)
+    assert capsys.readouterr().out == ""
+
+
 def test_speed_counts_decoded_tokens_only():
     result = GenerationResult(
         tokens=np.zeros((2, 8), np.int32),
@@ -156,6 +166,33 @@ def test_a_prompt_from_a_file_and_from_stdin(capsys, checkpoint, tmp_path, monke
     assert [row["text"] for row in record["results"]] == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"a\r\nb\r\n", "a\r\nb"),
+        (b"\xef\xbb\xbfa\n", "a"),
+        (b"a\r", "a\r"),
+        (b"a\n\n", "a\n"),
+        (b"\n", ""),
+        (b"\xef\xbb\xbf", ""),
+    ],
+)
+def test_what_editors_write_around_a_text_is_none_of_it(tmp_path, monkeypatch, content, text):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(content)
+    assert generate.prompt_text(path) == text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert generate.prompt_text("-") == text
+
+
+def test_a_text_without_tokens(capsys, tmp_path):
+    directory = make_checkpoint(tmp_path)
+    (directory / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 5}, "merges": []}}')
+    code, out, err = run(capsys, "generate", "--model", directory, "--prompt", "b")
+    assert (code, out) == (2, "")
+    assert err == "fdpp-jax: error: expected prompts of at least one token, got none for prompt 0, 'b'\n"
+
+
 def test_softmax_changes_the_recomputed_steps_and_not_the_text(capsys, checkpoint):
     argv = ["--prompt", "class ", "--max-new-tokens", "8"]
     online, report = _generate(capsys, checkpoint, *argv, "--softmax", "online")
@@ -199,7 +236,7 @@ def test_chat_without_a_prompt_is_a_conversation(capsys, checkpoint, chatting, m
     argv = ["--max-new-tokens", "8", "--quiet"]
     first = _generate(capsys, checkpoint, "--prompt", "s=a;u=b;", *argv)[0][:-1]
     second = _generate(capsys, checkpoint, "--prompt", f"s=a;u=b;a={first};u=-;", *argv)[0][:-1]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("b\n\n-\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffb\n\n-\n"))
     out, err = _generate(capsys, chatting, "--chat", "--system", "a", "--max-new-tokens", "8")
     assert out == f"{first}\n{second}\n"
     assert err.count("decode: ") == 1
@@ -279,10 +316,17 @@ def test_a_file_that_is_not_utf_8(capsys, checkpoint, tmp_path, monkeypatch):
     assert (code, err) == (2, "fdpp-jax: error: expected UTF-8 in stdin, got byte 0xff at position 0\n")
 
 
+def test_a_message_that_is_not_utf_8(capsys, chatting, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), encoding="utf-8"))
+    code, out, err = run(capsys, "generate", "--model", chatting, "--chat")
+    assert (code, out) == (2, "")
+    assert err == "fdpp-jax: error: expected UTF-8 in the message, got byte 0xff at position 2\n"
+
+
 def test_logits_that_are_not_finite_end_with_one_line(capsys, checkpoint, monkeypatch):
     monkeypatch.setattr(generation, "executable", _damaged)
     code, out, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x", "--max-new-tokens", "8", "--quiet")
-    assert (code, out) == (2, "\n")
+    assert (code, out) == (2, "")
     assert err.startswith(
         "fdpp-jax: error: expected finite logits, got NaN or infinity in row 0 of the prompt: weights"
     )

@@ -58,6 +58,7 @@ def test_version(capsys):
     ("argv", "message"),
     [
         (["plan", "--model", "nope"], "unknown model 'nope': neither a directory .* nor one of tiny, llama-2-7b"),
+        (["plan", "--device", ""], "unknown device ''; known are A100"),
         (["plan", "--device", "V100"], "unknown device 'V100'; known are A100"),
         (["plan", "--device", "H200", "--batch", "0"], "batch"),
         (["generate", "--prompt", "x", "--phi", "3", "--softmax", "online"], "--phi belongs to --softmax unified"),
@@ -112,6 +113,45 @@ def test_how_a_command_ends(capsys, monkeypatch, error, code, err):
 
     monkeypatch.setattr(info, "run", fail)
     assert run(capsys, "info") == (code, "", err)
+
+
+def test_a_text_that_the_output_cannot_take(capsys, monkeypatch):
+    monkeypatch.setattr(info, "run", lambda args: "\u00e9".encode("ascii"))
+    code, _, err = run(capsys, "info")
+    assert code == 2
+    assert err == "fdpp-jax: error: expected an output that takes 'é', got one in ascii: PYTHONIOENCODING=utf-8 " + (
+        "makes it take all\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "err"),
+    [
+        ("info >&-", 0, ""),
+        ("plan --model nope 2>&-", 2, ""),
+        ("generate --prompt - <&-", 2, "fdpp-jax: error: expected prompts that are not empty, got one that is\n"),
+        ("generate --prompt '' --quiet >&- 2>&- <&-", 2, ""),
+    ],
+)
+def test_streams_that_the_caller_has_closed(command, code, err):
+    shell = ["sh", "-c", f'exec "{sys.executable}" -m fdpp_jax {command}']
+    result = subprocess.run(shell, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (code, err)
+
+
+def test_a_model_s_name_that_no_file_can_have(capsys):
+    code, out, err = run(capsys, "plan", "--model", "x" * 5000)
+    assert (code, out) == (2, "")
+    assert err.startswith("fdpp-jax: error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"), [(["plan"], "--model"), (["generate", "--prompt", "x"], "--model"), (["calibrate"], "--data")]
+)
+def test_an_empty_name_is_not_the_current_directory(capsys, argv, flag):
+    with pytest.raises(SystemExit):
+        cli.main([*argv, flag, ""])
+    assert f"argument {flag}: expected a name, got an empty one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL: no idea")])
