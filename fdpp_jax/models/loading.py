@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from fdpp_jax import device_memory
 from fdpp_jax.json_fields import OBJECT, TEXT, field_problems, read_optional_field
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.decoder import CausalLM, Implied
@@ -85,7 +86,9 @@ def load(
     parameters = [(_name(path), value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     sources = {name: _sources(name, value.shape, modules[name.rpartition(".")[0]]) for name, value in parameters}
     expected = {name: shape for parts in sources.values() for name, shape in parts.items()}
-    with contextlib.ExitStack() as stack:
+    num_bytes = sum(value.size for _, value in parameters) * jnp.dtype(dtype).itemsize
+    explained = device_memory.explained(lambda: {"the weights take": num_bytes}, _SMALLER)
+    with explained, contextlib.ExitStack() as stack:
         stored = _open_shards(directory, expected, model, stack)
         title = f"Loading {directory.name}"
         update = stack.enter_context(bar(title, len(parameters), is_shown=progress))
