@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fdpp_jax.calibration import Calibration, calibrate
     from fdpp_jax.generation import generate, stream
     from fdpp_jax.ops import dot_product_attention, flat_matmul
+    from fdpp_jax.plans.device import target
     from fdpp_jax.unified_max import UnifiedMax
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "heuristics",
     "models",
     "stream",
+    "target",
 ]
 
 # Imported at first use, since Flax alone takes as long to import as JAX.
@@ -35,6 +37,7 @@ _HOME = {
     "flat_matmul": "ops",
     "generate": "generation",
     "stream": "generation",
+    "target": "plans.device",
 }
 _ROOMS = ("calibration", "heuristics", "models")
 

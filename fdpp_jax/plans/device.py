@@ -1,10 +1,13 @@
 """What the heuristics need to know about a device: published figures by name, or the running one.
 
 Memory bandwidth decides memory- or compute-bound, the number of SMs decides split counts, and the shared
-memory of one block decides ring depths. Nothing here starts a GPU; `current` asks JAX which device it has.
+memory of one block decides ring depths. Nothing here starts a GPU; `current` asks JAX which device it has, and `target`
+names one that JAX need not have.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 import re
 
@@ -50,6 +53,11 @@ class Device:
     def compute_capability(self) -> int:
         """NVIDIA's compute capability without the dot (90 for Hopper), 0 for anything else."""
         return int(self.arch.removeprefix("sm_")) if self.is_nvidia else 0
+
+    @property
+    def platform(self) -> str:
+        """JAX's name of the platform for which programs are lowered: "cuda", "rocm", "cpu", ..."""
+        return "cuda" if self.is_nvidia else "rocm" if self.is_gpu else self.arch
 
     @property
     def ridge(self) -> float:
@@ -124,6 +132,58 @@ def current() -> Device:
             f"expected a platform that JAX has here, got {platforms!r}, by JAX_PLATFORMS or jax_default_device; an "
             "NVIDIA GPU needs pip install 'fdpp-jax[cuda13]'"
         ) from error
+
+
+_target = jax.make_user_context(default_value=None)
+
+
+def target(device: Device | str) -> contextlib.AbstractContextManager[None]:
+    """Within it, calls that are lowered for the platform of a device are planned for that device.
+
+    Elsewhere they are planned for the first device that JAX has of the platform. What is lowered for other platforms is
+    planned as ever, so that one export can serve several. `jax.jit` traces anew where the target has changed. The
+    decode step of a model is planned where it is traced: within a target it is for that device alone.
+
+        with fdpp_jax.target("H100"):
+            exported = jax.export.export(jax.jit(f), platforms=("cpu", "cuda"))(*arguments)
+
+    Args:
+      device: The name of a known device, or a Device.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      ValueError: The name is unknown; the message lists the known ones.
+    """
+    found: contextlib.AbstractContextManager[None] = _target(resolve(device))
+    return found
+
+
+def planned() -> Device:
+    """The device for which calls are planned that are traced now: that of `target`, else `current`."""
+    return _target.value or current()
+
+
+def lowered_for(platform: str, device: Device) -> Device | None:
+    """The device for which a call is planned that is lowered for a platform.
+
+    Args:
+      platform: "cpu", "cuda", "rocm", ...
+      device: The one for which the call was traced (`planned`), which counts if it is of that platform.
+
+    Returns:
+      It, or the first that JAX has of the platform. None: JAX has none.
+    """
+    return device if device.platform == platform else _first_of(platform)
+
+
+@functools.cache
+def _first_of(platform: str) -> Device | None:
+    try:
+        return from_jax(jax.devices(platform)[0])
+    except RuntimeError:  # how JAX says that there is none
+        return None
 
 
 def from_jax(device: jax.Device) -> Device:
