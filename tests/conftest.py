@@ -9,7 +9,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Most of the suite's time on a CPU is XLA compiling programs that run once: a third less without LLVM's optimisations.
 if shutil.which("nvidia-smi") is None:
     _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".rstrip()
+    # For tests of sharding. All others run on the first device.
+    _DEVICES = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{_QUICK} {_DEVICES} {os.environ.get('XLA_FLAGS', '')}".rstrip()
 # What the commands compile is not kept for the user, nor taken from there.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Tests plan by the rules and the shipped tables, whatever the user has measured.
@@ -47,3 +49,12 @@ def fresh_interpreter():
 
     yield
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def hopper(request, monkeypatch):
+    """What a Hopper GPU would run, on the CPU: see `hopper_case`."""
+    from hopper_case import hopper_on_cpu
+
+    with hopper_on_cpu(request.node.name, monkeypatch) as calls:
+        yield calls

@@ -16,6 +16,7 @@ parts.handover               x               x
 parts.accumulators                           x                  x
 parts.grid_sync                                                 x
 parts.overlap                x                                  x
+parts.manual_axes            x               x        x         x
 ====================  ================  ===========  ====  ===========
 
 - `ring`: the ring of TMA stages that a kernel streams through.
@@ -24,4 +25,5 @@ parts.overlap                x                                  x
 - `accumulators`: transposed products, to and from memory.
 - `grid_sync`: CTAs of one launch wait for each other's results.
 - `overlap`: a launch starts while its predecessor ends.
+- `manual_axes`: what results vary over within `jax.shard_map`.
 """

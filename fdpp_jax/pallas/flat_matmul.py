@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import accumulators, handover, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT
+from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig
 from fdpp_jax.plans.shapes import WeightOrder, cdiv, in_order, round_up
 
@@ -37,6 +38,7 @@ _STORED = ("bfloat16", "float16", "float32")
 
 # Jitted so that all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "w_order", "interpret"))
+@vary_as_operands
 def flat_matmul(
     x: jax.Array,
     w: jax.Array,

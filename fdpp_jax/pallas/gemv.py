@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import ring
+from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.hopper_matmul import GemvConfig
 from fdpp_jax.plans.shapes import WeightOrder, cdiv, in_order
 
@@ -25,6 +26,7 @@ _CHUNK = 64  # K that the lanes hold at a time: the WGMMA register layout has a 
 
 # Jitted so that all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "w_order", "interpret"))
+@vary_as_operands
 def gemv(
     x: jax.Array,
     w: jax.Array,

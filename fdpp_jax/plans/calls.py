@@ -1,9 +1,14 @@
 """The arrays of a call and its static facts, which travel whole from the checks to the kernel."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fdpp_jax.plans.shapes import AttentionShape
 
@@ -22,6 +27,7 @@ class AttentionArrays(NamedTuple):
       page_table: [B, pages] int32; entries of pages beyond the lengths may be anything.
       key_scale: float32 factor on a quantised key: [K], or like key without H.
       value_scale: As key_scale.
+      scale: [] float32, factor on the scores where it is traced; None: that of the options.
     """
 
     query: jax.Array
@@ -34,6 +40,7 @@ class AttentionArrays(NamedTuple):
     page_table: jax.Array | None = None
     key_scale: jax.Array | None = None
     value_scale: jax.Array | None = None
+    scale: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -46,7 +53,7 @@ class AttentionOptions:
     """The static facts of a call of attention that its arrays do not tell.
 
     Attributes:
-      scale: Factor on the scores.
+      scale: Factor on the scores, unless it is an array.
       is_causal: A query sees the keys up to its position.
       local_window_size: (left, right) keys around its position that a query sees; None: all.
       logits_soft_cap: Scores become cap * tanh(scores / cap); None: they stay.
@@ -79,6 +86,7 @@ def attention_shape(arrays: AttentionArrays, options: AttentionOptions, *, is_on
         scales=None if scales is None else "head" if scales == 1 else "token",
         has_sinks=arrays.sinks is not None,
         has_query_offset=arrays.query_offset is not None,
+        has_traced_scale=arrays.scale is not None,
         is_online=is_online,
     )
 
@@ -153,3 +161,29 @@ class NextAttention(NamedTuple):
     query: jax.Array
     keys: jax.Array
     values: jax.Array
+
+
+def alike(arrays: Sequence[Any]) -> list[jax.Array]:
+    """The arrays, all of which vary over the manual mesh axes that any of them varies over."""
+    axes = frozenset[Any]().union(*(jax.typeof(x).mat.varying for x in arrays))
+    missing = [tuple(sorted(axes - jax.typeof(x).mat.varying, key=str)) for x in arrays]
+    return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
+
+
+def type_like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The type of a result of a shape, which varies over the manual mesh axes of an operand's type."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def lower_without_mesh(function: Callable[..., Sequence[jax.Array]], context: Any, operands: Sequence[Any]) -> Any:
+    """Lowers a primitive as a function, whose operands have no mesh: its axes are no concern of one device's program.
+
+    Args:
+      function: function(*operands) -> results.
+      context: As a lowering rule gets it.
+      operands: As a lowering rule gets them.
+    """
+    plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return mlir.lower_fun(function, multiple_results=True)(context.replace(avals_in=plain), *operands)

@@ -125,6 +125,8 @@ def _refuse_shape(shape: AttentionShape) -> str | None:
         return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
     if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
         return f"the decode kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
+    if shape.has_traced_scale:
+        return "kernels take a scale that is known before the call is traced"
     batch, heads, capacity = shape.batch, shape.num_query_heads, shape.capacity
     if not (batch and heads and capacity):
         return (

@@ -6,7 +6,7 @@ A shape can be cached, printed, stored as JSON and compared. There are no arrays
 import dataclasses
 from typing import Literal
 
-AttentionImplementation = Literal["mosaic_gpu", "triton", "xla"]
+AttentionImplementation = Literal["mosaic_gpu", "triton", "cudnn", "xla"]
 MatmulImplementation = Literal["gemv", "flat", "xla"]
 # The axes of a weight: [K, N], or [N, K] as PyTorch and Hugging Face store it.
 WeightOrder = Literal["kn", "nk"]
@@ -52,6 +52,7 @@ class AttentionShape:
       scales: Scales of a quantised cache: "head" [K] or "token" [B, S, K].
       has_sinks: Whether sinks are given.
       has_query_offset: Whether query_offset is given.
+      has_traced_scale: Whether the factor on the scores is an array; kernels take a number.
       starts_early: Whether the call follows a fused layer, and starts while that layer ends.
       is_online: Whether softmax keeps a running max; a unified max does without.
     """
@@ -72,6 +73,7 @@ class AttentionShape:
     scales: ScaleKind | None = None
     has_sinks: bool = False
     has_query_offset: bool = False
+    has_traced_scale: bool = False
     starts_early: bool = False
     is_online: bool = False
 

@@ -18,8 +18,8 @@ def refuse_cudnn(shape: AttentionShape, device: Device) -> str | None:
         return "an axis of length 0 is not for cuDNN"
     if shape.page_size is not None or shape.kv_dtype not in (None, shape.dtype):
         return "no paged or quantised cache through cuDNN"
-    if shape.has_sinks or shape.has_query_offset:
-        return "no sinks or query offset through cuDNN"
+    if shape.has_sinks or shape.has_query_offset or shape.has_traced_scale:
+        return "no sinks, query offset or traced scale through cuDNN"
     if shape.dtype not in _CUDNN_DTYPES:
         return f"cuDNN has no {shape.dtype}"
     if shape.local_window_size is not None or shape.logits_soft_cap is not None:

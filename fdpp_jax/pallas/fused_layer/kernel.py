@@ -44,6 +44,7 @@ from fdpp_jax.pallas.fused_layer.refs import NUM_HELPER_ROWS, NUM_RESULT_ROWS, G
 from fdpp_jax.pallas.fused_layer.results import Results
 from fdpp_jax.pallas.parts import grid_sync, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT, WIDTH
+from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.calls import LayerCache, NextAttention
 from fdpp_jax.plans.hopper_layer import FusedLayerConfig, refuse_spec
 from fdpp_jax.plans.shapes import LayerSpec, cdiv, round_up
@@ -80,6 +81,7 @@ def counters_for(max_depth: int, config: FusedLayerConfig) -> jax.Array:
 
 # Jitted so that all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("spec", "config", "interpret"))
+@vary_as_operands
 def fused_layer(
     attended: jax.Array,
     hidden: jax.Array,
@@ -145,6 +147,7 @@ def fused_layer(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config", "interpret"))
+@vary_as_operands
 def fused_qkv(
     x: jax.Array,
     qkv: jax.Array,
