@@ -9,9 +9,11 @@ tests each score, which fires on small scores that do no harm; we test the row's
 """
 
 import dataclasses
+import json
 from typing import Literal, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 # Where a row that left the safe window is redone: in the kernel, by the CTA that merges its partial sums; by a second
@@ -82,6 +84,14 @@ class UnifiedMax:
         return dataclasses.replace(self, phi=jnp.asarray(self.phi)[layer])
 
 
+jax.export.register_pytree_node_serialization(
+    UnifiedMax,
+    serialized_name="fdpp_jax.UnifiedMax",
+    serialize_auxdata=lambda recompute: json.dumps(recompute).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)
+
+
 def window(dtype: jax.typing.DTypeLike, num_keys: int) -> tuple[float, float]:
     """Safe range [den_min, den_max] of a row's denominator sum e^(s - phi).
 
@@ -130,6 +140,6 @@ def max_norm(
         norm = jnp.take(norm, page_table, axis=0, mode="clip")  # [B, pages, page_size, K]
         norm = norm.reshape(norm.shape[0], norm.shape[1] * norm.shape[2], norm.shape[3])  # [B, S, K]
     if lengths is not None:
-        live = jnp.arange(norm.shape[1]) < lengths[:, None]  # [B, S]
+        live = jnp.arange(norm.shape[1])[None] < lengths[:, None]  # [B, S]
         norm = jnp.where(live[:, :, None], norm, 0.0)
     return norm.max(axis=1, initial=0.0)
