@@ -5,21 +5,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fdpp_jax import heuristics
 from fdpp_jax.ops import checks, kernel_call, reference
 from fdpp_jax.ops.phi import row_phi
 from fdpp_jax.ops.running import module_of
-from fdpp_jax.plans import device
+from fdpp_jax.plans import device as devices
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.backends import by_name
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
+from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionImplementation, AttentionShape
-from fdpp_jax.unified_max import Recompute, UnifiedMax
-
-# Beyond, keys are not split, and a unified max saves XLA nothing.
-_MAX_SPLIT_QUERIES = 16
+from fdpp_jax.unified_max import UnifiedMax
 
 
 def dot_product_attention(
@@ -27,7 +26,7 @@ def dot_product_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    scale: float | None = None,
+    scale: float | jax.Array | None = None,
     is_causal: bool = False,
     query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
@@ -47,12 +46,13 @@ def dot_product_attention(
     A row that sees no key gives zeros.
 
     Args:
-      query: [B, T, N, H]; T == 1 is decoding, longer T works too. bfloat16, float16 or float32.
+      query: [B, T, N, H]; T == 1 is decoding, longer T works too. bfloat16, float16 or float32. [T, N, H] is one
+        sequence, whose key and value are [S, K, H].
       key: [B, S, K, H]; K divides N (MHA, GQA, MQA). S is the capacity of the cache. The query's dtype, or int8 or
         float8_e4m3fn with key_scale and value_scale. With page_table a pool [P, page_size, K, H], where page_size
         is 16, 32, 64, 128 or 256.
       value: As key.
-      scale: Factor on the scores; 1 / sqrt(H) by default.
+      scale: Factor on the scores; 1 / sqrt(H) by default. No kernel takes one that is traced.
       is_causal: A query sees the keys up to its position, which is t for query t, as in jax.nn. A value that a mask or
         a window hides from one query, and not from all of its sequence, must be finite: it is multiplied by 0.
       query_seq_lengths: [B] int32, live queries of each sequence; the others give zeros.
@@ -75,7 +75,7 @@ def dot_product_attention(
       implementation: None lets the heuristics choose; a name means that one or an error.
 
     Returns:
-      [B, T, N, H] in the query's dtype.
+      As query, in its dtype.
 
     Raises:
       ValueError: Shapes, dtypes or lengths do not fit together.
@@ -83,16 +83,23 @@ def dot_product_attention(
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
+    query, key, value = (checks.as_array(x) for x in (query, key, value))
+    if query.ndim == key.ndim == value.ndim == 3:
+        query, key, value = (x[None] for x in (query, key, value))
+        is_one = True
+    else:
+        is_one = False
     arrays = AttentionArrays(
-        checks.as_array(query),
-        checks.as_array(key),
-        checks.as_array(value),
+        query,
+        key,
+        value,
         lengths=checks.as_array(key_value_seq_lengths),
         query_offset=checks.as_array(query_offset),
         sinks=checks.as_array(sinks),
         page_table=checks.as_array(page_table),
         key_scale=checks.as_array(key_scale),
         value_scale=checks.as_array(value_scale),
+        scale=scale if isinstance(scale, jax.core.Tracer) else None,
     )
     query_seq_lengths, key_max_norm = checks.as_array(query_seq_lengths), checks.as_array(key_max_norm)
     checks.check_cache(arrays)
@@ -101,34 +108,36 @@ def dot_product_attention(
     checks.check_integers(arrays, query_seq_lengths)
     checks.check_pages(arrays)
     checks.check_floats(arrays, key_max_norm)
-    if query_seq_lengths is None:
-        return _run(arrays, options, softmax, key_max_norm, implementation)
-    live = jnp.arange(arrays.query.shape[1]) < query_seq_lengths[:, None]  # [B, T]
-    live = live[:, :, None, None]
-    # Zero queries fit any window: what stands beyond the lengths causes no recompute.
-    arrays = arrays._replace(query=jnp.where(live, arrays.query, 0))
-    return jnp.where(live, _run(arrays, options, softmax, key_max_norm, implementation), 0)
+    if softmax is not None and isinstance(softmax.phi, int | float):  # put explicitly, as a transfer guard wants it
+        softmax = dataclasses.replace(softmax, phi=jax.device_put(np.float32(softmax.phi)))
+    device = devices.planned()
+    out: jax.Array = _run(arrays, options, softmax, key_max_norm, query_seq_lengths, implementation, device)
+    return out[0] if is_one else out
 
 
+# Jitted so that an eager call is traced and compiled once.
+@functools.partial(jax.jit, static_argnames=("options", "implementation", "device"))
 def _run(
     arrays: AttentionArrays,
     options: AttentionOptions,
     softmax: UnifiedMax | None,
     key_max_norm: jax.Array | None,
+    query_seq_lengths: jax.Array | None,
     implementation: AttentionImplementation | None,
+    device: Device,
 ) -> jax.Array:
-    """The public op after its checks, [B, T, N, H]."""
-    shape = attention_shape(arrays, options, is_online=softmax is None)
-    plan = heuristics.plan_attention(shape, device.current(), implementation)
-    with_phi = functools.partial(_with_phi, shape=shape, plan=plan, softmax=softmax, key_max_norm=key_max_norm)
-    if plan.backend != "xla":
-        if arrays.lengths is None:
-            arrays = arrays._replace(lengths=jnp.full((shape.batch,), shape.capacity, jnp.int32))
-        return kernel_call.attention(options, plan, _recompute_of(plan, softmax), with_phi(arrays, options))
-    if plan.algorithm == "cudnn" or softmax is None or shape.query_length > _MAX_SPLIT_QUERIES:
-        out: jax.Array = module_of(plan).attention(arrays, options, plan)
-        return out
-    return _checked_reference(options, with_phi(arrays, options))
+    """The public op after its checks, [B, T, N, H], planned for a device where it is lowered for its platform."""
+    live = None
+    if query_seq_lengths is not None:
+        live = jnp.arange(arrays.query.shape[1])[None] < query_seq_lengths[:, None]  # [B, T]
+        live = live[:, :, None, None]
+        # Zero queries fit any window: what stands beyond the lengths causes no recompute.
+        arrays = arrays._replace(query=jnp.where(live, arrays.query, 0))
+    if softmax is not None and not softmax.is_bound:
+        # No gradient: the answer does not depend on it.
+        arrays = arrays._replace(phi=lax.stop_gradient(row_phi(softmax, arrays, options, weights_dtype="float32")))
+    out = kernel_call.attention(options, softmax, implementation, device, arrays, key_max_norm)
+    return out if live is None else jnp.where(live, out, 0)
 
 
 def unchecked_decode_attention(
@@ -173,28 +182,20 @@ def unchecked_decode_attention(
     # A finite cache has no NaN for cuDNN's padding mask to let through: plan as if there were no lengths.
     shape = attention_shape(arrays._replace(lengths=None), options, is_online=softmax is None)
     shape = dataclasses.replace(shape, starts_early=starts_early)
-    plan = heuristics.plan_attention(shape, device.current(), implementation)
+    plan = heuristics.plan_attention(shape, devices.planned(), implementation)
     run = module_of(plan).attention
     if softmax is None and plan.algorithm == "cudnn":
         return run(arrays, options, plan), None
     arrays = _with_phi(arrays, options, shape, plan, softmax, key_max_norm)
     if plan.backend == "xla":  # cuDNN has no phi
         return reference.attention(arrays, options), None
-    recompute = None if softmax is None else _recompute_of(plan, softmax)
+    recompute = None if softmax is None else kernel_call.recompute_of(plan, softmax.recompute)
     if redone is None or recompute in (None, "cond"):
         return run(arrays, options, plan, starts_early=starts_early), None
     out: tuple[jax.Array, jax.Array] = run(
         arrays, options, plan, recompute=recompute, redone=redone, starts_early=starts_early
     )
     return out
-
-
-def _recompute_of(plan: AttentionPlan, softmax: UnifiedMax | None) -> Recompute:
-    """Where a row that left the window is redone: the policy's place if the backend has it, else the plan's."""
-    op = by_name(plan.backend).attention
-    if softmax is None or op is None or softmax.recompute not in op.recomputes:
-        return plan.recompute
-    return softmax.recompute
 
 
 def _with_phi(
@@ -212,20 +213,3 @@ def _with_phi(
     weights_dtype = op.weights_dtype(shape)
     phi = row_phi(softmax, arrays, options, weights_dtype=weights_dtype, key_max_norm=key_max_norm)
     return arrays._replace(phi=lax.stop_gradient(phi))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _checked_reference(options: AttentionOptions, arrays: AttentionArrays) -> jax.Array:
-    """The reference with phi and its recompute; its derivative, and the value beside it, are online softmax's."""
-    out = reference.attention(arrays, options)
-    online = arrays._replace(phi=None)
-    return lax.cond(jnp.isnan(out).any(), lambda: reference.attention(online, options), lambda: out)
-
-
-@_checked_reference.defjvp
-def _checked_reference_jvp(
-    options: AttentionOptions, primals: tuple[AttentionArrays], tangents: tuple[AttentionArrays]
-) -> tuple[jax.Array, jax.Array]:
-    # Through the branch that was not taken NaN would come back: 0 times the slope of an overflow.
-    arrays, tangent = (given[0]._replace(phi=None) for given in (primals, tangents))
-    return jax.jvp(lambda arrays: reference.attention(arrays, options), (arrays,), (tangent,))

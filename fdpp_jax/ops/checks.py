@@ -22,7 +22,7 @@ def as_array(x: Any) -> Any:
 
 def checked_options(
     query: jax.Array,
-    scale: float | None,
+    scale: float | jax.Array | None,
     is_causal: bool,
     local_window_size: int | tuple[int, int] | None,
     logits_soft_cap: float | None,
@@ -34,12 +34,17 @@ def checked_options(
     """
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(f"is_causal must be True or False; got {is_causal!r}")
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _number("scale", scale)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else 1.0 if is_traced(scale) else _number("scale", scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _number("logits_soft_cap", logits_soft_cap)
         if logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap}")
     return AttentionOptions(scale, bool(is_causal), _window(local_window_size), logits_soft_cap)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether x is an array whose numbers are not known."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def _number(name: str, number: Any) -> float:
@@ -85,6 +90,7 @@ def check_cache(arrays: AttentionArrays) -> None:
             f"query, key and value must share one floating-point dtype, or key and value be {quantised}; "
             f"got {query.dtype=}, {key.dtype=}"
         )
+    check_width("query", query.dtype)
     if table is not None:
         if table.ndim != 2 or table.shape[0] != batch or not jnp.issubdtype(table.dtype, jnp.integer):
             raise ValueError(f"page_table must be [B={batch}, pages] integers; got {table.shape} of {table.dtype}")
@@ -102,6 +108,12 @@ def check_cache(arrays: AttentionArrays) -> None:
         expected_forms, expected = [None], f"None for a cache of {key.dtype.name}, which is not {quantised}"
     if forms[0] not in expected_forms or forms[1] != forms[0]:
         raise ValueError(f"key_scale and value_scale must be {expected}; got {forms[0]} and {forms[1]}")
+
+
+def check_width(name: str, dtype: Any) -> None:
+    """Raises where a dtype promises more digits than float32, in which everything is added up."""
+    if jnp.dtype(dtype) == jnp.float64:
+        raise NotImplementedError(f"{name} must be float32 or narrower, since sums are float32; got float64")
 
 
 def check_names(softmax: UnifiedMax | None, implementation: AttentionImplementation | None) -> None:
@@ -123,7 +135,7 @@ def check_integers(arrays: AttentionArrays, query_seq_lengths: jax.Array | None)
             continue
         if integers.shape != (batch,) or not jnp.issubdtype(integers.dtype, jnp.integer):
             raise ValueError(f"{name} must be [B={batch}] integers; got {integers.shape} of {integers.dtype}")
-        if limit is not None and _is_known(integers) and integers.size:
+        if limit is not None and not is_traced(integers) and integers.size:
             low, high = np.asarray(integers).min(), np.asarray(integers).max()  # jnp would trace it inside jit
             if low < 0 or high > limit:
                 raise ValueError(f"{name} must lie in 0..{limit}; got {low}..{high}")
@@ -132,7 +144,7 @@ def check_integers(arrays: AttentionArrays, query_seq_lengths: jax.Array | None)
 def check_pages(arrays: AttentionArrays) -> None:
     """Raises if a page that holds live keys is not in the pool, as far as table and lengths are known."""
     table, lengths = arrays.page_table, arrays.lengths
-    if table is None or not _is_known(table) or not (lengths is None or _is_known(lengths)):
+    if table is None or is_traced(table) or not (lengths is None or not is_traced(lengths)):
         return
     pages = np.asarray(table)
     live = arrays.capacity if lengths is None else np.asarray(lengths)[:, None]
@@ -144,10 +156,6 @@ def check_pages(arrays: AttentionArrays) -> None:
             f"page_table must name pages 0..{arrays.key.shape[0] - 1} for live keys; got {pages[sequence, page]} as "
             f"page {page} of sequence {sequence}"
         )
-
-
-def _is_known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
 
 
 def check_floats(arrays: AttentionArrays, key_max_norm: jax.Array | None) -> None:

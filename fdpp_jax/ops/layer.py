@@ -16,8 +16,8 @@ from fdpp_jax.plans.shapes import LayerShape
 
 
 def plan_layer(shape: LayerShape) -> LayerPlan:
-    """The plan for the device that JAX runs on now."""
-    return heuristics.plan_layer(shape, device.current())
+    """The plan for the device of `target`, else for the one that JAX runs on now."""
+    return heuristics.plan_layer(shape, device.planned())
 
 
 def compiler_options(plan: LayerPlan) -> dict[str, str]:

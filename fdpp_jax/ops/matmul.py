@@ -1,17 +1,23 @@
 """x @ w for few rows: the public op, its plan, its gradient, and what it does under vmap."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from fdpp_jax import heuristics
-from fdpp_jax.ops import reference
-from fdpp_jax.ops.checks import check_name
+from fdpp_jax.ops import partition, planned, reference
+from fdpp_jax.ops.checks import check_name, check_width
+from fdpp_jax.ops.planned import Cotangent, Function
 from fdpp_jax.ops.running import module_of
-from fdpp_jax.plans import device
+from fdpp_jax.plans import device as devices
+from fdpp_jax.plans.calls import alike
+from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import MatmulImplementation, MatmulShape, WeightOrder
 
 
@@ -49,68 +55,107 @@ def flat_matmul(
         raise ValueError(f"expected x [..., K] and w [{axes}]; got {x.shape=} and {w.shape=} with {w_order=}")
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected x and w of one floating-point dtype; got {x.dtype=} and {w.dtype=}")
-    check_name("implementation", implementation, MatmulImplementation)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    return _matmul(implementation, out_dtype, w_order, x, w)
+    check_width("x", x.dtype)
+    check_width("out_dtype", out_dtype)
+    check_name("implementation", implementation, MatmulImplementation)
+    return _run(MatmulFunction(implementation, out_dtype, w_order), devices.planned(), x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _matmul(
-    implementation: MatmulImplementation | None,
-    out_dtype: jnp.dtype,
-    w_order: WeightOrder,
-    x: jax.Array,
-    w: jax.Array,
-) -> jax.Array:
-    """The op after its checks; gradients are XLA's."""
+# Jitted so that an eager call is traced and compiled once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(function: "MatmulFunction", device: Device, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The op after its checks, planned for a device where it is lowered for its platform."""
 
-    @jax.custom_batching.custom_vmap
-    def call(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _run(implementation, out_dtype, w_order, x, w)
+    def call(*operands: jax.Array) -> jax.Array:
+        (out,) = planned.differentiable(function, device, *operands)
+        return out
 
-    @call.def_vmap
-    def fold_into_rows(axis_size: int, in_batched: Any, x: jax.Array, w: jax.Array) -> tuple[jax.Array, bool]:
-        del axis_size
-        if not in_batched[1]:
-            return call(x, w), True  # the mapped axis is one more leading axis of x
-        matmul = functools.partial(reference.matmul, out_dtype=out_dtype, w_order=w_order)
-        return jax.vmap(matmul, (0 if in_batched[0] else None, 0))(x, w), True
+    def spec(x: Sequence[Any], w: Sequence[Any]) -> Sequence[Any]:
+        return *x[:-1], w[function.w_order.index("n")]
 
-    return call(x, w)
+    return partition.in_auto_axes(call, spec, alike((x, w)))
 
 
-def _run(
-    implementation: MatmulImplementation | None,
-    out_dtype: jnp.dtype,
-    w_order: WeightOrder,
-    x: jax.Array,
-    w: jax.Array,
-) -> jax.Array:
-    shape = MatmulShape(math.prod(x.shape[:-1]), x.shape[-1], w.shape[w_order.index("n")], x.dtype.name, w_order)
-    plan = heuristics.plan_matmul(shape, device.current(), implementation)
-    out: jax.Array = module_of(plan).matmul(x, w, plan, out_dtype=out_dtype, w_order=w_order)
-    return out
+@dataclasses.dataclass(frozen=True)
+class MatmulFunction:
+    """Static facts of a call, of operands x and w."""
+
+    implementation: MatmulImplementation | None
+    out_dtype: jnp.dtype
+    w_order: WeightOrder
+
+    def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
+        """[..., N]."""
+        x, w = operands
+        return [((*x.shape[:-1], w.shape[self.w_order.index("n")]), self.out_dtype)]
+
+    def saving(self) -> "MatmulFunction":
+        """The call itself: its gradient needs nothing of it."""
+        return self
+
+    def partial(self) -> "MatmulFunction":
+        """The call for a share of K, whose results are added up."""
+        return dataclasses.replace(self, out_dtype=jnp.dtype(jnp.float32))
+
+    def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
+        """By the plan for a device."""
+        x, w = operands
+        if device is None:
+            return [self._reference(x, w)]
+        shape = self._shape(x, w)
+        if not _is_known(shape):
+            if self.implementation not in (None, "xla"):
+                raise NotImplementedError(f"implementation={self.implementation!r} takes no symbolic sizes")
+            return [self._reference(x, w)]
+
+        @jax.custom_batching.custom_vmap
+        def call(x: jax.Array, w: jax.Array) -> list[jax.Array]:
+            plan = heuristics.plan_matmul(self._shape(x, w), device, self.implementation)
+            return [module_of(plan).matmul(x, w, plan, out_dtype=self.out_dtype, w_order=self.w_order)]
+
+        @call.def_vmap
+        def fold(axis_size: int, in_batched: Any, x: jax.Array, w: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+            del axis_size
+            if not in_batched[1]:
+                return call(x, w), [True]  # the mapped axis is one more leading axis of x
+            return [jax.vmap(self._reference, (0 if in_batched[0] else None, 0))(x, w)], [True]
+
+        outs: list[jax.Array] = call(*operands)
+        return outs
+
+    def _reference(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return reference.matmul(x, w, self.out_dtype, self.w_order)
+
+    def _shape(self, x: jax.Array, w: jax.Array) -> MatmulShape:
+        n = w.shape[self.w_order.index("n")]
+        return MatmulShape(math.prod(x.shape[:-1]), x.shape[-1], n, x.dtype.name, self.w_order)
+
+    def gradients(self, device: Device, *_: Any) -> None:
+        """XLA's."""
+
+    def bind(self, function: Function, device: Device, *operands: jax.Array) -> list[jax.Array]:
+        """Partitioned by M, N and K where a kernel may run; XLA partitions its own operations."""
+        if isinstance(function, Cotangent):
+            return planned.bind(function, device, *operands)
+
+        x, w = operands
+        if not self._may_have_shards(self._shape(x, w), device):
+            return planned.bind(function, device, x, w)
+        return partition.bind(function, self._rule(x), device, x, w)
+
+    def _may_have_shards(self, shape: MatmulShape, device: Device) -> bool:
+        """Whether a kernel, which XLA cannot partition, may compute a shard of a call."""
+        if not device.is_gpu or self.implementation == "xla" or not _is_known(shape):
+            return False
+        fewest_rows = dataclasses.replace(shape, m=max(1, shape.m // jax.device_count()))
+        return any(heuristics.plan_matmul(one, device).backend != "xla" for one in (shape, fewest_rows))
+
+    def _rule(self, x: jax.Array) -> partition.Rule:
+        rows = " ".join(f"m{i}" for i in range(x.ndim - 1))
+        return partition.Rule((f"{rows} k", " ".join(self.w_order)), (f"{rows} n",), summed="k")
 
 
-def _matmul_fwd(
-    implementation: MatmulImplementation | None,
-    out_dtype: jnp.dtype,
-    w_order: WeightOrder,
-    x: jax.Array,
-    w: jax.Array,
-) -> tuple[jax.Array, Any]:
-    return _matmul(implementation, out_dtype, w_order, x, w), (x, w)
-
-
-def _matmul_bwd(
-    implementation: MatmulImplementation | None,
-    out_dtype: jnp.dtype,
-    w_order: WeightOrder,
-    saved: Any,
-    grad: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    del implementation
-    return jax.vjp(functools.partial(reference.matmul, out_dtype=out_dtype, w_order=w_order), *saved)[1](grad)
-
-
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+def _is_known(shape: MatmulShape) -> bool:
+    """Whether all sizes are numbers: kernels are planned for numbers, and XLA computes symbolic sizes."""
+    return not any(jax.export.is_symbolic_dim(size) for size in (shape.m, shape.k, shape.n))

@@ -51,11 +51,12 @@ def row_phi(
     if key_max_norm is None:
         key_max_norm = unified_max.max_norm(arrays.key, arrays.lengths, arrays.page_table, arrays.key_scale)
     query_norm = jnp.linalg.norm(arrays.query.astype(jnp.float32), axis=-1).max(axis=1, initial=0.0)  # [B, N]
-    bound = abs(options.scale) * query_norm * jnp.repeat(key_max_norm, num_heads // arrays.key.shape[2], axis=1)
+    scale = options.scale if arrays.scale is None else arrays.scale
+    bound = abs(scale) * query_norm * jnp.repeat(key_max_norm, num_heads // arrays.key.shape[2], axis=1)
     if options.logits_soft_cap is not None:
         bound = jnp.minimum(bound, options.logits_soft_cap)
     if arrays.sinks is not None:
-        bound = jnp.maximum(bound, arrays.sinks.astype(jnp.float32))
+        bound = jnp.maximum(bound, arrays.sinks.astype(jnp.float32)[None])
     _, den_max = unified_max.window(weights_dtype, arrays.capacity)
     num_terms = max(arrays.capacity, 1) + (arrays.sinks is not None)
     room = math.log(den_max) - math.log(num_terms) - _BOUND_MARGIN

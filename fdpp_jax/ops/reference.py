@@ -42,7 +42,7 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
         precision=precision,
         preferred_element_type=jnp.float32,
     )  # [B, K, G, T, S]
-    scores *= options.scale
+    scores *= options.scale if arrays.scale is None else arrays.scale
     if (cap := options.logits_soft_cap) is not None:
         scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask, scores, -jnp.inf)

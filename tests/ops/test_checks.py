@@ -40,7 +40,7 @@ TABLE = jnp.zeros((2, 3), jnp.int32)
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([-1, 3])}), r"must lie in 0..16; got -1..3"),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([3])}), r"must be \[B=2\] integers"),
         ((QUERY, KEY, KEY, {"query_seq_lengths": jnp.array([0.0, 1.0])}), "integers; got .* float32"),
-        ((QUERY, KEY, KEY, {"implementation": "cuda"}), "mosaic_gpu, triton, xla; got 'cuda'"),
+        ((QUERY, KEY, KEY, {"implementation": "cuda"}), "mosaic_gpu, triton, cudnn, xla; got 'cuda'"),
         ((QUERY, KEY, KEY, {"softmax": 6.0}), "None or a UnifiedMax; got 6.0"),
         ((QUERY, KEY, KEY, {"logits_soft_cap": 0.0}), "must be positive; got 0.0"),
         ((QUERY, KEY, KEY, {"logits_soft_cap": math.inf}), "logits_soft_cap must be a finite number, .* got inf"),

@@ -1,0 +1,185 @@
+"""How an op is partitioned over a mesh: by a rule with a factor for each axis of its operands and results.
+
+On one device and within a fully manual `jax.shard_map` nothing is added to a program.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fdpp_jax.ops import planned
+from fdpp_jax.ops.planned import Function
+from fdpp_jax.plans.device import Device
+
+type Axes = tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Factors of axes, as strings such as "b t (k g) h", where a query head is a key/value head and its place in it.
+
+    Attributes:
+      operands: Of each operand.
+      results: Of each result.
+      sizes: (factor, size) of the factors in parentheses.
+      whole: Factors that are on every device whole.
+      summed: The factor over which results are summed; each device sums its share.
+    """
+
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+    whole: tuple[str, ...] = ()
+    summed: str | None = None
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """All factors, in the order in which they come up."""
+        text = " ".join((*self.operands, *self.results))
+        return tuple(dict.fromkeys(factor for term in _terms(text) for factor in term))
+
+    def mapped(self, is_mapped: Sequence[bool]) -> "Rule":
+        """The rule under vmap, with one more axis in front of mapped operands and of all results."""
+        axis = f"map{sum(factor.startswith('map') for factor in self.factors)}"
+        operands = [f"{axis} {x}" if m else x for x, m in zip(self.operands, is_mapped, strict=True)]
+        return dataclasses.replace(self, operands=tuple(operands), results=tuple(f"{axis} {x}" for x in self.results))
+
+
+def bind(function: Function, rule: Rule, device: Device, *operands: jax.Array) -> list[jax.Array]:
+    """`planned.bind` that is partitioned by a rule: each device plans and computes its shard."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and rule.summed is not None:  # the other axes have no names to sum over
+        rule = dataclasses.replace(rule, summed=None, whole=(*rule.whole, rule.summed))
+
+    @jax.custom_batching.custom_vmap
+    def call(*operands: jax.Array) -> list[jax.Array]:
+        outs: list[jax.Array] = _partitioned(function, rule, device)(*operands)
+        return outs
+
+    @call.def_vmap
+    def mapped(axis_size: int, is_mapped: list[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+        del axis_size
+        function_of_one = planned.Mapped(function, tuple(0 if m else None for m in is_mapped))
+        outs = bind(function_of_one, rule.mapped(is_mapped), device, *operands)
+        return outs, [True] * len(outs)
+
+    found: list[jax.Array] = call(*operands)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Summed:
+    """A function whose operands are shares of a summed axis: results are added up over mesh axes in float32."""
+
+    function: Any
+    axes: tuple[str, ...]
+
+    def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
+        sums = jax.lax.psum(self.function.partial()(device, *operands), self.axes)
+        return [x.astype(dtype) for x, (_, dtype) in zip(sums, self.types(*operands), strict=True)]
+
+    def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
+        found: list[tuple[tuple[int, ...], Any]] = self.function.types(*operands)
+        return found
+
+
+def in_auto_axes(
+    call: Callable[..., jax.Array], spec: Callable[..., Sequence[Any]], operands: Sequence[Any]
+) -> jax.Array:
+    """The call, in which axes that are explicit are automatic.
+
+    Args:
+      call: Of the operands.
+      spec: spec(*specs) -> what the axes of the result are sharded over, from specs as long as the operands have axes.
+      operands: Of the call.
+
+    Returns:
+      The result, of which an axis is sharded over what it asks for first and no axis before it has.
+    """
+    mesh = jax.typeof(operands[0]).sharding.mesh
+    if not mesh.explicit_axes:
+        return call(*operands)
+    used: set[str] = set()
+    entries: list[Axes] = []
+    for entry in spec(*(jax.typeof(x).sharding.spec for x in operands)):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        entries.append(tuple(name for name in names if name not in used) or None)
+        used.update(names)
+    found: jax.Array = jax.sharding.auto_axes(call, out_sharding=NamedSharding(mesh, PartitionSpec(*entries)))(
+        *operands
+    )
+    return found
+
+
+@functools.cache
+def _partitioned(function: Function, rule: Rule, device: Device) -> Any:
+    @custom_partitioning
+    def call(*operands: jax.Array) -> list[jax.Array]:
+        return planned.bind(function, device, *operands)
+
+    def partition(mesh: jax.sharding.Mesh, operands: Any, results: Any) -> Any:
+        shardings = [x.sharding for x in operands], [x.sharding for x in results]
+        summed: Axes = None
+        if not mesh.empty:  # else the axes have no names; Shardy has kept to the rule
+            axes = _axes_of_factors(rule, mesh, operands, results)
+            summed = axes.get(rule.summed or "")
+            shardings = tuple(
+                [NamedSharding(mesh, _spec(text, axes)) for text in texts] for texts in (rule.operands, rule.results)
+            )  # type: ignore[assignment]
+
+        def shard(*operands: jax.Array) -> list[jax.Array]:
+            return planned.bind(_Summed(function, summed) if summed else function, device, *operands)
+
+        return mesh, shard, shardings[1], tuple(shardings[0])
+
+    text = f"{', '.join(rule.operands)} -> {', '.join(rule.results)}"
+    call.def_partition(
+        partition,
+        sharding_rule=text,
+        need_replication_factors=tuple(factor for factor in rule.factors if factor in rule.whole),
+        reduction_factors=() if rule.summed is None else (rule.summed,),
+        **dict(rule.sizes),
+    )
+    return call
+
+
+def _terms(text: str) -> list[list[str]]:
+    """ "b (k g)" -> [["b"], ["k", "g"]]."""
+    return [(pair or one).split() for pair, one in re.findall(r"\(([^)]*)\)|(\S+)", text)]
+
+
+def _axes_of_factors(rule: Rule, mesh: Any, operands: Any, results: Any) -> dict[str, Axes]:
+    """The mesh axes of each factor, as the results ask for them; of a sum's factor, as its operands lie."""
+    axes: dict[str, Axes] = {}
+    sizes = dict(rule.sizes)
+    used: set[str] = set()
+    everything = [*zip(rule.results, results, strict=True), *zip(rule.operands, operands, strict=True)]
+    for text, x in everything:  # the size of each factor that has an axis of its own
+        for term, size in zip(_terms(text), x.shape, strict=True):
+            if len(term) == 1:
+                sizes.setdefault(term[0], size)
+    for text, x in everything:
+        spec = (*x.sharding.spec, *(None,) * (len(x.shape) - len(x.sharding.spec)))
+        for term, entry in zip(_terms(text), spec, strict=True):
+            factor = term[0]  # of a pair the major one
+            if factor in rule.whole or factor in axes or entry is None:
+                continue
+            names = entry if isinstance(entry, tuple) else (entry,)
+            names = tuple(name for name in names if name not in used)
+            while names and sizes[factor] % math.prod(mesh.shape[name] for name in names):
+                names = names[:-1]
+            if names:
+                axes[factor] = names
+                used.update(names)
+    return axes
+
+
+def _spec(text: str, axes: Mapping[str, Axes]) -> PartitionSpec:
+    return PartitionSpec(*(axes.get(term[0]) for term in _terms(text)))

@@ -1,0 +1,237 @@
+"""A primitive whose plan is made when it is lowered: for the platform of the lowering, and for a shard's shape.
+
+A `Function` is what the primitive computes. Derivatives are those of its plain form, in XLA alone: they stay functions
+of this primitive, so that a gradient, too, is planned for the platform that it is lowered for.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from fdpp_jax.plans import device as devices
+from fdpp_jax.plans.calls import lower_without_mesh, type_like
+from fdpp_jax.plans.device import Device
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Function(Hashable, Protocol):
+    """What is computed: hashable static facts."""
+
+    def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
+        """The results, by the plan for a device; without one in plain XLA."""
+
+    def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
+        """Shapes and dtypes of the results, from operands that have them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """The tangent of a function's results, linear in the tangents of the operands `moved`, which come last."""
+
+    function: "Differentiable"
+    moved: tuple[int, ...]
+
+    def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
+        del device
+        fixed, tangents = operands[: -len(self.moved)], operands[-len(self.moved) :]
+        primals = tuple(fixed[i] for i in self.moved)
+        return jax.jvp(functools.partial(_plain, self, fixed), primals, tangents)[1]
+
+    def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
+        return self.function.types(*operands[: -len(self.moved)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cotangent:
+    """Gradients of the operands `moved`, from the operands and the gradients of the results, which come last."""
+
+    function: "Differentiable"
+    moved: tuple[int, ...]
+    num_results: int
+
+    def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
+        fixed, grads = operands[: -self.num_results], operands[-self.num_results :]
+        if device is not None and (own := self.function.gradients(device, self.moved, fixed, grads)) is not None:
+            return own
+        return list(jax.vjp(functools.partial(_plain, self, fixed), *(fixed[i] for i in self.moved))[1](list(grads)))
+
+    def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
+        return [(operands[i].shape, operands[i].dtype) for i in self.moved]
+
+
+class Differentiable(Function, Protocol):
+    """A function with derivatives, which are those of its plain form."""
+
+    def gradients(
+        self, device: Device, moved: tuple[int, ...], operands: Sequence[jax.Array], grads: Sequence[jax.Array]
+    ) -> list[jax.Array] | None:
+        """As `Cotangent`, where the plan for a device has gradients of its own; else None."""
+
+    def bind(self, function: Function, device: Device, *operands: jax.Array) -> list[jax.Array]:
+        """`bind` of the function itself, or of its `Cotangent`, with the rule by which it is partitioned."""
+
+    def saving(self) -> "Differentiable":
+        """The function where its gradient follows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """A function under vmap."""
+
+    function: Function
+    axes: tuple[int | None, ...]
+
+    def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
+        return jax.vmap(functools.partial(self.function, device), self.axes)(*operands)
+
+    def partial(self) -> "Mapped":
+        """Of a share of a summed axis."""
+        return dataclasses.replace(self, function=self.function.partial())  # type: ignore[attr-defined]
+
+    def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
+        size = next(x.shape[axis] for x, axis in zip(operands, self.axes, strict=True) if axis is not None)
+        one = [
+            x if axis is None else jax.ShapeDtypeStruct(x.shape[:axis] + x.shape[axis + 1 :], x.dtype)
+            for x, axis in zip(operands, self.axes, strict=True)
+        ]
+        return [((size, *shape), dtype) for shape, dtype in self.function.types(*one)]
+
+
+def _plain(derivative: Tangent | Cotangent, fixed: Sequence[jax.Array], *moved: jax.Array) -> list[jax.Array]:
+    """The plain form of a function, of the operands that have a derivative."""
+    operands = list(fixed)
+    for i, x in zip(derivative.moved, moved, strict=True):
+        operands[i] = x
+    return derivative.function(None, *operands)
+
+
+_planned_p = Primitive("planned")
+_planned_p.multiple_results = True
+
+
+def bind(function: Function, device: Device, *operands: jax.Array) -> list[jax.Array]:
+    """The function's results, planned when they are lowered.
+
+    Args:
+      function: What is computed.
+      device: For which it is planned where it is lowered for the device's platform.
+      *operands: That vary over the same manual axes (`plans.calls.alike`).
+    """
+    return _planned_p.bind(*operands, function=function, device=device)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def differentiable(function: Differentiable, device: Device, *operands: jax.Array) -> list[jax.Array]:
+    """As `bind`, with derivatives in both modes."""
+    return function.bind(function, device, *operands)
+
+
+@functools.partial(differentiable.defjvp, symbolic_zeros=True)
+def _differentiable_jvp(
+    function: Differentiable, device: Device, operands: tuple[jax.Array, ...], tangents: tuple[Any, ...]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    moved = tuple(
+        i for i, x in enumerate(tangents) if not isinstance(x, jax.custom_derivatives.SymbolicZero) and _is_float(x)
+    )
+    # Not bound at once: a second derivative may follow.
+    outs = differentiable(function.saving() if moved else function, device, *operands)
+    if not moved:
+        return outs, [jnp.zeros_like(x) for x in outs]
+    return outs, bind(Tangent(function, moved), device, *operands, *(tangents[i] for i in moved))
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+@_planned_p.def_impl
+def _planned_impl(*operands: Any, function: Function, device: Device) -> list[jax.Array]:
+    arrays = [jnp.asarray(x) for x in operands]
+    platform = next(iter(arrays[0].devices())).platform  # reached without jit, under jax.disable_jit
+    return function(devices.lowered_for(device.platform if platform == "gpu" else platform, device), *arrays)
+
+
+@_planned_p.def_abstract_eval
+def _planned_types(*avals: Any, function: Function, device: Device) -> list[Any]:
+    del device
+    return [type_like(avals[0], *found) for found in function.types(*avals)]
+
+
+def _planned_lowering(platform: str | None, context: Any, *operands: Any, function: Function, device: Device) -> Any:
+    planned = None if platform is None else devices.lowered_for(platform, device)
+    if planned is None and platform in ("cuda", "rocm"):
+        warnings.warn(
+            f"fdpp_jax runs plain XLA where it is lowered for {platform} and no such device is known; name one: "
+            'with fdpp_jax.target("H100"): ...',
+            stacklevel=2,
+        )
+    return lower_without_mesh(functools.partial(function, planned), context, operands)
+
+
+for _platform in _PLATFORMS:
+    mlir.register_lowering(_planned_p, functools.partial(_planned_lowering, _platform), platform=_platform)
+mlir.register_lowering(_planned_p, functools.partial(_planned_lowering, None))
+
+
+def _planned_batching(
+    operands: Sequence[Any], axes: Sequence[int | None], *, function: Function, device: Device
+) -> tuple[list[jax.Array], list[int]]:
+    outs = bind(Mapped(function, tuple(axes)), device, *operands)
+    return outs, [0] * len(outs)
+
+
+batching.primitive_batchers[_planned_p] = _planned_batching
+
+
+def _planned_jvp(
+    operands: Sequence[jax.Array], tangents: Sequence[Any], *, function: Function, device: Device
+) -> tuple[list[jax.Array], list[Any]]:
+    """Of derivatives: the derivative of their plain form."""
+    outs = bind(function, device, *operands)
+    moved = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero) and _is_float(x)]
+
+    def plain(*xs: jax.Array) -> list[jax.Array]:
+        given = list(operands)
+        for i, x in zip(moved, xs, strict=True):
+            given[i] = x
+        return function(None, *given)
+
+    return outs, jax.jvp(plain, tuple(operands[i] for i in moved), tuple(tangents[i] for i in moved))[1]
+
+
+ad.primitive_jvps[_planned_p] = _planned_jvp
+
+
+def _planned_transpose(grads: Sequence[Any], *operands: Any, function: Function, device: Device) -> list[Any]:
+    """Of a tangent, which is linear in its last operands; of anything mapped, by its plain form."""
+    linear = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
+    if all(isinstance(grad, ad.Zero) for grad in grads):
+        return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in operands]
+    grads = [ad.instantiate_zeros(grad) for grad in grads]
+    if isinstance(function, Tangent) and len(linear) == len(function.moved):
+        fixed = operands[: -len(linear)]
+        gradient = Cotangent(function.function, function.moved, len(grads))
+        found = function.function.bind(gradient, device, *fixed, *grads)
+    else:
+
+        def plain(*xs: jax.Array) -> list[jax.Array]:
+            given = list(operands)
+            for i, x in zip(linear, xs, strict=True):
+                given[i] = x
+            return function(None, *given)
+
+        zeros = [ad.instantiate_zeros(ad.Zero(operands[i].aval)) for i in linear]
+        found = jax.vjp(plain, *zeros)[1](grads)
+    by_index = dict(zip(linear, found, strict=True))
+    return [by_index.get(i) for i in range(len(operands))]
+
+
+ad.primitive_transposes[_planned_p] = _planned_transpose

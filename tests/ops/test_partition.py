@@ -1,0 +1,281 @@
+"""Ops over a mesh as Hopper GPUs would run them: no device gathers what it does not need, each plans its shard."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hopper_case import attention_arrays, bf16, collectives, mesh, put
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import fdpp_jax
+from fdpp_jax import UnifiedMax
+from fdpp_jax.ops import xla
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_interpreter"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
+TOLERANCE = oracle.TOLERANCE["bfloat16"]
+
+
+def attend(query, key, value, lengths, softmax=UnifiedMax(), **options):  # noqa: B008
+    return fdpp_jax.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, softmax=softmax, **options)
+
+
+def expected_of(query, key, value, lengths):
+    return oracle.attention(query[:, 0], key, value, lengths)[:, None]
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "heads", "kv_heads", "shard"),
+    [
+        ({}, "a", "b", "b", (2, 2, 1)),
+        ({"num_heads": 4}, "a", "b", "b", (2, 1, 1)),
+        ({"num_kv_heads": 1}, "a", "b", None, (2, 2, 1)),
+        ({"batch": 8}, ("a", "b"), None, None, (1, 8, 4)),
+        ({"batch": 3}, None, "b", "b", (3, 2, 1)),
+        ({}, "a", "b", None, (2, 2, 1)),
+        ({}, "a", None, "b", (2, 2, 1)),
+    ],
+    ids=["GQA", "MHA", "MQA", "sequences", "heads", "whole cache", "whole query"],
+)
+def test_attention_of_shards_needs_no_communication(hopper, sizes, batch, heads, kv_heads, shard):
+    arrays = attention_arrays(**sizes)
+    over, specs = mesh(), ((batch, None, heads), (batch, None, kv_heads), (batch, None, kv_heads), (batch,))
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, specs, strict=True)]
+    compiled = jax.jit(attend).lower(*sharded).compile()
+    assert not collectives(compiled)
+    (call,) = hopper
+    assert (call[0][0], call[0][2], call[1][2]) == shard
+    assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
+
+
+def test_more_shards_than_key_value_heads_gather_no_cache(hopper):
+    arrays = attention_arrays(num_kv_heads=2)
+    over = mesh()
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, (("a", None, "b"), ("a",), ("a",), ("a",)), strict=True)]
+    compiled = jax.jit(attend).lower(*sharded).compile()
+    assert collectives(compiled) == {"all-gather": 1}  # of the query
+    assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
+
+
+@pytest.mark.parametrize("recompute", ["kernel", "cond"])
+def test_a_shard_that_left_the_window_is_redone(hopper, recompute):
+    arrays = attention_arrays(num_heads=4)
+    over = mesh()
+    specs = ("a", None, "b"), ("a", None, "b"), ("a", None, "b"), ("a",)
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, specs, strict=True)]
+    softmax = UnifiedMax(jnp.array([-150.0, 1.0, 150.0, 1.0]), recompute)
+    compiled = jax.jit(attend).lower(*sharded, softmax).compile()
+    assert not collectives(compiled)
+    assert oracle.relative_error(compiled(*sharded, softmax), expected_of(*arrays)) < TOLERANCE
+
+
+def test_pages_sinks_and_scales_follow_the_rule(hopper):
+    query, key, value, lengths = attention_arrays()
+    arguments = dict(
+        page_table=jnp.arange(8).reshape(4, 2)[::-1],
+        sinks=jnp.linspace(-2, 2, 8),
+        query_offset=lengths - 1,
+        key_scale=jnp.linspace(0.01, 0.02, 4),
+        value_scale=jnp.linspace(0.02, 0.01, 4),
+        softmax=UnifiedMax.bound(),
+        key_max_norm=jnp.full((4, 4), 30.0),
+    )
+    key, value = ((10 * x).astype(jnp.int8).reshape(8, 16, 4, 64) for x in (key, value))
+    expected = jax.jit(functools.partial(attend, implementation="xla"))(query, key, value, lengths, **arguments)
+    over = mesh()
+    specs = dict(
+        page_table=("a",),
+        sinks=("b",),
+        query_offset=("a",),
+        key_scale=("b",),
+        value_scale=("b",),
+        key_max_norm=("a", "b"),
+    )
+    arguments |= {name: put(over, arguments[name], *spec) for name, spec in specs.items()}
+    arrays = (
+        put(over, query, "a", None, "b"),
+        *(put(over, x, None, None, "b") for x in (key, value)),
+        put(over, lengths, "a"),
+    )
+    compiled = jax.jit(attend).lower(*arrays, **arguments).compile()
+    assert not collectives(compiled)
+    assert hopper[-1] == ((2, 1, 2, 64), (8, 16, 1, 64))
+    assert oracle.relative_error(compiled(*arrays, **arguments), expected) < TOLERANCE
+
+
+def test_gradient_and_vmap_of_shards(hopper):
+    arrays = attention_arrays()
+    over = mesh()
+    specs = ("a", None, "b"), ("a", None, "b"), ("a", None, "b"), ("a",)
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, specs, strict=True)]
+
+    def grad(implementation):
+        def loss(query, key, value, lengths):
+            out = attend(query, key, value, lengths, implementation=implementation)
+            return (out.astype(jnp.float32) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+    compiled = grad(None).lower(*sharded).compile()
+    assert not collectives(compiled)
+    for ours, theirs in zip(compiled(*sharded), grad("xla")(*arrays), strict=True):
+        assert oracle.relative_error(ours, theirs) < 2 * TOLERANCE
+    stack = lambda x, spec: put(over, jnp.stack([x, x[::-1]]), None, *spec)  # noqa: E731
+    stacked = [stack(x, spec) for x, spec in zip(arrays, specs, strict=True)]
+    compiled = jax.jit(jax.vmap(attend)).lower(*stacked).compile()
+    assert not collectives(compiled)
+    assert hopper[-1][0] == (4, 1, 2, 64)
+    for i, flip in enumerate((slice(None), slice(None, None, -1))):
+        expected = expected_of(*(x[flip] for x in arrays))
+        assert oracle.relative_error(compiled(*stacked)[i], expected) < TOLERANCE
+
+
+def test_shards_of_cudnn_have_its_own_gradient(hopper, monkeypatch):
+    """A stand-in of cuDNN, of many queries; one device's forward pass is the same in both, so that XLA runs it once."""
+    calls = []
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    cudnn = jax.custom_vjp(attention)
+
+    def forward(*arrays):
+        calls.append("forward")
+        return attention(*arrays), arrays
+
+    def backward(arrays, grad):
+        calls.append(grad.shape)
+        return jax.vjp(attention, *arrays)[1](grad)
+
+    cudnn.defvjp(forward, backward)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(xla, "_cudnn", lambda arrays, _: cudnn(arrays.query, arrays.key, arrays.value))
+    arrays = bf16(0, 4, 64, 8, 64), bf16(1, 4, 64, 4, 64), bf16(2, 4, 64, 4, 64)
+    over = mesh()
+    sharded = [put(over, x, "a", None, "b") for x in arrays]
+
+    def grads(op):
+        return jax.jit(jax.grad(lambda *arrays: (op(*arrays).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2)))
+
+    compiled = grads(fdpp_jax.dot_product_attention).lower(*sharded).compile()
+    assert not collectives(compiled)
+    assert calls == ["forward", "forward", (2, 64, 2, 64)]
+    for ours, theirs in zip(compiled(*sharded), grads(attention)(*arrays), strict=True):
+        assert oracle.relative_error(ours, theirs) < TOLERANCE
+    stacked = [jnp.stack([x, x]) for x in arrays]
+    assert jnp.isfinite(grads(jax.vmap(fdpp_jax.dot_product_attention))(*stacked)[0]).all()
+    assert jnp.isfinite(jax.jvp(fdpp_jax.dot_product_attention, arrays, arrays)[1]).all()
+
+
+# ---- matmul
+
+
+@pytest.mark.parametrize(
+    ("x_spec", "w_spec", "expected", "shard"),
+    [
+        (("a",), (None, "b"), {}, ((2, 256), (256, 32))),
+        (("a", "b"), ("b",), {"all-reduce": 1}, ((2, 64), (64, 128))),
+        ((), (("a", "b"),), {"all-reduce": 1}, ((4, 32), (32, 128))),
+        ((), (), {}, ((4, 256), (256, 128))),
+    ],
+    ids=["M and N", "M and K", "K", "whole"],
+)
+@pytest.mark.parametrize("w_order", ["kn", "nk"])
+def test_matmul_of_shards(hopper, x_spec, w_spec, expected, shard, w_order):
+    x, w = bf16(0, 4, 256), bf16(1, 256, 128)
+    if w_order == "nk":
+        w, w_spec, shard = w.T, (*w_spec, None, None)[1::-1], (shard[0], shard[1][::-1])
+    over = mesh()
+    sharded = put(over, x, *x_spec), put(over, w, *w_spec)
+    compiled = jax.jit(functools.partial(fdpp_jax.flat_matmul, w_order=w_order)).lower(*sharded).compile()
+    assert collectives(compiled) == expected
+    assert hopper == [shard]
+    product = np.asarray(x, np.float64) @ np.asarray(w if w_order == "kn" else w.T, np.float64)
+    out = compiled(*sharded)
+    assert out.dtype == x.dtype
+    assert oracle.relative_error(out, product) < TOLERANCE
+
+
+def test_leading_axes_are_sharded_too(hopper):
+    x, w = bf16(0, 2, 2, 256), bf16(1, 256, 128)
+    over = mesh()
+    sharded = put(over, x, "a", None, "b"), put(over, w, "b")
+    compiled = jax.jit(fdpp_jax.flat_matmul).lower(*sharded).compile()
+    assert collectives(compiled) == {"all-reduce": 1}
+    assert hopper == [((2, 64), (64, 128))]
+    assert oracle.relative_error(compiled(*sharded), jnp.dot(x, w)) < 2 * TOLERANCE
+
+
+# ---- explicit axes
+
+
+def test_results_are_typed_on_explicit_meshes(hopper):
+    over = mesh(AxisType.Explicit)
+    arrays = attention_arrays()
+    specs = ("a", None, "b"), ("a", None, "b"), ("a", None, "b"), ("a",)
+    with jax.set_mesh(over):
+        sharded = [put(over, x, *spec) for x, spec in zip(arrays, specs, strict=True)]
+        found = jax.eval_shape(attend, *sharded)
+        assert found.sharding.spec == P("a", None, "b", None)
+        compiled = jax.jit(attend).lower(*sharded).compile()
+        assert not collectives(compiled)
+        assert hopper[-1][0] == (2, 1, 2, 64)
+        assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
+        grads = jax.jit(jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), argnums=(0, 1)))(*sharded)
+        assert [grad.sharding.spec for grad in grads] == [P("a", None, "b", None)] * 2
+        x, w = put(over, bf16(0, 4, 256), "a"), put(over, bf16(1, 256, 128), None, "b")
+        out = jax.jit(fdpp_jax.flat_matmul)(x, w)
+        assert out.sharding.spec == P("a", "b")
+        assert oracle.relative_error(out, jnp.dot(np.asarray(x), np.asarray(w))) < 2 * TOLERANCE
+        x, w = put(over, bf16(0, 4, 256), None, "b"), put(over, bf16(1, 256, 128), "b")
+        assert jax.jit(fdpp_jax.flat_matmul)(x, w).sharding.spec == P(None, None)
+
+
+# ---- shard_map
+
+
+@pytest.mark.parametrize("axis_names", [{"a", "b"}, {"a"}], ids=["manual", "one axis manual"])
+def test_shards_within_shard_map(hopper, axis_names):
+    over = mesh()
+    arrays = attention_arrays()
+    heads = "b" if "b" in axis_names else None
+    specs = P("a", None, heads), P("a", None, heads), P("a", None, heads), P("a")
+    call = jax.shard_map(attend, mesh=over, in_specs=specs, out_specs=specs[0], axis_names=axis_names)
+    sharded = [put(over, x, "a", *([None, "b"] if x.ndim > 1 else [])) for x in arrays]
+    compiled = jax.jit(call).lower(*sharded).compile()
+    assert not collectives(compiled)
+    assert hopper[-1][0] == (2, 1, 2, 64)
+    assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
+
+
+def test_results_vary_as_the_operands_do(hopper):
+    """Loop carries, branches and gradients; and a result that varies is not taken for one that does not."""
+    over = mesh()
+    query, key, value, lengths = attention_arrays()
+    w = bf16(3, 64, 64) / 8
+    spec = P("a", None, "b")
+
+    def body(query, key, value, lengths, w):
+        def step(_, carry):
+            out = attend(carry, key, value, lengths)
+            return fdpp_jax.flat_matmul(out, w)
+
+        out = jax.lax.fori_loop(0, 2, step, query)
+        return jax.lax.cond(lengths.sum() > 0, lambda: attend(out, key, value, lengths), lambda: out)
+
+    specs = (spec, spec, spec, P("a"), P())
+    call = jax.shard_map(body, mesh=over, in_specs=specs, out_specs=spec)
+    out = jax.jit(call)(query, key, value, lengths, w)
+    assert jnp.isfinite(out).all()
+    grads = jax.jit(jax.grad(lambda *x: call(*x[:3], lengths, x[3]).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)))
+    plain = jax.grad(lambda *x: body(*x[:3], lengths, x[3]).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3))
+    for ours, theirs in zip(grads(query, key, value, w), plain(query, key, value, w), strict=True):
+        assert oracle.relative_error(ours, theirs) < 0.1
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(jax.shard_map(body, mesh=over, in_specs=specs, out_specs=P()))(query, key, value, lengths, w)

@@ -1,0 +1,218 @@
+"""Ops as citizens of JAX: derivatives in both modes, eager calls, and JAX's strict modes, on a CPU and as on Hopper."""
+
+import contextlib
+import functools
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hopper_case import attention_arrays, bf16
+
+import fdpp_jax
+from fdpp_jax import UnifiedMax
+
+PLATFORMS = ["cpu", "hopper"]
+
+
+@pytest.fixture(params=PLATFORMS)
+def calls(request):
+    """Where the op runs: on this CPU, or as on a Hopper GPU; the calls of its kernels."""
+    return request.getfixturevalue("hopper") if request.param == "hopper" else None
+
+
+def attend(query, key, value, lengths, softmax=UnifiedMax(), **options):  # noqa: B008
+    out = fdpp_jax.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, softmax=softmax, **options)
+    return out.astype(jnp.float32)
+
+
+def plain(query, key, value, lengths):
+    """Attention whose derivatives are JAX's own."""
+    scores = jnp.einsum("btkgh,bskh->bkgts", query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3]), key)
+    scores = jnp.where(jnp.arange(key.shape[1]) < lengths[:, None, None, None, None], scores / 8, -jnp.inf)
+    return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores), value).reshape(query.shape)
+
+
+def check(ours, theirs, factor=3.0):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_less(oracle.relative_error(a, b), factor * oracle.TOLERANCE["bfloat16"]),
+        ours,
+        theirs,
+    )
+
+
+# ---- derivatives
+
+
+@pytest.mark.parametrize("phi", [6.0, 300.0], ids=["safe", "recomputed"])
+def test_forward_mode_of_attention(calls, phi):
+    query, key, value, lengths = attention_arrays(batch=2, capacity=16, num_heads=2, num_kv_heads=1)
+    tangents = bf16(5, *query.shape), bf16(6, *key.shape), bf16(7, *value.shape)
+    ours = lambda *x: attend(*x, lengths, UnifiedMax(phi))  # noqa: E731
+    theirs = lambda *x: plain(*(y.astype(jnp.float32) for y in x), lengths)  # noqa: E731
+    primals = query, key, value
+    check(jax.jit(lambda: jax.jvp(ours, primals, tangents))(), jax.jvp(theirs, primals, tangents))
+    out, linear = jax.linearize(ours, *primals)
+    check((out, linear(*tangents)), jax.jvp(theirs, primals, tangents))
+    assert calls is None or calls
+
+
+def test_jacobians_and_hessian_of_attention(calls):
+    query, key, value, lengths = attention_arrays(batch=1, capacity=8, num_heads=1, num_kv_heads=1)
+    ours = lambda f, x: f(attend(query + x, key, value, lengths))  # noqa: E731
+    theirs = lambda f, x: f(plain(*((y.astype(jnp.float32)) for y in (query + x, key, value)), lengths))  # noqa: E731
+    x = jnp.zeros(64, jnp.bfloat16)
+    first = lambda out: out[0, 0, 0, :4]  # noqa: E731
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        check(*(jax.jit(jacobian(functools.partial(f, first)))(x) for f in (ours, theirs)))
+    total = lambda out: (out**2).sum()  # noqa: E731
+    check(*(jax.jit(jax.hessian(functools.partial(f, total)))(x) for f in (ours, theirs)), factor=6)
+
+
+def test_forward_mode_of_matmul(calls):
+    x, w = bf16(0, 3, 64), bf16(1, 64, 32)
+    tangents = bf16(2, 3, 64), bf16(3, 64, 32)
+    matmul = functools.partial(fdpp_jax.flat_matmul, out_dtype=jnp.float32)
+    dot = lambda x, w: jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))  # noqa: E731
+    check(jax.jit(lambda: jax.jvp(matmul, (x, w), tangents))(), jax.jvp(dot, (x, w), tangents))
+    loss = lambda f, x: (f(x, w) ** 2).sum()  # noqa: E731
+    for derivative in (jax.hessian, lambda f: jax.vmap(jax.grad(f))):
+        check(*(jax.jit(derivative(functools.partial(loss, f)))(x) for f in (matmul, dot)))
+    check(*(jax.jit(jax.jacfwd(functools.partial(f, x)))(w) for f in (matmul, dot)))
+    assert calls is None or calls
+
+
+def test_only_what_is_asked_for_is_differentiated(calls):
+    """The gradient of a query reads no gradient of the cache, and one under a scan keeps no weights of softmax."""
+    query, key, value, lengths = attention_arrays(capacity=48)
+
+    def loss(query):
+        step = lambda carry, _: (attend(carry, key, value, lengths).astype(query.dtype), None)  # noqa: E731
+        return jax.lax.scan(step, query, length=3)[0].astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(query).as_text()
+    assert "3x4x4x2x1x48xf32" not in text  # [steps, B, K, G, T, S]
+
+
+# ---- eager calls
+
+
+def test_eager_calls_are_lowered_once(calls):
+    arrays = attention_arrays(batch=3)
+    count = 0
+
+    def listen(name, *_, **__):
+        nonlocal count
+        count += "jaxpr_to_mlir_module" in name or "backend_compile" in name
+
+    x, w = bf16(0, 3, 64), bf16(1, 64, 32)
+
+    def call(phi):
+        attend(*arrays, UnifiedMax(phi))
+        attend(*arrays, UnifiedMax.bound())
+        fdpp_jax.flat_matmul(x, w)
+
+    call(1.0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for phi in (1.0, 2.0):
+            call(phi)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert count == 0
+
+
+# ---- strict modes
+
+
+@contextlib.contextmanager
+def config(**values):
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+MODES = {
+    "rank promotion": lambda: config(jax_numpy_rank_promotion="raise"),
+    "strict promotion": lambda: config(jax_numpy_dtype_promotion="strict"),
+    "leaks": jax.checking_leaks,
+    "nans": lambda: config(jax_debug_nans=True),
+    "transfers": lambda: jax.transfer_guard("disallow"),
+    "no jit": jax.disable_jit,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strict_modes(calls, mode):
+    """Also where the answer is recomputed, which starts from NaN."""
+    if mode == "transfers" and calls is not None:
+        pytest.skip("the stand-in of the kernel makes constants")
+    arrays = attention_arrays(batch=2)
+    lengths = arrays[3]
+    x, w = bf16(0, 2, 64), bf16(1, 64, 32)
+    sinks, norms = jnp.zeros(8), jnp.full((2, 4), 50.0)
+    grad = jax.grad(lambda query, *rest: attend(query, *rest, UnifiedMax(1.0)).sum())
+    with MODES[mode](), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outs = [attend(*arrays, softmax) for softmax in (None, UnifiedMax(1.0), UnifiedMax.bound())]
+        outs += [attend(*arrays, softmax, sinks=sinks, key_max_norm=norms) for softmax in (UnifiedMax.bound("cond"),)]
+        outs += [attend(*arrays, None, local_window_size=4, logits_soft_cap=2.0, query_offset=lengths)]
+        outs += [fdpp_jax.flat_matmul(x, w)]
+        if mode != "transfers":
+            outs += [grad(*arrays), jax.vmap(fdpp_jax.flat_matmul, (0, None))(x, w)]
+        if mode not in ("nans", "no jit"):
+            outs += [attend(*arrays, UnifiedMax(300.0, "cond"))]
+    assert all(np.isfinite(np.asarray(out, np.float32)).all() for out in outs)
+
+
+def test_scale_may_be_traced(calls):
+    query, key, value, lengths = attention_arrays()
+    traced = jax.jit(lambda *arrays: attend(*arrays, scale=1 / jnp.sqrt(query.shape[-1])))
+    check(traced(query, key, value, lengths), attend(query, key, value, lengths))
+    for softmax in (None, UnifiedMax.bound()):
+        call = functools.partial(attend, query, key, value, lengths, softmax)
+        out = jax.jit(jax.vmap(lambda scale, call=call: call(scale=scale)))(jnp.array([0.125, 0.5]))
+        check(out[1], attend(query, key, value, lengths, scale=0.5))
+
+
+def test_arrays_without_a_batch(calls):
+    query, key, value, _ = attention_arrays(batch=1)
+    for lengths in (None, jnp.array([7])):
+        out = jax.jit(attend)(query[0], key[0], value[0], lengths)
+        assert out.shape == query.shape[1:]
+        check(out, attend(query, key, value, lengths)[0])
+
+
+def test_float64_is_refused():
+    code = """
+import jax, jax.numpy as jnp, fdpp_jax
+x = jnp.zeros((1, 1, 1, 64))
+for call in (lambda: fdpp_jax.dot_product_attention(x, x, x), lambda: fdpp_jax.flat_matmul(x, x[0, 0].T),
+             lambda: fdpp_jax.flat_matmul(x.astype("f4"), x[0, 0].T.astype("f4"), out_dtype="f8")):
+    try:
+        call()
+    except NotImplementedError as error:
+        print(error)
+fdpp_jax.dot_product_attention(*[x.astype("bfloat16")] * 3, softmax=fdpp_jax.UnifiedMax(jnp.array(6.0)))
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"JAX_ENABLE_X64": "1", "PATH": ""}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("float32 or narrower") == 3
+
+
+def test_cudnn_is_a_name(hopper):
+    query, key, value, lengths = attention_arrays()
+    with pytest.raises(NotImplementedError, match="cuDNN lets NaN beyond the lengths through"):
+        attend(query, key, value, lengths, implementation="cudnn")
