@@ -124,6 +124,7 @@ def max_norm(
     lengths: jax.Array | None = None,
     page_table: jax.Array | None = None,
     key_scale: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """max |k| over the live keys, [B, K] float32.
 
@@ -132,6 +133,7 @@ def max_norm(
       lengths: [B] int32 live keys; None: all.
       page_table: [B, pages] int32.
       key_scale: float32 factor on a quantised key, [K] or like key without H.
+      starts: [B] int32, the first live key; None: 0.
     """
     norm = jnp.linalg.norm(key.astype(jnp.float32), axis=-1)  # [B, S, K] or [P, page_size, K]
     if key_scale is not None:
@@ -141,5 +143,8 @@ def max_norm(
         norm = norm.reshape(norm.shape[0], norm.shape[1] * norm.shape[2], norm.shape[3])  # [B, S, K]
     if lengths is not None:
         live = jnp.arange(norm.shape[1])[None] < lengths[:, None]  # [B, S]
+        norm = jnp.where(live[:, :, None], norm, 0.0)
+    if starts is not None:
+        live = jnp.arange(norm.shape[1]) >= starts[:, None]  # [B, S]
         norm = jnp.where(live[:, :, None], norm, 0.0)
     return norm.max(axis=1, initial=0.0)

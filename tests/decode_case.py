@@ -56,6 +56,7 @@ class Case:
     kv_dtype: str | None = None
     scales: str | None = None
     starts_early: bool = False
+    starts: tuple[int, ...] | None = None  # the first live key of each sequence
 
     @property
     def options(self):
@@ -93,6 +94,8 @@ class Case:
         if self.local_window_size is not None:
             left, right = self.local_window_size
             first, last = offset - left, np.minimum(last, offset + self.query_length - 1 + right)
+        if self.starts is not None:
+            first = np.maximum(first, self.starts)
         position = np.arange(self.capacity)
         dead = (position < first[:, None]) | (position > last[:, None])
         key[dead], value[dead] = poison, poison
@@ -105,26 +108,31 @@ class Case:
             arrays["value"], arrays["value_scale"] = oracle.quantised(value, self.kv_dtype, self.scales)
         if self.page_size is not None:
             names = ["key", "value"] + (["key_scale", "value_scale"] if self.scales == "token" else [])
-            *pools, arrays["page_table"] = oracle.paged(seed, [arrays[x] for x in names], lengths, self.page_size)
+            *pools, arrays["page_table"] = oracle.paged(
+                seed, [arrays[x] for x in names], lengths, self.page_size, self.starts or 0
+            )
             arrays |= dict(zip(names, pools, strict=True))
         if self.is_causal or self.local_window_size is not None or query_offset is not None:
             arrays["query_offset"] = offset
         if self.has_sinks:
             arrays["sinks"] = rng.uniform(-3, 6, self.num_heads).astype(np.float32)
         arrays["lengths"] = lengths
+        if self.starts is not None:
+            arrays["starts"] = np.asarray(self.starts, np.int32)
         return {name: jnp.asarray(x) for name, x in arrays.items()}
 
     def expected(self, inputs):
         """The oracle's output [B, T, N, H], and ln sum e^s of its rows [B, T, N]."""
         return oracle.attention_and_log_sum(**inputs, **self.options)
 
-    def run(self, inputs, phi, *, recompute=False, prior=None, redone=None):
+    def run(self, inputs, phi, *, recompute=False, prior=None, redone=None, return_residual=False):
         """The kernel; interpreted, where there is no GPU, without races."""
         interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=True)
         phi = None if phi is None else jnp.asarray(phi, jnp.float32)
         call = functools.partial(
             decode_attention,
             **self.options,
+            return_residual=return_residual,
             config=self.config,
             starts_early=self.starts_early,
             interpret=interpret,
@@ -136,7 +144,7 @@ class Case:
         except BaseException:
             gpu_callbacks.reset_gpu_interpret_mode_state()
             raise
-        assert (out if redone is None else out[0]).dtype == self.dtype
+        assert jax.tree.leaves(out)[0].dtype == self.dtype
         return out
 
     def leaves_window(self, log_sum, phi):
@@ -172,3 +180,13 @@ def check(case, out, expected, factor=1.0, resolution=0.0):
     assert oracle.relative_error(out, expected) < tolerance
     largest = abs(expected).max(axis=-1, keepdims=True)  # of the row
     assert (abs(out - expected) <= 5 * tolerance * largest + resolution).all()
+
+
+def check_log_sum(case, log_sum, expected):
+    """That the rows' log-sum-exp is right: as exact as weights in 16 bits are, and -inf of rows that see no key."""
+    log_sum = np.asarray(log_sum, np.float64)
+    assert log_sum.shape == expected.shape
+    sees_key = np.isfinite(expected)
+    np.testing.assert_array_equal(np.isneginf(log_sum), ~sees_key)
+    tolerance = 2.0**-8 if case.dtype == "bfloat16" else 2.0**-11
+    np.testing.assert_allclose(log_sum[sees_key], expected[sees_key], rtol=2e-6, atol=tolerance)

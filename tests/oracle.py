@@ -29,6 +29,9 @@ def attention_and_log_sum(
     page_table=None,
     key_scale=None,
     value_scale=None,
+    bias=None,
+    mask=None,
+    starts=None,
 ):
     """attention, and ln sum e^s of its rows [B, T, N] (T = 1 for [B, N]), sinks included; -inf of rows without keys."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
@@ -42,6 +45,9 @@ def attention_and_log_sum(
     page_size, num_kv_heads = key.shape[1:3]
     capacity = page_size if page_table is None else page_size * np.shape(page_table)[1]
     scale = head_dim**-0.5 if scale is None else scale
+    by_score = batch, num_heads, query_length, capacity
+    bias = np.broadcast_to(0.0 if bias is None else np.asarray(bias, np.float64), by_score)
+    mask = np.broadcast_to(True if mask is None else np.asarray(mask), by_score)
     out, log_sum = np.zeros(query.shape), np.full(query.shape[:3], -np.inf)
     sinks = np.full(num_heads, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
     for b in range(batch):
@@ -50,12 +56,12 @@ def attention_and_log_sum(
         if page_table is None:
             keys, values = key[b, :length], value[b, :length]
         else:
-            pages = np.asarray(page_table[b])[: -(-length // page_size)]
+            pages = np.clip(page_table[b], 0, len(key) - 1)[: -(-length // page_size)]
             keys, values = (x[pages].reshape(-1, *x.shape[2:])[:length] for x in (key, value))
         keys, values = keys.transpose(1, 0, 2), values.transpose(1, 0, 2)  # [K, S, H]
         for t in range(query_length):
             position = offset + t
-            first, last = 0, length - 1
+            first, last = (0 if starts is None else int(starts[b])), length - 1
             if is_causal:
                 last = min(last, position)
             if local_window_size is not None:
@@ -66,11 +72,18 @@ def attention_and_log_sum(
             scores = grouped @ keys[:, first : last + 1].transpose(0, 2, 1) * scale
             if logits_soft_cap is not None:
                 scores = logits_soft_cap * np.tanh(scores / logits_soft_cap)
+            by_group = num_kv_heads, num_heads // num_kv_heads, last - first + 1
+            scores = scores + bias[b, :, t, first : last + 1].reshape(by_group)
+            scores[~mask[b, :, t, first : last + 1].reshape(by_group)] = -np.inf
+            is_hidden = np.isneginf(scores)
+            seen = np.where(is_hidden.all(axis=1)[..., None], 0.0, values[:, first : last + 1])
+            is_blind = is_hidden.all(axis=2)
             top = np.maximum(scores.max(axis=2), sinks.reshape(num_kv_heads, -1))
+            top = np.where(np.isneginf(top), 0.0, top)
             weights = np.exp(scores - top[..., None])
-            total = weights.sum(axis=2) + np.exp(sinks.reshape(top.shape) - top)
-            out[b, t] = (weights @ values[:, first : last + 1] / total[..., None]).reshape(num_heads, head_dim)
-            log_sum[b, t] = (np.log(total) + top).reshape(num_heads)
+            total = np.where(is_blind, 1.0, weights.sum(axis=2) + np.exp(sinks.reshape(top.shape) - top))
+            out[b, t] = (weights @ seen / total[..., None]).reshape(num_heads, head_dim)
+            log_sum[b, t] = np.where(is_blind, -np.inf, np.log(total) + top).reshape(num_heads)
     return (out if has_time else out[:, 0]), log_sum
 
 
@@ -102,10 +115,10 @@ def attention_inputs(
     return tuple(x.astype(dtype) for x in (query, key, value))
 
 
-def paged(seed, arrays, lengths, page_size):
+def paged(seed, arrays, lengths, page_size, starts=0):
     """Each of arrays [B, S, K, ...] as a pool [P, page_size, K, ...] of shuffled pages, and the page table [B, pages].
 
-    Entries of pages beyond the lengths point at page 0, which is poison (NaN, or 127 of int8), or at no page.
+    Entries of pages without live keys point at page 0, which is poison (NaN, or 127 of int8), or at no page.
     """
     batch, capacity = arrays[0].shape[:2]
     num_pages = -(-capacity // page_size)
@@ -120,7 +133,9 @@ def paged(seed, arrays, lengths, page_size):
         pool = np.full((1 + batch * num_pages, *pages.shape[1:]), poison, x.dtype)
         pool[order.reshape(-1)] = pages
         pools.append(jnp.asarray(pool))
-    is_dead = np.arange(num_pages) * page_size >= np.asarray(lengths)[:, None]
+    first = np.arange(num_pages) * page_size
+    is_dead = first >= np.asarray(lengths)[:, None]
+    is_dead |= first + page_size <= np.broadcast_to(starts, np.shape(lengths))[:, None]
     garbage = rng.choice(np.array([0, -1, -(2**31), 2**31 - 1]), order.shape)
     return *pools, jnp.asarray(np.where(is_dead, garbage, order), jnp.int32)
 

@@ -4,6 +4,8 @@ Scores, softmax and sums are float32 whatever the inputs are. Masked keys weigh 
 their sequence sees may be NaN, and a row without any key gives zeros.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,7 @@ from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.shapes import WeightOrder
 
 
-def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
+def attention(arrays: AttentionArrays, options: AttentionOptions) -> Any:
     """softmax(scale * q k^T) v, with the row's own max, or with phi in its place.
 
     Args:
@@ -22,7 +24,8 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
       options: Its static facts.
 
     Returns:
-      [B, T, N, H] in the query's dtype.
+      [B, T, N, H] in the query's dtype; with return_residual the pair of this and the rows' log-sum-exp [B, T, N]
+      float32.
     """
     query, phi, sinks = arrays.query, arrays.phi, arrays.sinks
     batch, query_length, num_heads, head_dim = query.shape
@@ -32,6 +35,9 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
     by_head = (num_kv_heads, num_heads // num_kv_heads)
     mask = _attention_mask(arrays, options, capacity)[:, None, None]  # [B or 1, 1, 1, T, S]
     live_key = mask.any(axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
+    if arrays.mask is not None:
+        mask &= _by_group(arrays.mask, by_head)  # [B or 1, K or 1, G or 1, T, S]
+        live_key = mask.any(axis=(2, 3)).swapaxes(1, 2)[..., None]  # [B or 1, S, K or 1, 1]
     # 0 * NaN would be NaN: of the values here, of the keys in the gradient.
     key, value = (jnp.where(live_key, x, 0) for x in (key, value))
     precision = _precision(key.dtype)
@@ -45,6 +51,8 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
     scores *= options.scale if arrays.scale is None else arrays.scale
     if (cap := options.logits_soft_cap) is not None:
         scores = cap * jnp.tanh(scores / cap)
+    if arrays.bias is not None:
+        scores += _by_group(arrays.bias.astype(jnp.float32), by_head)
     scores = jnp.where(mask, scores, -jnp.inf)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *by_head, 1, 1)
     if phi is None:
@@ -66,8 +74,15 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:
         failed = unified_max.leaves_window(den, capacity, jnp.float32)
         failed |= ~jnp.isfinite(num).all(axis=-1).transpose(0, 2, 3, 1)  # values as large as 1e18 overflow a safe row
         den = jnp.where(failed, jnp.nan, den)
-    den = jnp.where(mask.any(axis=-1), den, 1.0)  # a row without keys: 0 / 1
-    return (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
+    sees_key = mask.any(axis=-1)
+    if arrays.bias is not None:  # -inf hides a key, too
+        sees_key &= ~jnp.isneginf(scores).all(axis=-1)
+    den = jnp.where(sees_key, den, 1.0)  # a row without keys: 0 / 1
+    out = (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
+    if not options.return_residual:
+        return out
+    log_sum = jnp.where(sees_key, jnp.log(den) + shift[..., 0], -jnp.inf)  # [B, K, G, T]
+    return out, log_sum.transpose(0, 3, 1, 2).reshape(query.shape[:3])
 
 
 def _attention_mask(arrays: AttentionArrays, options: AttentionOptions, capacity: int) -> jax.Array:
@@ -85,7 +100,15 @@ def _attention_mask(arrays: AttentionArrays, options: AttentionOptions, capacity
         mask &= (key_pos >= query_pos - left) & (key_pos <= query_pos + right)
     if arrays.lengths is not None:
         mask &= key_pos < arrays.lengths[:, None, None]
+    if arrays.starts is not None:
+        mask &= key_pos >= arrays.starts[:, None, None]
     return mask
+
+
+def _by_group(x: jax.Array, by_head: tuple[int, int]) -> jax.Array:
+    """[..., N or 1, T, S] -> [..., K or 1, G or 1, T, S]."""
+    heads = (1, 1) if x.shape[-3] == 1 else by_head
+    return x.reshape(*x.shape[:-3], *heads, *x.shape[-2:])
 
 
 def _gather(pool: jax.Array, page_table: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Runs the plans of backend "xla", with a function for each op (see `plans.backend.Backend`)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.shapes import WeightOrder
 
 
-def attention(arrays: AttentionArrays, options: AttentionOptions, plan: AttentionPlan) -> jax.Array:
+def attention(arrays: AttentionArrays, options: AttentionOptions, plan: AttentionPlan) -> Any:
     """cuDNN, or plain XLA in float32, where rows outside the window of arrays.phi are NaN."""
     return _cudnn(arrays, options) if plan.algorithm == "cudnn" else reference.attention(arrays, options)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.decode_attention.kernel import attend
@@ -44,7 +45,8 @@ def attention(
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      [B, T, N, H], with redone the pair of this and redone.
+      [B, T, N, H], with options.return_residual the pair of this and the rows' log-sum-exp, with redone the pair of
+      this and redone.
     """
     if recompute == "kernel":
         return attend(
@@ -54,7 +56,13 @@ def attention(
     if recompute != "launch":
         return out
     online = arrays._replace(phi=None)
-    return attend(online, options, plan.config, prior=out, redone=redone, interpret=interpret)
+    if not options.return_residual:
+        return attend(online, options, plan.config, prior=out, redone=redone, interpret=interpret)
+    out, log_sum = out
+    given = attend(online, options, plan.config, prior=out, redone=redone, interpret=interpret)
+    (out, again), *marks = (given,) if redone is None else given
+    result = out, jnp.where(jnp.isnan(log_sum), again, log_sum)  # `again` is undefined where nothing failed
+    return (result, *marks) if marks else result
 
 
 def matmul(

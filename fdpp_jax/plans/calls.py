@@ -24,10 +24,13 @@ class AttentionArrays(NamedTuple):
       phi: [] or [B, N] float32, natural-log units; None: online softmax.
       query_offset: [B] int32, the position of query 0 among the keys; None: 0.
       sinks: [N], one more score of each head, with a value of zero. Neither scaled nor capped.
-      page_table: [B, pages] int32; entries of pages beyond the lengths may be anything.
+      page_table: [B, pages] int32; entries of pages without live keys may be anything.
       key_scale: float32 factor on a quantised key: [K], or like key without H.
       value_scale: As key_scale.
       scale: [] float32, factor on the scores where it is traced; None: that of the options.
+      bias: [B, N, T, S], each axis whole or 1, added to the scores behind the soft cap.
+      mask: As bias, bool: False hides a key from a query.
+      starts: [B] int32, the first live key; None: 0.
     """
 
     query: jax.Array
@@ -41,6 +44,9 @@ class AttentionArrays(NamedTuple):
     key_scale: jax.Array | None = None
     value_scale: jax.Array | None = None
     scale: jax.Array | None = None
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    starts: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -57,12 +63,14 @@ class AttentionOptions:
       is_causal: A query sees the keys up to its position.
       local_window_size: (left, right) keys around its position that a query sees; None: all.
       logits_soft_cap: Scores become cap * tanh(scores / cap); None: they stay.
+      return_residual: Whether the log-sum-exp of the rows [B, T, N] float32 is a second result.
     """
 
     scale: float
     is_causal: bool = False
     local_window_size: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
+    return_residual: bool = False
 
 
 def attention_shape(arrays: AttentionArrays, options: AttentionOptions, *, is_online: bool) -> AttentionShape:
@@ -88,6 +96,10 @@ def attention_shape(arrays: AttentionArrays, options: AttentionOptions, *, is_on
         has_query_offset=arrays.query_offset is not None,
         has_traced_scale=arrays.scale is not None,
         is_online=is_online,
+        has_bias=arrays.bias is not None,
+        has_mask=arrays.mask is not None,
+        has_starts=arrays.starts is not None,
+        returns_residual=options.return_residual,
     )
 
 

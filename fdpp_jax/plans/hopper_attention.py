@@ -107,6 +107,10 @@ def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "decod
 def _refuse_shape(shape: AttentionShape) -> str | None:
     if not 1 <= shape.query_length <= MAX_QUERY_LENGTH:
         return f"the decode kernel takes 1 to {MAX_QUERY_LENGTH} queries, got T = {shape.query_length}"
+    if shape.has_bias:
+        return "the decode kernel takes no bias"
+    if shape.has_mask:
+        return "the decode kernel takes no mask as an array: lengths, causal masks and windows are its own"
     if shape.dtype not in hopper.DTYPES:
         return f"the decode kernel takes {' or '.join(hopper.DTYPES)}, got {shape.dtype}"
     if shape.kv_dtype not in (None, shape.dtype, *QUANTISED_DTYPES):

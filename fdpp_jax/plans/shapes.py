@@ -55,6 +55,10 @@ class AttentionShape:
       has_traced_scale: Whether the factor on the scores is an array; kernels take a number.
       starts_early: Whether the call follows a fused layer, and starts while that layer ends.
       is_online: Whether softmax keeps a running max; a unified max does without.
+      has_bias: Whether a bias on the scores is given.
+      has_mask: Whether a mask is given as an array.
+      has_starts: Whether key_value_seq_starts is given.
+      returns_residual: Whether the rows' log-sum-exp is a second result.
     """
 
     batch: int
@@ -76,6 +80,10 @@ class AttentionShape:
     has_traced_scale: bool = False
     starts_early: bool = False
     is_online: bool = False
+    has_bias: bool = False
+    has_mask: bool = False
+    has_starts: bool = False
+    returns_residual: bool = False
 
     @property
     def group_size(self) -> int:

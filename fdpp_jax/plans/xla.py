@@ -16,6 +16,14 @@ def refuse_cudnn(shape: AttentionShape, device: Device) -> str | None:
         return "cuDNN lets NaN beyond the lengths through"
     if not (shape.batch and shape.query_length and shape.num_query_heads and shape.capacity):
         return "an axis of length 0 is not for cuDNN"
+    if shape.returns_residual:
+        return "cuDNN's log-sum-exp comes rounded to the query's dtype"
+    if shape.has_starts:
+        return "cuDNN has no first keys"
+    if shape.has_mask:
+        return "cuDNN lets NaN that a mask hides through"
+    if shape.has_bias:
+        return "no bias through cuDNN"
     if shape.page_size is not None or shape.kv_dtype not in (None, shape.dtype):
         return "no paged or quantised cache through cuDNN"
     if shape.has_sinks or shape.has_query_offset or shape.has_traced_scale:

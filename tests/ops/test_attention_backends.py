@@ -40,6 +40,7 @@ class Case:
     is_causal: bool = False
     local_window_size: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
+    starts: tuple[int, ...] | None = None
 
     @property
     def options(self):
@@ -52,6 +53,8 @@ class Case:
         query = rng.standard_normal((batch, self.query_length, self.num_heads, self.head_dim), np.float32)
         key, value = rng.standard_normal((2, batch, self.capacity, self.num_kv_heads, self.head_dim), np.float32)
         key[np.arange(self.capacity) >= np.array(self.lengths)[:, None]] = np.nan
+        if self.starts is not None:
+            key[np.arange(self.capacity) < np.array(self.starts)[:, None]] = np.nan
         value[np.isnan(key)] = np.nan
         arrays = dict(query=query.astype(jnp.dtype(self.dtype)), lengths=np.array(self.lengths, np.int32))
         if self.kv_dtype is None:
@@ -62,10 +65,12 @@ class Case:
         if self.page_size is not None:
             names = ["key", "value", *(["key_scale", "value_scale"] if self.scales == "token" else [])]
             caches = [arrays[name] for name in names]
-            *pools, arrays["page_table"] = oracle.paged(0, caches, self.lengths, self.page_size)
+            *pools, arrays["page_table"] = oracle.paged(0, caches, self.lengths, self.page_size, self.starts or 0)
             arrays |= dict(zip(names, pools, strict=True))
         if self.is_causal or self.local_window_size is not None:
             arrays["query_offset"] = arrays["lengths"] - self.query_length
+        if self.starts is not None:
+            arrays["starts"] = np.array(self.starts, np.int32)
         if self.has_sinks:
             arrays["sinks"] = np.linspace(-3, 3, self.num_heads, dtype=np.float32)
         return AttentionArrays(**{name: jnp.asarray(x) for name, x in arrays.items()})
@@ -80,6 +85,10 @@ CASES = {
     "draft, window": Case(query_length=3, is_causal=True, local_window_size=(20, 0), lengths=(40, 3, 7, 129)),
     "window, soft cap": Case(local_window_size=(20, 0), logits_soft_cap=2.0),
     "sinks": Case(has_sinks=True),
+    "starts": Case(starts=(7, 0, 0, 70)),
+    "starts, pages of a draft": Case(
+        query_length=2, is_causal=True, page_size=16, capacity=144, lengths=(40, 5, 7, 144), starts=(39, 5, 0, 100)
+    ),
     "pages": Case(page_size=16, capacity=144, lengths=(40, 1, 0, 144)),
     "int8 by head": Case(kv_dtype="int8", scales="head"),
     "float8 by token, pages": Case(
@@ -92,22 +101,26 @@ SHAPES = {name: attention_shape(case.arrays(), case.options, is_online=False) fo
 TAKEN = backend_case.taken("attention", SHAPES)
 
 
-def run(backend, name, phi, arrays=None, **options):
+def run(backend, name, phi, arrays=None, *, returns_residual=False, **arguments):
     """The backend's answer, as it plans the case, to the case's arrays or others of their shapes."""
     case = CASES[name]
+    options = dataclasses.replace(case.options, return_residual=returns_residual)
     plan = backend.attention.plan(SHAPES[name], backend_case.device_of(backend), "")
     arrays = case.arrays() if arrays is None else arrays
     arrays = arrays._replace(phi=None if phi is None else jnp.asarray(phi, jnp.float32))
     call = functools.partial(
-        module_of(plan).attention, options=case.options, plan=plan, **options, **backend_case.options_of(backend)
+        module_of(plan).attention, options=options, plan=plan, **arguments, **backend_case.options_of(backend)
     )
     return jax.jit(call)(arrays)
 
 
 def expected_of(name, arrays=None):
+    """The oracle's output, and the log-sum-exp of its rows."""
     arrays = (CASES[name].arrays() if arrays is None else arrays)._asdict()
-    del arrays["phi"]
-    return oracle.attention(**arrays, **dataclasses.asdict(CASES[name].options))
+    del arrays["phi"], arrays["scale"]
+    options = dataclasses.asdict(CASES[name].options)
+    del options["return_residual"]
+    return oracle.attention_and_log_sum(**arrays, **options)
 
 
 @pytest.mark.parametrize(("backend", "name"), TAKEN)
@@ -115,7 +128,7 @@ def expected_of(name, arrays=None):
 def test_agrees_with_float64(backend, name, phi):
     out = run(backend, name, phi)
     assert out.dtype == CASES[name].dtype
-    assert oracle.relative_error(out, expected_of(name)) < oracle.TOLERANCE[CASES[name].dtype]
+    assert oracle.relative_error(out, expected_of(name)[0]) < oracle.TOLERANCE[CASES[name].dtype]
 
 
 DRAFTS = [param for param in TAKEN if param.values[1] in ("draft", "draft, window", "long queries")]
@@ -136,7 +149,7 @@ def test_what_a_mask_hides_from_all_queries_of_a_sequence_reaches_none(backend, 
     key, value = (jnp.where(hidden[..., None, None], poison, x) for x in (arrays.key, arrays.value))
     arrays = arrays._replace(query_offset=offset, key=key.astype(case.dtype), value=value.astype(case.dtype))
     out = run(backend, name, phi, arrays)
-    assert oracle.relative_error(out, expected_of(name, arrays)) < oracle.TOLERANCE[case.dtype]
+    assert oracle.relative_error(out, expected_of(name, arrays)[0]) < oracle.TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize(("backend", "name"), DRAFTS)
@@ -146,7 +159,7 @@ def test_a_key_that_is_nan_reaches_the_queries_that_see_it_alone(backend, name, 
     arrays = case.arrays()
     last = int(arrays.lengths[0]) - 1  # seen by the last query alone
     arrays = arrays._replace(key=arrays.key.at[0, last, 1, 5].set(np.nan))
-    out, expected = np.asarray(run(backend, name, phi, arrays), np.float64), expected_of(name, arrays)
+    out, expected = np.asarray(run(backend, name, phi, arrays), np.float64), expected_of(name, arrays)[0]
     assert np.isnan(expected).sum() == case.num_heads // 2 * case.head_dim
     np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
     assert oracle.relative_error(np.nan_to_num(out), np.nan_to_num(expected)) < oracle.TOLERANCE[case.dtype]
@@ -160,7 +173,7 @@ def test_a_value_that_is_not_finite_reaches_all_queries_of_its_sequence_if_one_s
     arrays = case.arrays()
     last = int(arrays.lengths[0]) - 1  # seen by the last query alone
     arrays = arrays._replace(value=arrays.value.at[0, last, 1, 5].set(poison))
-    out, expected = np.asarray(run(backend, name, None, arrays), np.float64), expected_of(name, arrays)
+    out, expected = np.asarray(run(backend, name, None, arrays), np.float64), expected_of(name, arrays)[0]
     reached = np.zeros(out.shape, bool)
     reached[0, :, case.num_heads // 2 :, 5] = True
     np.testing.assert_array_equal(~np.isfinite(out), reached)
@@ -172,7 +185,7 @@ def test_a_value_that_is_not_finite_reaches_all_queries_of_its_sequence_if_one_s
 def test_a_row_outside_the_window_is_nan(backend, name):
     """Overflow and underflow; the rows of other heads, and rows without keys, are as they should be."""
     out = np.asarray(run(backend, name, [[-150.0, 1.0, 150.0, 1.0]] * 4), np.float64)
-    expected = expected_of(name)
+    expected, _ = expected_of(name)
     has_key = np.array(CASES[name].lengths) > 0
     assert np.isnan(out[has_key][:, :, ::2]).all()
     out[:, :, ::2] = np.where(has_key[:, None, None, None], expected[:, :, ::2], out[:, :, ::2])
@@ -190,8 +203,11 @@ def test_a_row_outside_the_window_is_nan(backend, name):
     ],
 )
 def test_a_row_outside_the_window_is_redone_where_the_backend_can(backend, name, recompute):
-    out = run(backend, name, [[-150.0, 1.0, 150.0, 1.0]] * 4, recompute=recompute)
-    assert oracle.relative_error(out, expected_of(name)) < oracle.TOLERANCE[CASES[name].dtype]
+    phi = [[-150.0, 1.0, 150.0, 1.0]] * 4
+    out, log_sum = run(backend, name, phi, returns_residual=True, recompute=recompute)
+    expected, expected_log_sum = expected_of(name)
+    assert oracle.relative_error(out, expected) < oracle.TOLERANCE[CASES[name].dtype]
+    np.testing.assert_allclose(log_sum, expected_log_sum, rtol=1e-6, atol=2.0**-8)  # -inf of rows without keys
 
 
 def test_every_backend_takes_a_case():

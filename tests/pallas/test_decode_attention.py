@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_case import Case, check
+from decode_case import Case, check, check_log_sum
 
 from fdpp_jax.pallas.decode_attention import decode_attention
 from fdpp_jax.pallas.decode_attention.kernel import attend
+from fdpp_jax.pallas.decode_attention.refs import GlobalRefs
+from fdpp_jax.pallas.decode_attention.shares import AttentionFacts, Share
+from fdpp_jax.plans.calls import AttentionOptions
 from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
 
 # The interpreter multiplies in numpy, which warns of the infinities that these tests are about.
@@ -54,12 +57,20 @@ CASES = {  # batch, capacity, heads, kv heads, head dim; lengths
         Case(2, 250, 8, 4, 128, tiles(64, 2, 2), page_size=32, local_window_size=(80, 0), **FLOAT8, **TOKEN),
         (250, 33),
     ),
+    "starts": (
+        Case(4, 320, 4, 2, 64, tiles(64, 3, 2), starts=(250, 0, 64, 200), starts_early=True),
+        (310, 129, 200, 200),
+    ),
+    "starts, pages of a draft": (
+        Case(3, 250, 4, 4, 64, tiles(64, 2, 2), 2, page_size=16, **INT8, **TOKEN, **DRAFT, starts=(70, 129, 33)),
+        (250, 130, 33),
+    ),
     "second launch of a draft": (
         Case(2, 139, 4, 2, 64, tiles(64, 3, 2, "launch"), 3, page_size=64, has_sinks=True, **DRAFT),
         (130, 2),
     ),
 }
-ONLINE = ["ragged", "draft of 16", "int8 of tokens", "second launch of a draft"]
+ONLINE = ["ragged", "starts", "draft of 16", "int8 of tokens", "second launch of a draft"]
 # A case takes some two seconds interpreted. On a GPU these follow, and all with online softmax too.
 CASES_ON_GPU = {
     "mha": (Case(2, 200, 4, 4, 64, tiles(64, 2, 2)), (200, 131)),
@@ -74,10 +85,30 @@ CASES_ON_GPU = {
     "pages of 256": (Case(2, 600, 2, 1, 128, tiles(128, 3, 2), page_size=256), (600, 1)),
     "int8": (Case(2, 200, 8, 4, 128, tiles(64, 2, 2), **INT8, **HEAD), (190, 40)),
     "float8 of many heads' tokens": (Case(1, 72, 24, 12, 64, tiles(128, 1, 2), **FLOAT8, **TOKEN), (70,)),
+    "starts, cluster": (
+        Case(2, 330, 4, 2, 128, tiles(64, 5, 2, "cluster"), starts=(129, 60), has_sinks=True),
+        (330, 70),
+    ),
+    "starts, window of a draft": (
+        Case(3, 330, 4, 2, 64, tiles(128, 3, 2), 3, local_window_size=(150, 1), **HALF, starts=(250, 10, 0)),
+        (320, 330, 3),
+    ),
+    "starts, second launch": (
+        Case(3, 139, 4, 2, 64, tiles(64, 3, 2, "launch"), 2, starts=(64, 130, 0), **DRAFT, has_sinks=True),
+        (139, 130, 7),
+    ),
     "second launch": (Case(2, 136, 8, 2, 128, tiles(64, 2, 2, "launch"), **HALF), (129, 0)),
 }
 ALL_CASES = CASES | CASES_ON_GPU
-SLOW = ["ragged", "two chunks", "draft of 16", "pages of 32", "int8 of tokens", "float8 pages of 32 of tokens"]
+SLOW = [
+    "ragged",
+    "starts, pages of a draft",
+    "two chunks",
+    "draft of 16",
+    "pages of 32",
+    "int8 of tokens",
+    "float8 pages of 32 of tokens",
+]
 CASES_AND_PHI = [
     *(pytest.param(name, 1.5, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES),
     *(pytest.param(name, None, marks=pytest.mark.slow) for name in ONLINE),
@@ -217,6 +248,64 @@ def test_recomputes_in_a_second_launch_only_the_groups_that_failed(case):
     check(case, out[failed], expected[failed])
 
 
+WITH_LOG_SUM = [
+    ("draft of 16", None),
+    ("starts", 1.5),
+    ("cluster", None),
+    ("length 0", 1.5),
+    ("window of a draft", 1.5),
+    ("second launch of a draft", 1.5),
+    ("second launch of a draft", None),
+    ("int8 of tokens", 1.5),
+    ("float8", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "phi"),
+    [pytest.param(*x, marks=() if x[0] in ("starts", "cluster") else pytest.mark.slow) for x in WITH_LOG_SUM],
+)
+def test_log_sum(case, phi):
+    """The result beside it is the same bit for bit."""
+    case, lengths = ALL_CASES[case]
+    inputs = case.inputs(len(lengths), lengths)
+    out, log_sum = case.run(inputs, phi, return_residual=True)
+    np.testing.assert_array_equal(out, case.run(inputs, phi))
+    check_log_sum(case, log_sum, case.expected(inputs)[1])
+
+
+@pytest.mark.parametrize("mode", ["online", "kernel", "flag"])
+def test_a_log_sum_that_nobody_asks_for_costs_nothing(mode):
+    case = Case(2, 136, 4, 2, 64, tiles(64, 2, 2), has_sinks=True, **DRAFT)
+    inputs = case.inputs(0, (1, 1)) | {"phi": None if mode == "online" else jnp.zeros((2, 4))}
+    call = functools.partial(decode_attention, **case.options, config=case.config, recompute=mode == "kernel")
+    asked, not_asked = (
+        str(jax.make_jaxpr(functools.partial(call, return_residual=x))(**inputs)) for x in (True, False)
+    )
+    assert "= log " in asked
+    assert "= log " not in not_asked
+
+
+@recomputed("draft", "int8", "cluster")
+def test_log_sum_of_rows_outside_the_window(case):
+    """NaN where the row is; redone with it, here or in a second launch, where those of other groups are undefined."""
+    case = RECOMPUTED[case]
+    inputs, _, phi, leaves_window = _failing(case)
+    expected = case.expected(inputs)[1]
+    _, log_sum = case.run(inputs, phi, recompute=True, return_residual=True)
+    check_log_sum(case, log_sum, expected)
+    for config in (case.config, dataclasses.replace(case.config, combine="launch")):
+        flagged = dataclasses.replace(case, config=config).run(inputs, phi, return_residual=True)
+        np.testing.assert_array_equal(np.isnan(flagged[1]), leaves_window)
+        check_log_sum(case, np.where(leaves_window, expected, flagged[1]), expected)
+    groups = _failed_groups(case, leaves_window)
+    marks = jnp.zeros(groups.shape, jnp.int32)
+    (_, again), marks = case.run(inputs, None, prior=flagged[0], redone=marks, return_residual=True)
+    np.testing.assert_array_equal(marks, groups)
+    is_redone = np.repeat(groups, case.group, axis=1)[:, None].repeat(case.query_length, axis=1)
+    check_log_sum(case, np.where(is_redone, again, expected), expected)
+
+
 def test_one_infinite_sum_flags_its_row_and_is_redone():
     """The denominator is safe, and one value times e^(s - phi) is not: whoever redoes rows looks at a part of them."""
     case = Case(2, 136, 4, 2, 64, tiles(64, 2, 2))
@@ -255,6 +344,41 @@ def test_lengths_beyond_the_capacity_see_all_keys():
     check(case, case.run(inputs | {"lengths": jnp.array([68, 10**9])}, 1.5), expected)
 
 
+def test_starts_beyond_the_keys_see_none_and_negative_ones_all():
+    """Under jit nobody checks them."""
+    case = Case(3, 136, 2, 1, 64, tiles(64, 2, 2), starts=(0, 136, 136))
+    inputs = case.inputs(0, (130, 5, 136))
+    expected, _ = case.expected(inputs)
+    check(case, case.run(inputs | {"starts": jnp.array([-(2**31), 2**31 - 1, 136])}, 1.5), expected)
+    assert not expected[1:].any()
+
+
+def test_tiles_before_the_start_are_nobodys():
+    case = Case(4, 640, 4, 2, 64, tiles(64, 3, 2))
+    facts = AttentionFacts(
+        case.config,
+        AttentionOptions(1.0),
+        4,
+        1,
+        2,
+        2,
+        64,
+        640,
+        4,
+        recompute=False,
+        starts_early=False,
+        is_interpreted=True,
+    )
+    lengths, starts = jnp.array([640, 640, 100, 129]), jnp.array([0, 575, 64, 300])
+    zero = jnp.int32(0)
+    shares = [
+        Share(GlobalRefs(None, None, None, lengths, starts=starts), facts, zero, zero, jnp.int32(i)) for i in range(3)
+    ]
+    tiles_of = [int(shares[0].live(jnp.int32(i)).count) for i in range(4)]
+    assert tiles_of == [10, 2, 1, 1]  # a sequence without live keys has one, whose owner writes zeros
+    assert sorted((int(share.begin), int(share.end)) for share in shares) == [(0, 4), (4, 9), (9, 14)]
+
+
 def test_queries_far_beyond_the_keys_see_none_or_the_last():
     """query_offset is the caller's, and may be anywhere."""
     case = Case(3, 136, 2, 1, 64, tiles(64, 2, 2), 2, local_window_size=(200, 0), **DRAFT)
@@ -284,8 +408,10 @@ def test_traced_phi_compiles_once():
         (Case(2, 4096, 16, 4, 80, tiles(64, 4, 2), 4, page_size=16, **DRAFT), "launch"),
         (Case(2, 4096, 16, 4, 128, tiles(64, 4, 2), page_size=256, **INT8, **TOKEN), "kernel"),
         (Case(2, 4096, 16, 4, 128, tiles(128, 4, 2), local_window_size=(512, 0), **FLOAT8, **HEAD), "kernel"),
+        (Case(2, 4096, 16, 4, 128, tiles(64, 4, 2), 2, **DRAFT, starts=(0, 0)), "kernel"),
+        (Case(1, 4096, 16, 4, 64, tiles(64, 4, 2, "cluster"), starts=(0,), has_sinks=True), "online"),
     ],
-    ids=["ragged", "cluster", "64 rows", "head dim 256", "draft", "int8", "float8"],
+    ids=["ragged", "cluster", "64 rows", "head dim 256", "draft", "int8", "float8", "starts", "starts in a cluster"],
 )
 def test_lowers_for_cuda(case, mode):
     arrays = case.inputs(0, (1,) * case.batch)
@@ -296,6 +422,7 @@ def test_lowers_for_cuda(case, mode):
         config=case.config,
         recompute=mode == "kernel",
         starts_early=case.starts_early,
+        return_residual=mode != "launch",
     )
     traced = jax.jit(call).trace(**arrays, phi=phi, prior=arrays["query"] if mode == "launch" else None)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -39,14 +39,16 @@ def check(body, arrays, specs, out_specs):
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_attention(interpret, recompute):
+@pytest.mark.parametrize("returns_residual", [False, True])
+def test_attention(interpret, recompute, returns_residual):
     query, key, value, lengths = attention_arrays()
-    options = AttentionOptions(0.125)
+    options = AttentionOptions(0.125, return_residual=returns_residual)
     shard = AttentionArrays(query[:2], key[:2], value[:2], lengths[:2])
     config = heuristics.plan_attention(attention_shape(shard, options, is_online=False), "H200").config
 
     def body(query, key, value, lengths, redone):
-        arrays = AttentionArrays(query, key, value, lengths, jnp.float32(1))
+        starts = lengths // 2 if returns_residual else None
+        arrays = AttentionArrays(query, key, value, lengths, jnp.float32(1), starts=starts)
         call = functools.partial(attend, arrays, options, config, interpret=INTERPRET[interpret])
         return call(recompute=True, redone=redone) if recompute else call()
 

@@ -48,6 +48,8 @@ def _prefill(**changes):
         (_prefill(kv_dtype="int8", scales="head"), "H200", "reference"),
         (_prefill(has_sinks=True), "H200", "reference"),
         (_prefill(has_query_offset=True), "H200", "reference"),
+        (_prefill(has_starts=True), "H200", "reference"),
+        (_prefill(returns_residual=True), "H200", "reference"),
         (_prefill(kv_dtype="bfloat16"), "H200", "cudnn"),
         (DECODE, "A100", "reference"),
         (DECODE, "cpu", "reference"),

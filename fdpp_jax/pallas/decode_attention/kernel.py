@@ -57,10 +57,12 @@ def decode_attention(
     is_causal: bool = False,
     local_window_size: tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
+    return_residual: bool = False,
     sinks: jax.Array | None = None,
     page_table: jax.Array | None = None,
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,
+    starts: jax.Array | None = None,
     recompute: bool = False,
     prior: jax.Array | None = None,
     redone: jax.Array | None = None,
@@ -82,28 +84,32 @@ def decode_attention(
       is_causal: Query t sees keys up to query_offset + t.
       local_window_size: (left, right) keys around query_offset + t that query t sees.
       logits_soft_cap: Scores become cap * tanh(scores / cap).
+      return_residual: The rows' log-sum-exp is a second result.
       sinks: [N] float32 logits that join the denominators only.
       page_table: [B, pages] int32; an entry beyond the length may be anything.
       key_scale: float32 factors of int8 or float8 keys: [K], or one per token and head, key.shape[:3].
       value_scale: As key_scale.
+      starts: [B] int32, the first live key; None for 0. Keys before it are not used, NaN included, and tiles of such
+        keys are not read.
       recompute: Recompute rows outside the safe window in this launch; not with combine="launch".
       prior: [B, T, N, H], an earlier result. Where a sequence's rows of a key/value head hold NaN in it, they are
         computed; all others are copied.
       redone: [B, K] int32, with recompute or prior. Becomes 1 where a row is redone, and stays as it is elsewhere. One
         array may serve all calls of a step: it costs time only where a row is redone.
       starts_early: The kernel starts before the launch before it has ended, except with combine="launch". Of lengths,
-        offsets, pages, keys and values, that launch may write only each sequence's last key and value. The kernel loads
-        the other keys meanwhile.
+        starts, offsets, pages, keys and values, that launch may write only each sequence's last key and value. The
+        kernel loads the other keys meanwhile.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      [B, T, N, H] in the query's dtype; with redone the pair of this and redone. Without recompute, rows whose
-      denominator left the safe window are NaN and must be recomputed with phi=None.
+      [B, T, N, H] in the query's dtype; with return_residual the pair of this and the log-sum-exp [B, T, N] float32,
+      which is undefined where rows are copied from prior; with redone the pair of this and redone. Without recompute,
+      rows whose denominator left the safe window are NaN and must be recomputed with phi=None.
     """
     arrays = AttentionArrays(
-        query, key, value, lengths, phi, query_offset, sinks, page_table, key_scale=key_scale, value_scale=value_scale
+        query, key, value, lengths, phi, query_offset, sinks, page_table, key_scale, value_scale, starts=starts
     )
-    options = AttentionOptions(scale, is_causal, local_window_size, logits_soft_cap)
+    options = AttentionOptions(scale, is_causal, local_window_size, logits_soft_cap, return_residual)
     return attend(
         arrays,
         options,
@@ -177,12 +183,21 @@ def attend(
         kernel_name=f"decode_attention_{'online' if arrays.phi is None else 'unified'}",
     )(*operands.values())
     if in_kernel:
-        out = outs[0]
+        given = dict(zip(results, outs, strict=True))
+        out, log_sum = given["out"], given.get("log_sum")
     else:
-        out = merge_by_xla(tuple(outs), arrays, operands.get("phi"), operands.get("sinks"), facts).astype(query.dtype)
-    out = out[:, :, : facts.live_rows, :head_dim].reshape(batch, num_kv_heads, query_length, facts.group, head_dim)
-    out = out.swapaxes(1, 2).reshape(query.shape)
-    return out if redone is None else (out, jax.freeze(operands["redone"]))
+        out, log_sum = merge_by_xla(tuple(outs), arrays, operands.get("phi"), operands.get("sinks"), facts)
+        out = out.astype(query.dtype)
+
+    def by_query(x: jax.Array) -> jax.Array:  # [B, K, rows, ...] -> [B, T, N, ...]
+        x = x[:, :, : facts.live_rows].reshape(batch, num_kv_heads, query_length, facts.group, *x.shape[3:])
+        return x.swapaxes(1, 2).reshape(batch, query_length, num_heads, *x.shape[4:])
+
+    result: Any = by_query(out[..., :head_dim])
+    if options.return_residual:
+        assert log_sum is not None
+        result = result, by_query(log_sum)
+    return result if redone is None else (result, jax.freeze(operands["redone"]))
 
 
 def _operands(
@@ -212,6 +227,8 @@ def _operands(
         operands["phi"] = phi.astype(jnp.float32).reshape(1) if phi.ndim == 0 else by_row(phi)
     if arrays.query_offset is not None:
         operands["offset"] = arrays.query_offset.astype(jnp.int32)
+    if arrays.starts is not None:
+        operands["starts"] = arrays.starts.astype(jnp.int32)
     if arrays.sinks is not None:
         operands["sinks"] = by_row(arrays.sinks[None])
     if arrays.page_table is not None:
@@ -237,6 +254,8 @@ def _results(
     if facts.config.combine == "launch":
         return sums
     out = dict(out=jax.ShapeDtypeStruct(query.shape, query.dtype))
+    if facts.options.return_residual:
+        out["log_sum"] = f32((*query.shape[:2], facts.num_rows))
     if in_cluster:
         return out
     return out | sums | dict(flag=jax.ShapeDtypeStruct((*grid, handover.WORDS), jnp.int32))

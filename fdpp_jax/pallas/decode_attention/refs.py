@@ -26,10 +26,12 @@ class GlobalRefs(NamedTuple):
     pages: jax.Ref | None = None  # [B, pages per sequence] int32
     k_scale: jax.Ref | None = None  # [K], or as k without H
     v_scale: jax.Ref | None = None
+    starts: jax.Ref | None = None  # [B] int32
     prior: jax.Ref | None = None  # [B, K, R, H], an earlier result
     redone: jax.Ref | None = None  # [B, K] int32
 
     out: jax.Ref | None = None  # [B, K, R, H]; None: XLA merges the partial sums
+    log_sum: jax.Ref | None = None  # [B, K, R'] float32, in natural-log units
     num: jax.Ref | None = None  # [..., pairs of rows, 2 H'] float32; None in a cluster, as are den, max and flag
     den: jax.Ref | None = None  # [..., R'] float32
     max: jax.Ref | None = None  # [..., R'] float32, with online softmax

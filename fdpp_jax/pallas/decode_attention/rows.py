@@ -19,7 +19,7 @@ from fdpp_jax.pallas.decode_attention import sums as partial_sums
 from fdpp_jax.pallas.decode_attention import tiles as kv_tiles
 from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
 from fdpp_jax.pallas.decode_attention.shares import Place, Share, bounds
-from fdpp_jax.pallas.decode_attention.sums import LOG2E, LOWEST, ROW, Sums, across, full, laid_out
+from fdpp_jax.pallas.decode_attention.sums import LN2, LOG2E, LOWEST, ROW, Sums, across, full, laid_out
 from fdpp_jax.pallas.parts import handover, registers, ring
 
 
@@ -72,7 +72,7 @@ class Rows:
         if facts.query_length == 1 or not (facts.options.is_causal or facts.options.local_window_size):
             return live.low, live.high
         row = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
-        return bounds(live.length, live.offset, lax.div(row, jnp.int32(facts.group)), facts)
+        return bounds(live.start, live.length, live.offset, lax.div(row, jnp.int32(facts.group)), facts)
 
     def _sees_key(self) -> jax.Array:
         """[rows] bool."""
@@ -106,7 +106,9 @@ class Rows:
         self._receive_query()
         self._find_max(first, last)
         num, den = self._attend(first, last, first)
-        self._store(num, 1.0 / self._with_sink(den))
+        den = self._with_sink(den)
+        self._store(num, 1.0 / den)
+        self._store_log_sum(den)
 
     def _receive_query(self) -> None:
         plgpu.barrier_wait(self.smem.q_ready.at[self.slot])
@@ -263,7 +265,7 @@ class Rows:
         position += tile * facts.config.block_kv
         low, high = self._bounds(s.shape, 1, plgpu.Layout.WGMMA)
         is_live = position < high
-        if facts.options.local_window_size is not None:
+        if facts.options.local_window_size is not None or self.gmem.starts is not None:
             is_live &= position >= low
         return s, is_live
 
@@ -288,6 +290,7 @@ class Rows:
         """Divides by the denominators and stores [rows, H], or returns that a row left the safe window."""
         num, den, *row_max = laid_out(sums)
         if row_max:
+            shift = row_max[0]
             if self.gmem.sinks is not None:
                 sink = self._per_row(self.gmem.sinks)
                 shift = jnp.maximum(row_max[0], sink)
@@ -296,6 +299,7 @@ class Rows:
             if self.gmem.prior is not None:
                 self._mark_redone()
             self._store(num, 1.0 / den)
+            self._store_log_sum(den, shift)
             return jnp.bool_(False)
         den = self._with_sink(den)
         den_min, den_max = unified_max.window(self.smem.p.dtype, self.facts.capacity)
@@ -303,9 +307,15 @@ class Rows:
         is_safe = (checked >= den_min) & (checked <= den_max)
         if not self.facts.recompute:  # the whole row becomes NaN: `Share.is_nan` looks at one element
             self._store(num, jnp.where(is_safe, 1.0 / den, jnp.nan))
+            self._store_log_sum(den, is_safe=is_safe)
             return jnp.bool_(False)
         failed = self._any(jnp.where(self._sees_key(), jnp.where(is_safe, 0.0, 1.0), 0.0))
-        pl.when(jnp.logical_not(failed))(lambda: self._store(num, 1.0 / den))
+
+        @pl.when(jnp.logical_not(failed))
+        def _store() -> None:
+            self._store(num, 1.0 / den)
+            self._store_log_sum(den)
+
         return failed
 
     def _with_sink(self, den: jax.Array) -> jax.Array:
@@ -327,6 +337,29 @@ class Rows:
         assert self.gmem.out is not None
         plgpu.copy_smem_to_gmem(self.query, self.gmem.out.at[_box(self.share, self.batch)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _store_log_sum(self, den: jax.Array, shift: jax.Array | None = None, is_safe: jax.Array | None = None) -> None:
+        """Writes ln den + shift if asked for: NaN where a row is not safe, -inf where one sees no key.
+
+        Args:
+          den: [rows].
+          shift: [rows] in base 2; None: _shift().
+          is_safe: [rows] bool; None: all are.
+        """
+        if self.gmem.log_sum is None:
+            return
+        if shift is None:
+            assert self.gmem.phi is not None
+            shift = self._shift(self.gmem.phi)
+        log_sum = jnp.log(den) + shift * LN2
+        if is_safe is not None:
+            log_sum = jnp.where(is_safe, log_sum, jnp.nan)
+        log_sum = jnp.where(self._sees_key(), log_sum, -jnp.inf)
+        place = self.gmem.log_sum.at[self.batch, self.share.kv_head]
+        if self.facts.is_interpreted:
+            place[...] = log_sum
+        else:
+            handover.store(plgpu.layout_cast(log_sum, ROW), place)
 
 
 def load_query(gmem: GlobalRefs, smem: SharedRefs, share: Share, i: jax.Array, slot: jax.Array) -> None:

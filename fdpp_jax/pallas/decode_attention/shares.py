@@ -71,8 +71,9 @@ class AttentionFacts:
 
 @dataclasses.dataclass(frozen=True)
 class LiveKeys:
-    """What the queries of a sequence see: keys [low, high) of `length`, in `count` tiles from tile `first` on."""
+    """What the queries of a sequence see: keys [low, high) of [start, length), `count` tiles from tile `first` on."""
 
+    start: jax.Array | int
     length: jax.Array
     offset: jax.Array | int
     low: jax.Array | int
@@ -89,16 +90,19 @@ class Place(NamedTuple):
 
 
 def bounds(
-    length: jax.Array, offset: jax.Array | int, token: jax.Array | int, facts: AttentionFacts
+    start: jax.Array | int,
+    length: jax.Array,
+    offset: jax.Array | int,
+    token: jax.Array | int,
+    facts: AttentionFacts,
 ) -> tuple[jax.Array | int, jax.Array]:
-    """The keys [low, high) that query `token` sees."""
-    low: jax.Array | int = 0
-    high = length
+    """The keys [low, high) of [start, length) that query `token` sees."""
+    low, high = start, length
     if facts.options.is_causal:
         high = jnp.minimum(high, offset + token + 1)
     if facts.options.local_window_size is not None:
         left, right = facts.options.local_window_size
-        low, high = jnp.maximum(offset + token - left, 0), jnp.minimum(high, offset + token + right + 1)
+        low, high = jnp.maximum(offset + token - left, start), jnp.minimum(high, offset + token + right + 1)
     return low, high
 
 
@@ -133,8 +137,11 @@ class Share:
         sequence, facts = self.sequence(i), self.facts
         length = jnp.minimum(self.gmem.lengths[sequence], facts.capacity)  # beyond it, TMA would read keys of zeros
         offset = 0 if self.gmem.offset is None else self.gmem.offset[sequence]
-        low, _ = bounds(length, offset, 0, facts)
-        _, high = bounds(length, offset, facts.query_length - 1, facts)
+        start: jax.Array | int = 0
+        if self.gmem.starts is not None:
+            start = jnp.clip(self.gmem.starts[sequence], 0, facts.capacity)
+        low, _ = bounds(start, length, offset, 0, facts)
+        _, high = bounds(start, length, offset, facts.query_length - 1, facts)
         first = lax.div(jnp.int32(low), jnp.int32(facts.config.block_kv))
         # A sequence that sees no key has one tile all the same: its owner writes zeros.
         block_kv = jnp.int32(facts.config.block_kv)
@@ -143,7 +150,7 @@ class Share:
             count = jnp.where(self.first_sequence + i < facts.batch, count, 0)
         if self.gmem.prior is not None:
             count = jnp.where(self.is_nan(self.gmem.prior, i), count, 0)
-        return LiveKeys(length, offset, low, high, first, count)
+        return LiveKeys(start, length, offset, low, high, first, count)
 
     def is_nan(self, prior_gmem: jax.Ref, i: jax.Array) -> jax.Array:
         """Whether a row of an earlier result is NaN, in sequence i of the chunk and this key/value head."""

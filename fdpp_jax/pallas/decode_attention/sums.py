@@ -22,6 +22,7 @@ from fdpp_jax.plans.calls import AttentionArrays
 from fdpp_jax.plans.shapes import cdiv
 
 LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
 # No score is lower. It is finite, so max - max is not NaN in a share without keys.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 ROW = plgpu.Layout.WGMMA.reduce(0)  # one value per query row
@@ -132,18 +133,18 @@ def across(x: jax.Array, shape: tuple[int, ...], axis: int = 1) -> jax.Array:
 
 def merge_by_xla(
     sums: Sums, arrays: AttentionArrays, phi: jax.Array | None, sinks: jax.Array | None, facts: AttentionFacts
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Merges the sums of all CTAs in XLA, a launch of its own.
 
     Args:
       sums: num [B, K, splits, pairs of live rows, 2 H], den [B, K, splits, rows], and max as den with online softmax.
-      arrays: The call's, for lengths and offsets.
+      arrays: The call's, for starts, lengths and offsets.
       phi: [1] or [B, K, rows]; None: online softmax.
       sinks: [1, K, rows].
       facts: Static facts.
 
     Returns:
-      [B, K, live rows, H] float32.
+      [B, K, live rows, H] float32, and the rows' log-sum-exp [B, K, live rows].
     """
     num, *by_row = sums
     # Rows last, as in memory: [B, K, splits, pairs, H, 2]. Only the result is put in order.
@@ -174,5 +175,8 @@ def merge_by_xla(
     assert arrays.lengths is not None
     position = 0 if arrays.query_offset is None else arrays.query_offset[:, None]
     token = jnp.arange(facts.live_rows) // facts.group
-    low, high = bounds(arrays.lengths[:, None], position, token, facts)  # [B, live rows], or [B, 1]
-    return jnp.where((high > low)[:, None, :, None], num / den[..., None], 0.0)
+    start = 0 if arrays.starts is None else arrays.starts[:, None]
+    low, high = bounds(start, arrays.lengths[:, None], position, token, facts)  # [B, live rows], or [B, 1]
+    sees_key = high > low
+    log_sum = jnp.where(sees_key[:, None], jnp.log(den) + shift * LN2, -jnp.inf)
+    return jnp.where(sees_key[:, None, :, None], num / den[..., None], 0.0), log_sum
