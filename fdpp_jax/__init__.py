@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fdpp_jax import calibration, heuristics, models
     from fdpp_jax.calibration import Calibration, calibrate
     from fdpp_jax.generation import generate, stream
-    from fdpp_jax.ops import dot_product_attention, flat_matmul
+    from fdpp_jax.ops import dot_product_attention, flat_matmul, merge_attention_states
     from fdpp_jax.plans.device import target
     from fdpp_jax.unified_max import UnifiedMax
 
@@ -23,6 +23,7 @@ __all__ = [
     "flat_matmul",
     "generate",
     "heuristics",
+    "merge_attention_states",
     "models",
     "stream",
     "target",
@@ -36,6 +37,7 @@ _HOME = {
     "dot_product_attention": "ops",
     "flat_matmul": "ops",
     "generate": "generation",
+    "merge_attention_states": "ops",
     "stream": "generation",
     "target": "plans.device",
 }

@@ -227,7 +227,7 @@ def test_public_names_are_there_and_nothing_else():
         "flat_matmul",
         "generate",
     ]
-    names += ["heuristics", "models", "stream", "target"]
+    names += ["heuristics", "merge_attention_states", "models", "stream", "target"]
     assert sorted(fdpp_jax.__all__) == names
     assert dir(fdpp_jax) == names
     for name in names:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,14 @@ def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
     *,
     scale: float | jax.Array | None = None,
     is_causal: bool = False,
     query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
+    key_value_seq_starts: jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     query_offset: jax.Array | None = None,
@@ -39,25 +43,31 @@ def dot_product_attention(
     value_scale: jax.Array | None = None,
     key_max_norm: jax.Array | None = None,
     softmax: UnifiedMax | None = None,
+    return_residual: bool = False,
     implementation: AttentionImplementation | None = None,
-) -> jax.Array:
+) -> Any:
     """softmax(scale * query key^T) value: jax.nn.dot_product_attention with kernels for decoding.
 
-    A row that sees no key gives zeros.
+    A row that sees no key gives zeros, whatever hides the keys (jax.nn takes the mean of all values there).
 
     Args:
       query: [B, T, N, H]; T == 1 is decoding, longer T works too. bfloat16, float16 or float32. [T, N, H] is one
-        sequence, whose key and value are [S, K, H].
+        sequence, whose key and value are [S, K, H]; the other arrays may then leave B out, too.
       key: [B, S, K, H]; K divides N (MHA, GQA, MQA). S is the capacity of the cache. The query's dtype, or int8 or
         float8_e4m3fn with key_scale and value_scale. With page_table a pool [P, page_size, K, H], where page_size
         is 16, 32, 64, 128 or 256.
       value: As key.
+      bias: Added to the scaled scores, behind the soft cap. Broadcasts to [B, N, T, S]. -inf hides a key.
+      mask: bool, False hides a key from a query. Broadcasts to [B, N, T, S].
       scale: Factor on the scores; 1 / sqrt(H) by default. No kernel takes one that is traced.
       is_causal: A query sees the keys up to its position, which is t for query t, as in jax.nn. A value that a mask or
         a window hides from one query, and not from all of its sequence, must be finite: it is multiplied by 0.
       query_seq_lengths: [B] int32, live queries of each sequence; the others give zeros.
       key_value_seq_lengths: [B] int32, live keys of each sequence, at most S. Keys beyond them are never
         seen, NaN included; length 0 gives zeros. A kernel's cost follows the lengths, not S.
+      key_value_seq_starts: [B] int32, the first live key of each sequence, 0 by default: of prompts padded on the left.
+        Keys before it are never seen, NaN included, and cost a kernel nothing. Positions count from key 0 all the
+        same. From the length on: no key is live.
       local_window_size: (left, right) keys around its position that a query sees; an int w means (w, w).
       logits_soft_cap: Scores become cap * tanh(scores / cap).
       query_offset: [B] int32, moves query t to position query_offset + t. For the last T of the live keys, as in
@@ -65,17 +75,21 @@ def dot_product_attention(
       sinks: [N] floating point, one more score of each query head, which takes part in the denominator alone.
         Neither scaled nor capped.
       page_table: [B, pages] int32: page p of a sequence holds its keys from p * page_size on, and S is
-        pages * page_size. Entries of pages beyond the lengths may be anything.
+        pages * page_size. Entries of pages without live keys may be anything.
       key_scale: float32 factor on a quantised key, [K] (by head) or like key without H (by token and head).
       value_scale: As key_scale, of the same form.
       key_max_norm: [B, K] float32, max |k| over the live keys (dequantised), for UnifiedMax.bound(). Computed from
         all of key if missing.
       softmax: None computes exact online softmax. UnifiedMax(...) computes decoding with a max fixed in
         advance and recomputes with online softmax where a row leaves the safe window: same answer.
+      return_residual: Whether to return the log-sum-exp of the rows, too: for `merge_attention_states`.
       implementation: None lets the heuristics choose; a name means that one or an error.
 
     Returns:
-      As query, in its dtype.
+      As query, in its dtype. With return_residual the pair of this and the rows' log-sum-exp, ln sum e^s, as query
+      without H, in float32. The scores s are those that enter the softmax: scaled, capped, with the bias, and with the
+      head's sink among them. Of a row that sees no key it is -inf. It has a gradient, and is as exact as the weights:
+      within 2^-9 where a kernel rounds them to bfloat16. (jax.nn rounds it to the keys' dtype, and stops its gradient.)
 
     Raises:
       ValueError: Shapes, dtypes or lengths do not fit together.
@@ -84,35 +98,44 @@ def dot_product_attention(
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
     query, key, value = (checks.as_array(x) for x in (query, key, value))
-    if query.ndim == key.ndim == value.ndim == 3:
-        query, key, value = (x[None] for x in (query, key, value))
-        is_one = True
-    else:
-        is_one = False
+    is_one = query.ndim == key.ndim == value.ndim == 3
+
+    def given(x: Any, ndim: int) -> Any:
+        x = checks.as_array(x)
+        return x[None] if is_one and x is not None and x.ndim == ndim - 1 else x
+
     arrays = AttentionArrays(
-        query,
-        key,
-        value,
-        lengths=checks.as_array(key_value_seq_lengths),
-        query_offset=checks.as_array(query_offset),
+        given(query, 4),
+        given(key, 4),
+        given(value, 4),
+        lengths=given(key_value_seq_lengths, 1),
+        query_offset=given(query_offset, 1),
         sinks=checks.as_array(sinks),
         page_table=checks.as_array(page_table),
-        key_scale=checks.as_array(key_scale),
-        value_scale=checks.as_array(value_scale),
+        key_scale=given(key_scale, 3),
+        value_scale=given(value_scale, 3),
         scale=scale if isinstance(scale, jax.core.Tracer) else None,
+        bias=checks.with_all_axes(checks.as_array(bias)),
+        mask=checks.with_all_axes(checks.as_array(mask)),
+        starts=given(key_value_seq_starts, 1),
     )
-    query_seq_lengths, key_max_norm = checks.as_array(query_seq_lengths), checks.as_array(key_max_norm)
+    query_seq_lengths, key_max_norm = given(query_seq_lengths, 1), given(key_max_norm, 2)
     checks.check_cache(arrays)
-    options = checks.checked_options(arrays.query, scale, is_causal, local_window_size, logits_soft_cap)
+    options = checks.checked_options(
+        arrays.query, scale, is_causal, local_window_size, logits_soft_cap, return_residual
+    )
     checks.check_names(softmax, implementation)
     checks.check_integers(arrays, query_seq_lengths)
     checks.check_pages(arrays)
     checks.check_floats(arrays, key_max_norm)
+    checks.check_bias_and_mask(arrays)
     if softmax is not None and isinstance(softmax.phi, int | float):  # put explicitly, as a transfer guard wants it
         softmax = dataclasses.replace(softmax, phi=jax.device_put(np.float32(softmax.phi)))
     device = devices.planned()
-    out: jax.Array = _run(arrays, options, softmax, key_max_norm, query_seq_lengths, implementation, device)
-    return out[0] if is_one else out
+    results = _run(arrays, options, softmax, key_max_norm, query_seq_lengths, implementation, device)
+    if is_one:
+        results = [x[0] for x in results]
+    return tuple(results) if options.return_residual else results[0]
 
 
 # Jitted so that an eager call is traced and compiled once.
@@ -125,19 +148,28 @@ def _run(
     query_seq_lengths: jax.Array | None,
     implementation: AttentionImplementation | None,
     device: Device,
-) -> jax.Array:
-    """The public op after its checks, [B, T, N, H], planned for a device where it is lowered for its platform."""
+) -> list[jax.Array]:
+    """The public op after its checks, planned for a device where it is lowered for its platform.
+
+    Returns:
+      [B, T, N, H], and with a residual the rows' log-sum-exp [B, T, N].
+    """
     live = None
     if query_seq_lengths is not None:
         live = jnp.arange(arrays.query.shape[1])[None] < query_seq_lengths[:, None]  # [B, T]
-        live = live[:, :, None, None]
         # Zero queries fit any window: what stands beyond the lengths causes no recompute.
-        arrays = arrays._replace(query=jnp.where(live, arrays.query, 0))
+        arrays = arrays._replace(query=jnp.where(live[..., None, None], arrays.query, 0))
     if softmax is not None and not softmax.is_bound:
         # No gradient: the answer does not depend on it.
         arrays = arrays._replace(phi=lax.stop_gradient(row_phi(softmax, arrays, options, weights_dtype="float32")))
-    out = kernel_call.attention(options, softmax, implementation, device, arrays, key_max_norm)
-    return out if live is None else jnp.where(live, out, 0)
+    results = kernel_call.attention(options, softmax, implementation, device, arrays, key_max_norm)
+    if live is None:
+        return results
+    out, *log_sums = results
+    return [
+        jnp.where(live[..., None, None], out, 0),
+        *(jnp.where(live[..., None], x, -jnp.inf) for x in log_sums),
+    ]
 
 
 def unchecked_decode_attention(

@@ -26,20 +26,22 @@ def checked_options(
     is_causal: bool,
     local_window_size: int | tuple[int, int] | None,
     logits_soft_cap: float | None,
+    return_residual: bool = False,
 ) -> AttentionOptions:
     """The static arguments of a call.
 
     Raises:
       ValueError: Names the argument that no call can have.
     """
-    if not isinstance(is_causal, bool | np.bool_):
-        raise ValueError(f"is_causal must be True or False; got {is_causal!r}")
+    for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(f"{name} must be True or False; got {flag!r}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else 1.0 if is_traced(scale) else _number("scale", scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _number("logits_soft_cap", logits_soft_cap)
         if logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap}")
-    return AttentionOptions(scale, bool(is_causal), _window(local_window_size), logits_soft_cap)
+    return AttentionOptions(scale, bool(is_causal), _window(local_window_size), logits_soft_cap, bool(return_residual))
 
 
 def is_traced(x: Any) -> bool:
@@ -123,12 +125,33 @@ def check_names(softmax: UnifiedMax | None, implementation: AttentionImplementat
     check_name("implementation", implementation, AttentionImplementation)
 
 
+def with_all_axes(x: Any) -> Any:
+    """A bias or a mask with the axes [B, N, T, S]: those that lack in front have size 1, as in jax.nn."""
+    return x if x is None or x.ndim >= 4 else x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def check_bias_and_mask(arrays: AttentionArrays) -> None:
+    """Raises unless bias and mask broadcast to the scores, and are numbers and bool."""
+    batch, query_length, num_heads, _ = arrays.query.shape
+    scores = batch, num_heads, query_length, arrays.capacity
+    for name, array in (("bias", arrays.bias), ("mask", arrays.mask)):
+        if array is None:
+            continue
+        if array.ndim != 4 or any(size not in (1, whole) for size, whole in zip(array.shape, scores, strict=True)):
+            raise ValueError(f"{name} must broadcast to [B, N, T, S] = {list(scores)}; got shape {array.shape}")
+    if arrays.bias is not None and not any(jnp.issubdtype(arrays.bias.dtype, x) for x in (jnp.floating, jnp.integer)):
+        raise ValueError(f"bias must be real numbers; got {arrays.bias.dtype}")
+    if arrays.mask is not None and arrays.mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must be bool, True for keys that are seen (bias adds numbers); got {arrays.mask.dtype}")
+
+
 def check_integers(arrays: AttentionArrays, query_seq_lengths: jax.Array | None) -> None:
-    """Raises unless lengths and offsets are integers [B], and lengths known now lie within their axes."""
+    """Raises unless lengths, starts and offsets are integers [B], and those known now lie within their axes."""
     batch, query_length = arrays.query.shape[:2]
     for name, integers, limit in (
         ("query_seq_lengths", query_seq_lengths, query_length),
         ("key_value_seq_lengths", arrays.lengths, arrays.capacity),
+        ("key_value_seq_starts", arrays.starts, arrays.capacity),
         ("query_offset", arrays.query_offset, None),
     ):
         if integers is None:
@@ -142,14 +165,16 @@ def check_integers(arrays: AttentionArrays, query_seq_lengths: jax.Array | None)
 
 
 def check_pages(arrays: AttentionArrays) -> None:
-    """Raises if a page that holds live keys is not in the pool, as far as table and lengths are known."""
-    table, lengths = arrays.page_table, arrays.lengths
-    if table is None or is_traced(table) or not (lengths is None or not is_traced(lengths)):
+    """Raises if a page that holds live keys is not in the pool, as far as table, lengths and starts are known."""
+    table, lengths, starts = arrays.page_table, arrays.lengths, arrays.starts
+    if table is None or any(is_traced(x) for x in (table, lengths, starts)):
         return
     pages = np.asarray(table)
     live = arrays.capacity if lengths is None else np.asarray(lengths)[:, None]
     wrong = (pages < 0) | (pages >= arrays.key.shape[0])
     wrong &= np.arange(pages.shape[1]) * arrays.key.shape[1] < live
+    if starts is not None:
+        wrong &= (np.arange(pages.shape[1]) + 1) * arrays.key.shape[1] > np.asarray(starts)[:, None]
     if wrong.any():
         sequence, page = np.argwhere(wrong)[0]
         raise ValueError(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdpp_jax import heuristics
-from fdpp_jax.ops import partition, planned, reference
+from fdpp_jax.ops import fold, partition, planned, reference
 from fdpp_jax.ops.phi import row_phi
 from fdpp_jax.ops.planned import Cotangent, Function
 from fdpp_jax.ops.running import module_of
@@ -25,7 +25,6 @@ from fdpp_jax.unified_max import Recompute, UnifiedMax
 
 # Beyond, keys are not split, and a unified max saves XLA nothing.
 _MAX_SPLIT_QUERIES = 16
-_CACHE = ("key", "value", "key_scale", "value_scale")
 # Axes of operands, as in `partition.Rule`; n is (k g). The cache's are other ones where it is paged.
 _AXES = dict(
     query="b t n h",
@@ -39,8 +38,12 @@ _AXES = dict(
     key_scale="b s k",
     value_scale="b s k",
     scale="",
+    bias="b n t s",
+    mask="b n t s",
+    starts="b",
     key_max_norm="b k",
 )
+_RESULTS = ("b t n h", "b t n")
 _WHOLE = ("t", "s", "h", "pages", "pool", "page")
 
 
@@ -61,13 +64,14 @@ class AttentionFunction:
     names: tuple[str, ...]
     is_online: bool
     recompute: Recompute | None
-    implementation: AttentionImplementation | None
+    implementation: str | None
     saves: bool = False
 
     def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
-        """[B, T, N, H] in the query's dtype."""
+        """[B, T, N, H] in the query's dtype, and with a residual the rows' log-sum-exp [B, T, N] float32."""
         query = operands[self.names.index("query")]
-        return [(query.shape, query.dtype)]
+        residual = [(query.shape[:3], jnp.dtype(jnp.float32))] if self.options.return_residual else []
+        return [(query.shape, query.dtype), *residual]
 
     def saving(self) -> "AttentionFunction":
         """The call where its gradient follows."""
@@ -86,32 +90,32 @@ class AttentionFunction:
     def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
         """By the plan for a device."""
         if device is None:
-            return [reference.attention(self._given(operands)[0]._replace(phi=None), self.options)]
+            arrays, _ = self._given(operands)
+            return jax.tree.leaves(reference.attention(arrays._replace(phi=None), self.options))
 
         def call(*operands: jax.Array) -> list[jax.Array]:
             arrays, key_max_norm = self._given(operands)
-            return [self._run(arrays, key_max_norm, self.plan(arrays, device))]
+            return jax.tree.leaves(self._run(arrays, key_max_norm, self.plan(arrays, device)))
 
-        plan = self.plan(self._given(operands)[0], device)
+        one, _ = self._given(operands)
+        plan, shape = self.plan(one, device), self.shape(one)
         if plan.backend == "xla" and (plan.algorithm == "cudnn" or self.is_online):
             return call(*operands)  # as XLA maps it
         call_with_rule = jax.custom_batching.custom_vmap(call)
 
         @call_with_rule.def_vmap
-        def fold(axis_size: int, is_mapped: list[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
-            mapped = dict(zip(self.names, is_mapped, strict=True))
+        def folded(axis_size: int, is_mapped: list[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+            def call_again(given: Mapping[str, jax.Array]) -> list[jax.Array]:
+                # By the kernel of one call.
+                implementation = self.implementation if refuses is None else plan.implementation
+                function = dataclasses.replace(self, names=tuple(given), implementation=implementation)
+                return function(device, *given.values())
+
+            refuses = _refusals(plan, device)
             given = dict(zip(self.names, operands, strict=True))
-            # Those of all sequences: B cannot take a mapped axis of theirs in.
-            ndims = {"sinks": 2, "key_scale": 2, "value_scale": 2, "scale": 1}
-            if any(mapped.get(name) and given[name].ndim == ndim for name, ndim in ndims.items()):
-
-                def call_one(i: jax.Array) -> list[jax.Array]:
-                    return call(*(x[i] if m else x for x, m in zip(operands, is_mapped, strict=True)))
-
-                return lax.map(call_one, jnp.arange(axis_size)), [True]
-            # A mapped lax.cond would run both branches for every row: B takes the mapped axis instead.
-            (out,) = call_with_rule(*_fold_into_batch(self.names, axis_size, is_mapped, operands))
-            return [out.reshape(axis_size, -1, *out.shape[1:])], [True]
+            with_axis = frozenset(name for name, m in zip(self.names, is_mapped, strict=True) if m)
+            outs = fold.mapped_call(call_again, given, with_axis, axis_size, shape, refuses)
+            return outs, [True] * len(outs)
 
         outs: list[jax.Array] = call_with_rule(*operands)
         return outs
@@ -136,10 +140,9 @@ class AttentionFunction:
             return AttentionPlan("xla", "reference", None, "float32 reference: no kernel takes symbolic sizes")
         raise NotImplementedError(f"implementation={self.implementation!r} cannot run this call: symbolic sizes")
 
-    def _run(self, arrays: AttentionArrays, key_max_norm: jax.Array | None, plan: AttentionPlan) -> jax.Array:
+    def _run(self, arrays: AttentionArrays, key_max_norm: jax.Array | None, plan: AttentionPlan) -> Any:
         shape = self.shape(arrays)
         online = arrays._replace(phi=None)
-        out: jax.Array
         if plan.backend != "xla":
             if arrays.lengths is None:
                 arrays = arrays._replace(lengths=jnp.full((shape.batch,), shape.capacity, jnp.int32))
@@ -149,11 +152,10 @@ class AttentionFunction:
         if plan.algorithm == "cudnn" or self.is_online or shape.query_length > _MAX_SPLIT_QUERIES:
             if plan.algorithm == "cudnn" and self.saves:  # so that XLA finds the gradient's forward pass done
                 return _cudnn_vjp(online, self.options, plan)[0]
-            out = module_of(plan).attention(online, self.options, plan)
-            return out
+            return module_of(plan).attention(online, self.options, plan)
         arrays = self._with_phi(arrays, shape, plan, key_max_norm)
         out = reference.attention(arrays, self.options)
-        return lax.cond(jnp.isnan(out).any(), lambda: reference.attention(online, self.options), lambda: out)
+        return lax.cond(_has_failed(out), lambda: reference.attention(online, self.options), lambda: out)
 
     def _with_phi(
         self, arrays: AttentionArrays, shape: AttentionShape, plan: AttentionPlan, key_max_norm: jax.Array | None
@@ -193,27 +195,33 @@ class AttentionFunction:
         group = arrays.query.shape[2] // arrays.key.shape[2]
         # One key/value head is everywhere; then a device has a share of its group.
         heads = "k" if group == 1 else "g" if arrays.key.shape[2] == 1 else "(k g)"
+        whole = list(_WHOLE)
 
         def axes(name: str) -> str:
             x = getattr(arrays, name, None)
-            if name in _CACHE and x is not None and x.ndim == 1:
+            if name in fold.CACHE and x is not None and x.ndim == 1:
                 return "k"
             if name == "phi" and x is not None and x.ndim == 0:
                 return ""
             text = _AXES[name]
-            if name in _CACHE and arrays.page_table is not None:
+            if name in fold.CACHE and arrays.page_table is not None:
                 text = text.replace("b s", "pool page")
-            return " ".join(heads if axis == "n" else axis for axis in text.split())
+            factors = text.split()
+            if name in ("bias", "mask") and x is not None:  # an axis of size 1 is none of the scores'
+                ones = [f"{name}{i}" for i in range(x.ndim)]
+                whole.extend(ones)
+                factors = [one if size == 1 else axis for one, size, axis in zip(ones, x.shape, factors, strict=True)]
+            return with_heads(factors)
 
-        own = tuple(axes(name) for name in self.names)
+        def with_heads(factors: Sequence[str]) -> str:
+            return " ".join(heads if factor == "n" else factor for factor in factors)
+
+        operand_axes = tuple(axes(name) for name in self.names)
+        results = tuple(with_heads(text.split()) for text in _RESULTS[: 1 + self.options.return_residual])
+        sizes = (("g", group),) if heads == "(k g)" else ()
         if isinstance(function, Cotangent):
-            return partition.Rule(
-                (*own, axes("query")),
-                tuple(own[i] for i in function.moved),
-                sizes=(("g", group),) if heads == "(k g)" else (),
-                whole=_WHOLE,
-            )
-        return partition.Rule(own, (axes("query"),), sizes=(("g", group),) if heads == "(k g)" else (), whole=_WHOLE)
+            operand_axes, results = (*operand_axes, *results), tuple(operand_axes[i] for i in function.moved)
+        return partition.Rule(operand_axes, results, sizes, tuple(whole))
 
 
 def attention(
@@ -223,23 +231,27 @@ def attention(
     device: Device,
     arrays: AttentionArrays,
     key_max_norm: jax.Array | None,
-) -> jax.Array:
-    """The public op after its checks, [B, T, N, H]; arrays.phi is the policy's, [] or [B, N]."""
+) -> list[jax.Array]:
+    """The public op after its checks, of arrays whose phi is the policy's, [] or [B, N].
+
+    Returns:
+      [B, T, N, H], and with a residual the rows' log-sum-exp [B, T, N].
+    """
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     if key_max_norm is not None and softmax is not None and softmax.is_bound:
         given["key_max_norm"] = key_max_norm
     recompute = None if softmax is None else softmax.recompute
     function = AttentionFunction(options, tuple(given), softmax is None, recompute, implementation)
 
-    def call(*operands: jax.Array) -> jax.Array:
-        (out,) = planned.differentiable(function, device, *operands)
-        return out
+    def call(*operands: jax.Array) -> list[jax.Array]:
+        return planned.differentiable(function, device, *operands)
 
-    def spec(query: Sequence[Any], key: Sequence[Any], *_: Any) -> Sequence[Any]:
+    def specs(query: Sequence[Any], key: Sequence[Any], *_: Any) -> Sequence[Sequence[Any]]:
         batch = query[0] or (key[0] if arrays.page_table is None else None)
-        return batch, query[1], query[2] or key[2], None
+        rows = batch, query[1], query[2] or key[2]
+        return [(*rows, None), rows] if options.return_residual else [(*rows, None)]
 
-    return partition.in_auto_axes(call, spec, alike(list(given.values())))
+    return partition.in_auto_axes(call, specs, alike(list(given.values())))
 
 
 def recompute_of(plan: AttentionPlan, asked: Recompute | None) -> Recompute:
@@ -250,19 +262,29 @@ def recompute_of(plan: AttentionPlan, asked: Recompute | None) -> Recompute:
 
 def _with_recompute(
     options: AttentionOptions, plan: AttentionPlan, recompute: Recompute, arrays: AttentionArrays
-) -> jax.Array:
+) -> Any:
     """A kernel's attention, of arrays with lengths."""
     run = functools.partial(module_of(plan).attention, options=options, plan=plan)
-    out: jax.Array
     if arrays.phi is None:
-        out = run(arrays)
-        return out
+        return run(arrays)
     if recompute != "cond":
-        out = run(arrays, recompute=recompute)
-        return out
+        return run(arrays, recompute=recompute)
     out = run(arrays)
     online = arrays._replace(phi=None)
-    return lax.cond(jnp.isnan(out).any(), lambda: run(online), lambda: out)
+    return lax.cond(_has_failed(out), lambda: run(online), lambda: out)
+
+
+def _has_failed(out: Any) -> jax.Array:
+    """Whether a row has left the window, of a result with or without a residual."""
+    return jnp.isnan(jax.tree.leaves(out)[0]).any()
+
+
+def _refusals(plan: AttentionPlan, device: Device) -> fold.Refuses | None:
+    """Whether the kernel of a plan refuses another shape; None where XLA computes the plan."""
+    op = by_name(plan.backend).attention
+    if plan.backend == "xla" or op is None:
+        return None
+    return lambda shape: op.refuse(shape, device, plan.algorithm) is not None
 
 
 def _cudnn_vjp(arrays: AttentionArrays, options: AttentionOptions, plan: AttentionPlan) -> Any:
@@ -274,7 +296,7 @@ def _cudnn_vjp(arrays: AttentionArrays, options: AttentionOptions, plan: Attenti
     return jax.vjp(run, arrays.query, arrays.key, arrays.value)
 
 
-def _may_have_shards(shape: AttentionShape, device: Device, implementation: AttentionImplementation | None) -> bool:
+def _may_have_shards(shape: AttentionShape, device: Device, implementation: str | None) -> bool:
     """Whether a kernel or cuDNN, neither of which XLA can partition, may compute a shard of a call."""
     if not device.is_gpu or not _is_known(shape):
         return False
@@ -287,35 +309,3 @@ def _may_have_shards(shape: AttentionShape, device: Device, implementation: Atte
 def _is_known(shape: AttentionShape) -> bool:
     """Whether all sizes are numbers: kernels are planned for numbers, and XLA computes symbolic sizes."""
     return all(not jax.export.is_symbolic_dim(size) for size in (shape.batch, shape.query_length, shape.capacity))
-
-
-def _fold_into_batch(
-    names: tuple[str, ...], axis_size: int, is_mapped: Sequence[bool], operands: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """Operands of one call of batch A B for A calls of batch B."""
-    given = dict(zip(names, operands, strict=True))
-    mapped = dict(zip(names, is_mapped, strict=True))
-
-    def fold(name: str) -> jax.Array:  # [A, B, ...] or [B, ...] -> [A B, ...]
-        x = given[name]
-        if name in _CACHE and x.ndim == 1:  # the scales of heads, [K]
-            return x
-        if not mapped[name]:
-            x = jnp.broadcast_to(x, (axis_size, *x.shape))
-        return x.reshape(-1, *x.shape[2:])
-
-    has_pages = "page_table" in given
-    of_sequences = ["query", "lengths", "query_offset", "page_table", "key_max_norm"]
-    if not has_pages or any(mapped.get(name) for name in _CACHE):
-        of_sequences += _CACHE
-    folded = {name: fold(name) for name in of_sequences if name in given}
-    if has_pages and "key" in folded:  # the pools stand one behind the other
-        num_tables, num_pages = (folded[name].shape[0] // axis_size for name in ("page_table", "key"))
-        folded["page_table"] += (jnp.arange(axis_size) * num_pages).repeat(num_tables)[:, None]
-    if (phi := given.get("phi")) is not None:
-        batch, num_heads = folded["query"].shape[0], folded["query"].shape[2]
-        if phi.ndim == 1:  # [A]: a scalar for each call. An unmapped scalar stays one
-            folded["phi"] = jnp.broadcast_to(phi.repeat(batch // axis_size)[:, None], (batch, num_heads))
-        elif phi.ndim:
-            folded["phi"] = fold("phi")
-    return [folded.get(name, given[name]) for name in names]

@@ -31,6 +31,8 @@ def flat_matmul(
 ) -> jax.Array:
     """x @ w for few rows, accumulated in float32.
 
+    Under vmap a mapped axis of x joins the rows. A mapped w is a batched product of XLA's: no kernel runs.
+
     Args:
       x: [..., K]; the product of the leading sizes is the number of rows M.
       w: [K, N], same dtype as x; or [N, K] with w_order="nk".
@@ -67,14 +69,14 @@ def flat_matmul(
 def _run(function: "MatmulFunction", device: Device, x: jax.Array, w: jax.Array) -> jax.Array:
     """The op after its checks, planned for a device where it is lowered for its platform."""
 
-    def call(*operands: jax.Array) -> jax.Array:
-        (out,) = planned.differentiable(function, device, *operands)
-        return out
+    def call(*operands: jax.Array) -> list[jax.Array]:
+        return planned.differentiable(function, device, *operands)
 
-    def spec(x: Sequence[Any], w: Sequence[Any]) -> Sequence[Any]:
-        return *x[:-1], w[function.w_order.index("n")]
+    def specs(x: Sequence[Any], w: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        return [(*x[:-1], w[function.w_order.index("n")])]
 
-    return partition.in_auto_axes(call, spec, alike((x, w)))
+    (out,) = partition.in_auto_axes(call, specs, alike((x, w)))
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

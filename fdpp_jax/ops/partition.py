@@ -91,31 +91,37 @@ class _Summed:
 
 
 def in_auto_axes(
-    call: Callable[..., jax.Array], spec: Callable[..., Sequence[Any]], operands: Sequence[Any]
-) -> jax.Array:
+    call: Callable[..., list[jax.Array]], specs: Callable[..., Sequence[Sequence[Any]]], operands: Sequence[Any]
+) -> list[jax.Array]:
     """The call, in which axes that are explicit are automatic.
 
     Args:
       call: Of the operands.
-      spec: spec(*specs) -> what the axes of the result are sharded over, from specs as long as the operands have axes.
+      specs: specs(*specs) -> for each result what its axes are sharded over, from specs as long as the operands have
+        axes.
       operands: Of the call.
 
     Returns:
-      The result, of which an axis is sharded over what it asks for first and no axis before it has.
+      The results, of which an axis is sharded over what it asks for first and no axis before it has.
     """
     mesh = jax.typeof(operands[0]).sharding.mesh
     if not mesh.explicit_axes:
         return call(*operands)
+    shardings = [
+        NamedSharding(mesh, _without_repeats(spec)) for spec in specs(*(jax.typeof(x).sharding.spec for x in operands))
+    ]
+    found: list[jax.Array] = jax.sharding.auto_axes(call, out_sharding=shardings)(*operands)
+    return found
+
+
+def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
     used: set[str] = set()
     entries: list[Axes] = []
-    for entry in spec(*(jax.typeof(x).sharding.spec for x in operands)):
+    for entry in spec:
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         entries.append(tuple(name for name in names if name not in used) or None)
         used.update(names)
-    found: jax.Array = jax.sharding.auto_axes(call, out_sharding=NamedSharding(mesh, PartitionSpec(*entries)))(
-        *operands
-    )
-    return found
+    return PartitionSpec(*entries)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def row_phi(
 
     Args:
       softmax: The policy.
-      arrays: The arrays of the call. Keys beyond the lengths do not count.
+      arrays: The arrays of the call. Keys that are not live do not count.
       options: Its static facts.
       weights_dtype: dtype of the weights e^(s - phi) as they meet the values, which decides the window.
       key_max_norm: [B, K] float32, max |k|; computed from the keys if missing.
@@ -49,12 +49,17 @@ def row_phi(
             raise ValueError(f"phi must broadcast to [B, N] = {[batch, num_heads]}, got shape {phi.shape}")
         return jnp.broadcast_to(phi, (batch, num_heads))
     if key_max_norm is None:
-        key_max_norm = unified_max.max_norm(arrays.key, arrays.lengths, arrays.page_table, arrays.key_scale)
+        key_max_norm = unified_max.max_norm(
+            arrays.key, arrays.lengths, arrays.page_table, arrays.key_scale, arrays.starts
+        )
     query_norm = jnp.linalg.norm(arrays.query.astype(jnp.float32), axis=-1).max(axis=1, initial=0.0)  # [B, N]
     scale = options.scale if arrays.scale is None else arrays.scale
     bound = abs(scale) * query_norm * jnp.repeat(key_max_norm, num_heads // arrays.key.shape[2], axis=1)
     if options.logits_soft_cap is not None:
         bound = jnp.minimum(bound, options.logits_soft_cap)
+    if arrays.bias is not None:
+        most = arrays.bias.astype(jnp.float32).max(axis=(2, 3), initial=-jnp.inf)  # [B or 1, N or 1]
+        bound += jnp.where(jnp.isfinite(most), most, 0.0)  # -inf hides all keys of a row
     if arrays.sinks is not None:
         bound = jnp.maximum(bound, arrays.sinks.astype(jnp.float32)[None])
     _, den_max = unified_max.window(weights_dtype, arrays.capacity)

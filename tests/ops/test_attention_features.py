@@ -1,130 +1,23 @@
-"""Every feature of the attention op: against float64, through the recompute, vmap and grad, with a kernel and without.
+"""Every feature of the attention op: against float64, and through the recompute, with a kernel and without.
 
-The kernel here is a stand-in with the kernel's signature that asks the float64 oracle: what is tested is how the op
-calls it. The kernel itself has its own tests.
+The kernel here is a stand-in (`kernel_calls`): what is tested is how the op calls it. The kernel itself has its own
+tests.
 """
 
-import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from attention_case import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, call_arguments, expected_of, op, oracle_arguments, run
 
 import fdpp_jax
-from fdpp_jax import UnifiedMax, heuristics, unified_max
-from fdpp_jax.pallas import run as pallas_run
-from fdpp_jax.plans import device
+from fdpp_jax import UnifiedMax, heuristics
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, CAPACITY = 8, 4, 64, 64
 RECOMPUTES = ["kernel", "launch", "cond"]
-
-
-def call_arguments(
-    seed,
-    *,
-    lengths=(41, 1, 0, 64),
-    query_length=1,
-    dtype="float32",
-    kv_dtype=None,
-    scales=None,
-    page_size=None,
-    has_offset=False,
-    has_sinks=False,
-    has_lengths=True,
-    **options,
-):
-    """(query, key, value), keyword arguments: of dot_product_attention and of the oracle."""
-    rng = np.random.default_rng(seed)
-    query = rng.standard_normal((len(lengths), query_length, NUM_HEADS, HEAD_DIM), np.float32)
-    key, value = rng.standard_normal((2, len(lengths), CAPACITY, NUM_KV_HEADS, HEAD_DIM), np.float32)
-    if has_lengths:
-        dead = np.arange(CAPACITY) >= np.array(lengths)[:, None]
-        key[dead] = value[dead] = np.nan
-    query, key, value = (jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (query, key, value))
-    arguments = dict(options)
-    if has_lengths:
-        arguments["key_value_seq_lengths"] = jnp.asarray(lengths)
-    if has_offset:
-        arguments["query_offset"] = jnp.asarray(lengths) - query_length
-    if has_sinks:
-        arguments["sinks"] = jnp.linspace(-3.0, 3.0, NUM_HEADS)
-    if kv_dtype is not None:
-        key, arguments["key_scale"] = oracle.quantised(key, kv_dtype, scales)
-        value, arguments["value_scale"] = oracle.quantised(value, kv_dtype, scales)
-    if page_size is not None:
-        live = lengths if has_lengths else (CAPACITY,) * len(lengths)
-        names = ["key_scale", "value_scale"] if scales == "token" else []
-        caches = [key, value, *(arguments[name] for name in names)]
-        *pools, arguments["page_table"] = oracle.paged(0, caches, live, page_size)
-        key, value, *pools = pools
-        arguments |= dict(zip(names, pools, strict=True))
-    return (query, key, value), arguments
-
-
-def run(arrays, arguments, softmax=None, **options):
-    """The op under jit, as it is used: arrays are traced, all else is static."""
-    traced = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
-    options |= {name: x for name, x in arguments.items() if name not in traced}
-    call = jax.jit(lambda softmax, *arrays, **traced: op(*arrays, **traced, **options, softmax=softmax))
-    return call(softmax, *arrays, **traced)
-
-
-op = fdpp_jax.dot_product_attention
-
-
-def expected_of(arrays, arguments):
-    arguments = dict(arguments)
-    return oracle.attention(*arrays, arguments.pop("key_value_seq_lengths", None), **arguments)
-
-
-@pytest.fixture
-def kernel_calls(request, monkeypatch):
-    """Makes this an H200 whose decode kernel is a stand-in; the list of its traced calls."""
-    calls = []
-
-    def attend(
-        arrays, options, config, *, recompute=False, prior=None, redone=None, starts_early=False, interpret=None
-    ):
-        assert interpret is None
-        assert not (recompute or prior is not None) or config.combine == "kernel"
-        query, key, phi = arrays.query, arrays.key, arrays.phi
-        calls.append(
-            dict(shape=query.shape, phi=phi, config=config, recompute=recompute, prior=prior, starts_early=starts_early)
-        )
-
-        def compute(phi, prior, redone, arrays):
-            arrays = jax.tree.map(np.asarray, arrays)
-            out, log_sum = oracle.attention_and_log_sum(**arrays, **dataclasses.asdict(options))
-            failed = np.zeros(log_sum.shape, bool) if prior is None else np.isnan(prior).any(axis=-1)  # [B, T, N]
-            if phi is not None:
-                low, high = np.log(unified_max.window(query.dtype, capacity))
-                log_den = log_sum - np.broadcast_to(phi, (len(out), out.shape[2]))[:, None]
-                failed |= np.isfinite(log_sum) & ~((log_den >= low) & (log_den <= high))
-                if not recompute:
-                    out[failed] = np.nan
-            out = out.astype(query.dtype)
-            out = out if prior is None else np.where(np.isnan(prior), out, prior)
-            by_head = failed.any(axis=1).reshape(len(out), key.shape[2], -1)  # [B, K, G]
-            return out if redone is None else (out, np.where(by_head.any(axis=2), 1, redone))
-
-        capacity, arrays = arrays.capacity, arrays._asdict()
-        del arrays["phi"], arrays["scale"]
-        result = jax.ShapeDtypeStruct(query.shape, query.dtype)
-        result = result if redone is None else (result, jax.ShapeDtypeStruct(redone.shape, redone.dtype))
-        return jax.pure_callback(compute, result, phi, prior, redone, arrays)
-
-    ours, theirs = (inspect.signature(f).parameters for f in (attend, pallas_run.attend))
-    assert list(ours) == list(theirs)
-    monkeypatch.setattr(pallas_run, "attend", attend)
-    monkeypatch.setattr(device, "lowered_for", lambda platform, planned: planned)
-    # A device of the test's own: what JAX has compiled with another test's stand-in is not taken.
-    with device.target(dataclasses.replace(device.by_name("H200"), kind=request.node.name)):
-        yield calls
 
 
 COMBINATIONS = [
@@ -157,6 +50,11 @@ COMBINATIONS = [
         ),
     ),
     (UnifiedMax.bound(), dict(has_offset=True, is_causal=True, kv_dtype="float8_e4m3fn", scales="token")),
+    (
+        UnifiedMax.bound(),
+        dict(query_length=2, has_offset=True, is_causal=True, page_size=16, has_sinks=True, starts=(33, 0, 5, 64)),
+    ),
+    (UnifiedMax(1.0), dict(kv_dtype="int8", scales="token", has_lengths=False, starts=(33, 0, 63, 64))),
     (None, dict(query_length=20, is_causal=True, has_sinks=True, kv_dtype="int8", scales="head")),
     (None, dict(query_length=20, has_offset=True, has_lengths=False, local_window_size=(7, 2))),
 ]
@@ -199,6 +97,24 @@ def test_a_draft_is_decoded_as_token_by_token():
     for t in range(3):
         lengths = np.asarray(arguments["key_value_seq_lengths"]) - 2 + t
         np.testing.assert_allclose(out[:, t], oracle.attention(query[:, t], key, value, lengths), atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [None, *RECOMPUTES])
+@pytest.mark.parametrize("with_kernel", [False, True], ids=["reference", "kernel"])
+def test_log_sum_is_that_of_the_rows_whatever_the_policy(request, with_kernel, recompute):
+    if with_kernel:
+        request.getfixturevalue("kernel_calls")
+    arrays, arguments = call_arguments(
+        3, query_length=2, dtype="bfloat16", page_size=16, has_offset=True, has_sinks=True, is_causal=True
+    )
+    expected = oracle.attention_and_log_sum(*arrays, **oracle_arguments(arguments))
+    live = jnp.array([2, 2, 1, 0])
+    dead = (jnp.arange(2) >= live[:, None])[..., None]
+    for softmax in (None, *(UnifiedMax(jnp.array(phi), recompute) for phi in ([1.0] * 8, [-150.0, 150.0] + 6 * [1.0]))):
+        out, log_sum = run(arrays, arguments, softmax, return_residual=True, query_seq_lengths=live)
+        assert log_sum.dtype == jnp.float32
+        assert oracle.relative_error(out, np.where(dead[..., None], 0.0, expected[0])) < oracle.TOLERANCE["bfloat16"]
+        np.testing.assert_allclose(log_sum, np.where(dead, -np.inf, expected[1]), rtol=1e-5, atol=1e-5)
 
 
 def test_dead_queries_give_zeros_and_may_be_nan(kernel_calls):
@@ -321,93 +237,3 @@ def test_a_given_key_norm_saves_reading_the_keys(kernel_calls):
         assert kernel_calls[-1]["phi"].shape == (4, NUM_HEADS)
     pool = f"tensor<{'x'.join(map(str, arrays[1].shape))}xf32>"  # the keys in float32
     assert texts["computed"].count(pool) > texts["given"].count(pool)
-
-
-# ---- transformations
-
-
-MAPPED = {
-    "contiguous": ({}, {"query", "key", "value", "key_value_seq_lengths", "query_offset", "phi"}),
-    "one cache": ({}, {"query", "key_value_seq_lengths", "rows of phi"}),
-    "pools": ({"page_size": 16}, {"query", "key", "value", "page_table", "key_value_seq_lengths"}),
-    "one pool": ({"page_size": 16}, {"query", "page_table", "key_value_seq_lengths"}),
-    "pools, one table": ({"page_size": 16}, {"key", "value"}),
-    "scales of tokens": (
-        {"kv_dtype": "int8", "scales": "token"},
-        {"query", "key", "value", "key_scale", "value_scale"},
-    ),
-    "pools of tokens' scales": ({"kv_dtype": "int8", "scales": "token", "page_size": 16}, {"key", "value_scale"}),
-    "one scale": ({"kv_dtype": "int8", "scales": "head"}, {"query", "key", "value"}),
-    "scales of heads": ({"kv_dtype": "int8", "scales": "head"}, {"query", "key_scale"}),
-    "sinks": ({}, {"query", "sinks", "phi"}),
-}
-
-
-@pytest.mark.parametrize(("case", "with_kernel"), [*((case, True) for case in MAPPED), ("pools", False)])
-def test_vmap_is_a_loop(request, case, with_kernel):
-    features, mapped = MAPPED[case]
-    calls = request.getfixturevalue("kernel_calls") if with_kernel else []
-    both = []
-    for seed in range(2):
-        arrays, arguments = call_arguments(seed, dtype="bfloat16", has_offset=True, has_sinks=True, **features)
-        arguments |= dict(zip(("query", "key", "value"), arrays, strict=True))
-        arguments["sinks"] += seed
-        arguments["phi"] = jnp.float32(seed)
-        arguments["rows of phi"] = jnp.linspace(-90.0 * seed, 1.0, NUM_HEADS)
-        both.append({name: x if name in mapped else (both or [arguments])[0][name] for name, x in arguments.items()})
-
-    def attend(arguments):
-        phi, rows = arguments.pop("phi"), arguments.pop("rows of phi")
-        return op(**arguments, local_window_size=(20, 0), softmax=UnifiedMax(rows if "rows of phi" in mapped else phi))
-
-    axes = {name: 0 if name in mapped else None for name in both[0]}
-    stacked = {name: jnp.stack([one[name] for one in both]) if name in mapped else x for name, x in both[0].items()}
-    out = jax.jit(jax.vmap(attend, (axes,)))(stacked)
-    for i, one in enumerate(both):
-        arguments = {name: x for name, x in one.items() if "phi" not in name} | {"local_window_size": (20, 0)}
-        expected = expected_of([arguments.pop(name) for name in ("query", "key", "value")], arguments)
-        assert oracle.relative_error(out[i], expected) < oracle.TOLERANCE["bfloat16"]
-    if with_kernel:  # the first trace is that of the call before it is mapped
-        assert calls[-1]["shape"][0] == (4 if case in ("sinks", "scales of heads") else 8)
-        is_mapped_by_row = "rows of phi" in mapped or (case != "sinks" and "phi" in mapped)
-        assert calls[-1]["phi"].ndim == (2 if is_mapped_by_row else 0)
-
-
-@pytest.mark.parametrize(
-    ("features", "softmax"),
-    [
-        (dict(has_offset=True, query_length=3, is_causal=True, has_sinks=True), UnifiedMax.bound("cond")),
-        (dict(kv_dtype="int8", scales="token", logits_soft_cap=3.0, page_size=16), UnifiedMax(1.0, "launch")),
-    ],
-    ids=["draft", "int8 pages"],
-)
-def test_gradients_with_a_kernel_are_those_without(kernel_calls, features, softmax):
-    arrays, arguments = call_arguments(0, lengths=(41, 9, 64, 1), dtype="bfloat16", **features)
-    query, *cache = (x if x.dtype == jnp.int8 else jnp.nan_to_num(x) for x in arrays)
-    arguments = {name: jnp.nan_to_num(x) if "scale" in name else x for name, x in arguments.items()}
-    floats = {"query": query, **{name: arguments.pop(name) for name in ("sinks", "key_scale") if name in arguments}}
-    if cache[0].dtype != jnp.int8:
-        floats |= {"key": cache[0], "value": cache[1]}
-    fixed = dict(zip(("key", "value"), cache, strict=True)) | arguments
-
-    def loss(floats, implementation):
-        out = op(**(fixed | floats), softmax=softmax, implementation=implementation)
-        return (out.astype(jnp.float32) ** 2).sum()
-
-    ours, theirs = (jax.jit(jax.grad(loss), static_argnums=1)(floats, name) for name in ("mosaic_gpu", "xla"))
-    assert kernel_calls
-    for name, grad in theirs.items():
-        assert oracle.relative_error(grad, 0 * grad) > 0, name
-        assert oracle.relative_error(ours[name], grad) < 2 * oracle.TOLERANCE["bfloat16"], name
-
-
-def test_gradient_of_sinks_is_right():
-    (query, key, value), arguments = call_arguments(0, lengths=(64,) * 4, has_sinks=True)
-
-    grad = jax.jit(jax.grad(lambda sinks: op(query, key, value, sinks=sinks, softmax=UnifiedMax()).sum()))(
-        arguments["sinks"]
-    )
-    step = 1e-3
-    for n in (0, 7):
-        ends = [oracle.attention(query, key, value, sinks=arguments["sinks"].at[n].add(h)).sum() for h in (step, -step)]
-        np.testing.assert_allclose(grad[n], (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-5)

@@ -39,12 +39,17 @@ TABLE = jnp.zeros((2, 3), jnp.int32)
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([3, 17])}), r"must lie in 0..16; got 3..17"),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([-1, 3])}), r"must lie in 0..16; got -1..3"),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": jnp.array([3])}), r"must be \[B=2\] integers"),
+        ((QUERY, KEY, KEY, {"key_value_seq_starts": jnp.array([-1, 3])}), r"starts must lie in 0..16; got -1..3"),
+        ((QUERY, KEY, KEY, {"key_value_seq_starts": jnp.array([0, 17])}), r"starts must lie in 0..16; got 0..17"),
+        ((QUERY, KEY, KEY, {"key_value_seq_starts": jnp.array([0])}), r"starts must be \[B=2\] integers; got \(1,\)"),
+        ((QUERY, KEY, KEY, {"key_value_seq_starts": jnp.zeros(2)}), r"starts must be \[B=2\] integers; got .* float32"),
         ((QUERY, KEY, KEY, {"query_seq_lengths": jnp.array([0.0, 1.0])}), "integers; got .* float32"),
         ((QUERY, KEY, KEY, {"implementation": "cuda"}), "mosaic_gpu, triton, cudnn, xla; got 'cuda'"),
         ((QUERY, KEY, KEY, {"softmax": 6.0}), "None or a UnifiedMax; got 6.0"),
         ((QUERY, KEY, KEY, {"logits_soft_cap": 0.0}), "must be positive; got 0.0"),
         ((QUERY, KEY, KEY, {"logits_soft_cap": math.inf}), "logits_soft_cap must be a finite number, .* got inf"),
         ((QUERY, KEY, KEY, {"scale": "wide"}), "scale must be a finite number, .* got 'wide'"),
+        ((QUERY, KEY, KEY, {"return_residual": 1}), "return_residual must be True or False; got 1"),
         ((QUERY, KEY, KEY, {"is_causal": "no"}), "is_causal must be True or False; got 'no'"),
         *(
             ((QUERY, KEY, KEY, {"local_window_size": size}), "integer w >= 0 or .left, right. of such; got")
@@ -124,6 +129,11 @@ def test_only_pages_of_live_keys_must_be_in_the_pool():
     table, lengths = TABLE.at[:, 1:].set(99), [16, 3]
     out = fdpp_jax.dot_product_attention(QUERY, KEY, KEY, page_table=table, key_value_seq_lengths=lengths)
     assert out.shape == QUERY.shape
+    table = TABLE.at[:, 0].set(99)
+    arguments = dict(page_table=table, key_value_seq_lengths=[40, 3], key_value_seq_starts=[16, 16])
+    assert fdpp_jax.dot_product_attention(QUERY, KEY, KEY, **arguments).shape == QUERY.shape
+    with pytest.raises(ValueError, match=r"got 99 as page 0 of sequence 0"):
+        fdpp_jax.dot_product_attention(QUERY, KEY, KEY, **(arguments | dict(key_value_seq_starts=[15, 16])))
 
 
 def test_lengths_known_inside_jit_are_checked_too():

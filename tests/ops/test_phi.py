@@ -38,6 +38,25 @@ def test_bound_fits_every_live_score_and_ignores_dead_keys(scale):
     assert jnp.isfinite(shift).all()
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_keys_before_the_start_and_behind_the_length_do_not_count(page_size):
+    query, key = jnp.ones((2, 1, 4, 16)), jax.random.normal(jax.random.key(1), (2, 12, 2, 16))
+    lengths, starts = jnp.array([7, 12]), jnp.array([6, 12])
+    dead = (jnp.arange(12) < starts[:, None]) | (jnp.arange(12) >= lengths[:, None])
+    dirty, clean = (jnp.where(dead[..., None, None], x, key) for x in (jnp.nan, 0.0))
+    table = None if page_size is None else jnp.arange(6).reshape(2, 3)
+    pool = dirty if page_size is None else dirty.reshape(6, 4, 2, 16)
+    found = row_phi(query, pool, 0.3, lengths, page_table=table, starts=starts)
+    np.testing.assert_array_equal(found, row_phi(query, clean, 0.3))
+
+
+def test_a_bound_counts_the_bias():
+    query, key = jnp.ones((2, 1, 4, 16)), jax.random.normal(jax.random.key(1), (2, 12, 2, 16))
+    bias = jnp.stack([jnp.full((1, 12), 50.0), jnp.full((1, 12), -jnp.inf), jnp.zeros((1, 12)), jnp.zeros((1, 12))])
+    raised = row_phi(query, key, 0.3, bias=bias[None]) - row_phi(query, key, 0.3)
+    np.testing.assert_allclose(raised, jnp.broadcast_to(jnp.array([50.0, 0.0, 0.0, 0.0]), (2, 4)), atol=1e-3)
+
+
 @pytest.mark.parametrize("sink", [None, 0.0, 100.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("num_keys", [1, 1024, 2**17])

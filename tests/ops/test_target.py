@@ -5,6 +5,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hopper_case import attention_arrays, bf16, mesh
 from jax.sharding import PartitionSpec as P
@@ -102,6 +103,27 @@ def test_symbolic_batches_are_xla_s(name):
     assert "mosaic_gpu" not in exported.mlir_module()
     np.testing.assert_array_equal(exported.call(UnifiedMax(1.0), *arrays), jax.jit(attend)(UnifiedMax(1.0), *arrays))
     assert matmul.call(bf16(0, 5, 256), bf16(1, 256, 128)).shape == (5, 128)
+
+
+@pytest.mark.parametrize("batch", [4, "batch"])
+@pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0), UnifiedMax.bound()], ids=["online", "unified", "bound"])
+def test_exports_have_starts_bias_and_both_results(batch, softmax):
+    if batch == "batch":
+        (batch,) = jax.export.symbolic_shape(batch)
+    arrays = *attention_arrays(), jnp.array([0, 1, 2, 11]), bf16(3, 4, 1, 1, 32)
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in arrays]
+
+    def call(query, key, value, lengths, starts, bias):
+        arguments = dict(key_value_seq_lengths=lengths, key_value_seq_starts=starts, softmax=softmax)
+        arguments |= dict(return_residual=True)
+        attend = fdpp_jax.dot_product_attention
+        return attend(query, key, value, **arguments), attend(query, key, value, bias, **arguments)
+
+    with fdpp_jax.target("H200"):
+        exported = jax.export.export(jax.jit(call), platforms=("cpu", "cuda"))(*shapes)
+    assert ("mosaic_gpu" in exported.mlir_module()) == (batch == 4)
+    for ours, theirs in zip(*(jax.tree.leaves(f(*arrays)) for f in (exported.call, jax.jit(call))), strict=True):
+        assert oracle.relative_error(ours, theirs) < oracle.TOLERANCE["bfloat16"]
 
 
 def test_arrays_on_another_platform_s_devices_run_its_plan(monkeypatch):

@@ -14,7 +14,8 @@ import pytest
 from hopper_case import attention_arrays, bf16
 
 import fdpp_jax
-from fdpp_jax import UnifiedMax
+from fdpp_jax import UnifiedMax, heuristics
+from fdpp_jax.plans.shapes import AttentionShape
 
 PLATFORMS = ["cpu", "hopper"]
 
@@ -59,6 +60,40 @@ def test_forward_mode_of_attention(calls, phi):
     out, linear = jax.linearize(ours, *primals)
     check((out, linear(*tangents)), jax.jvp(theirs, primals, tangents))
     assert calls is None or calls
+
+
+@pytest.mark.parametrize("phi", [6.0, 300.0], ids=["safe", "recomputed"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_both_modes_of_both_results(calls, phi, with_bias):
+    query, key, value, lengths = attention_arrays(batch=2, capacity=16, num_heads=2, num_kv_heads=1)
+    primals = query, key, value, bf16(4, 1, 2, 1, 16) if with_bias else jnp.linspace(-1.0, 1.0, 2)
+    tangents = tuple(jnp.ones_like(x) * bf16(5, *x.shape) for x in primals)
+    starts = jnp.array([1, 2])
+
+    def ours(query, key, value, extra):
+        extras = dict(bias=extra) if with_bias else dict(sinks=extra)
+        extras |= dict(key_value_seq_starts=starts, return_residual=True, softmax=UnifiedMax(phi))
+        out, log_sum = fdpp_jax.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, **extras)
+        return out.astype(jnp.float32), log_sum
+
+    def theirs(*arrays):
+        query, key, value, extra = (x.astype(jnp.float32) for x in arrays)
+        scores = jnp.einsum("bnh,bsh->bns", query[:, 0], key[:, :, 0]) / 8
+        if with_bias:
+            scores += extra[:, :, 0]
+        keys = jnp.arange(16)
+        live = (keys >= starts[:, None]) & (keys < lengths[:, None])
+        scores = jnp.where(live[:, None], scores, -jnp.inf)
+        sinks = jnp.full((2, 2, 1), -jnp.inf) if with_bias else jnp.broadcast_to(extra[:, None], (2, 2, 1))
+        log_sum = jax.nn.logsumexp(jnp.concatenate([scores, sinks], axis=-1), axis=-1)
+        weights = jnp.exp(scores - log_sum[..., None])
+        return jnp.einsum("bns,bsh->bnh", weights, value[:, :, 0])[:, None], log_sum[:, None]
+
+    check(jax.jit(lambda: jax.jvp(ours, primals, tangents))(), jax.jvp(theirs, primals, tangents))
+    loss = lambda f, *x: sum((y**2).sum() for y in f(*x))  # noqa: E731
+    grads = [jax.jit(jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3)))(*primals) for f in (ours, theirs)]
+    check(*grads)
+    assert calls is None or calls or with_bias
 
 
 def test_jacobians_and_hessian_of_attention(calls):
@@ -160,12 +195,15 @@ def test_strict_modes(calls, mode):
     lengths = arrays[3]
     x, w = bf16(0, 2, 64), bf16(1, 64, 32)
     sinks, norms = jnp.zeros(8), jnp.full((2, 4), 50.0)
+    bias, mask, starts = bf16(2, 8, 1, 32), lengths[:, None, None, None] > 0, jnp.array([0, 1])
     grad = jax.grad(lambda query, *rest: attend(query, *rest, UnifiedMax(1.0)).sum())
     with MODES[mode](), warnings.catch_warnings():
         warnings.simplefilter("error")
         outs = [attend(*arrays, softmax) for softmax in (None, UnifiedMax(1.0), UnifiedMax.bound())]
         outs += [attend(*arrays, softmax, sinks=sinks, key_max_norm=norms) for softmax in (UnifiedMax.bound("cond"),)]
         outs += [attend(*arrays, None, local_window_size=4, logits_soft_cap=2.0, query_offset=lengths)]
+        outs += [attend(*arrays, bias=bias, mask=mask, key_value_seq_starts=starts)]
+        outs += fdpp_jax.dot_product_attention(*arrays[:3], key_value_seq_starts=starts, return_residual=True)
         outs += [fdpp_jax.flat_matmul(x, w)]
         if mode != "transfers":
             outs += [grad(*arrays), jax.vmap(fdpp_jax.flat_matmul, (0, None))(x, w)]
@@ -184,12 +222,35 @@ def test_scale_may_be_traced(calls):
         check(out[1], attend(query, key, value, lengths, scale=0.5))
 
 
+def test_a_plan_says_that_a_traced_scale_has_no_kernel():
+    shape = AttentionShape(2, 1, 64, 8, 4, 64, has_traced_scale=True)
+    assert "known before the call is traced" in heuristics.plan_attention(shape, "H200").reason
+    with pytest.raises(NotImplementedError, match="known before the call is traced"):
+        heuristics.plan_attention(shape, "H200", "mosaic_gpu")
+
+
 def test_arrays_without_a_batch(calls):
     query, key, value, _ = attention_arrays(batch=1)
-    for lengths in (None, jnp.array([7])):
+    for lengths in (None, jnp.array([7]), jnp.array(7)):
         out = jax.jit(attend)(query[0], key[0], value[0], lengths)
         assert out.shape == query.shape[1:]
-        check(out, attend(query, key, value, lengths)[0])
+        check(out, attend(query, key, value, None if lengths is None else jnp.array([7]))[0])
+
+
+@pytest.mark.parametrize("softmax", [None, UnifiedMax.bound()], ids=["online", "bound"])
+def test_arguments_without_a_batch(calls, softmax):
+    query, key, value, _ = attention_arrays(batch=1)
+    of_scores = dict(bias=bf16(4, 8, 1, 32), mask=jnp.arange(32)[None, None] % 3 > 0)
+    of_sequence = dict(key_value_seq_lengths=jnp.array(20), key_value_seq_starts=jnp.array(3))
+    of_sequence |= dict(query_offset=jnp.array(19), query_seq_lengths=jnp.array(1), key_max_norm=jnp.full(4, 20.0))
+    call = functools.partial(fdpp_jax.dot_product_attention, return_residual=True, softmax=softmax)
+    for arguments in ({}, of_scores):
+        with_batch = {name: x[None] for name, x in (arguments | of_sequence).items()}
+        expected = call(query, key, value, is_causal=True, **with_batch)
+        one = query[0], key[0], value[0]
+        outs = call(*one, is_causal=True, **arguments, **of_sequence)
+        assert [x.shape for x in outs] == [(1, 8, 64), (1, 8)]
+        check(outs, tuple(x[0] for x in expected))
 
 
 def test_float64_is_refused():
