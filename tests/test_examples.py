@@ -23,6 +23,7 @@ EXAMPLES = REPOSITORY / "examples"
 VARYING_NUMBERS = {
     "quickstart.ipynb": re.compile(r"\d\.\d+e-\d+"),
     "calibration.ipynb": re.compile(r" *-?\d+(?:\.\d+|,\d{3})"),
+    "in_your_code.ipynb": re.compile(r"\d\.\d+e-\d+"),
 }
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PLACEHOLDERS = ("path-or-hub-id", "DIR")  # in the pages' code, where a reader writes a path
@@ -68,6 +69,14 @@ def test_calibration_notebook_runs_from_top_to_bottom(capsys, monkeypatch):
     assert "phi off by 120: same text, 47 of 47" in out
     assert names["found"].num_tokens == 12 * 512
     names["plt"].close(names["figure"])
+
+
+def test_in_your_code_runs_from_top_to_bottom(capsys):
+    names, out = _run_notebook("in_your_code.ipynb", capsys)
+    assert "mosaic_gpu, decode" in out
+    assert "xla, reference" in out
+    assert "takes no mask" in out
+    assert names["ours"].attention_fn is names["attention_fn"]
 
 
 @pytest.mark.parametrize(
