@@ -167,12 +167,19 @@ class AttentionFunction:
         phi = row_phi(policy, arrays, self.options, weights_dtype=op.weights_dtype(shape), key_max_norm=key_max_norm)
         return arrays._replace(phi=phi)
 
+    def _gradient_plan(self, arrays: AttentionArrays, device: Device) -> AttentionPlan:
+        """Whose gradient is taken: behind a prefill kernel, too, cuDNN's where it computes the call."""
+        plan = self.plan(arrays, device)
+        if plan.algorithm != "prefill":
+            return plan
+        return dataclasses.replace(self, implementation="xla").plan(arrays, device)
+
     def gradients(
         self, device: Device, moved: tuple[int, ...], operands: Sequence[jax.Array], grads: Sequence[jax.Array]
     ) -> list[jax.Array] | None:
         """cuDNN's own gradients."""
         arrays, _ = self._given(operands)
-        plan = self.plan(arrays, device)
+        plan = self._gradient_plan(arrays, device)
         if plan.algorithm != "cudnn":
             return None
         found = _cudnn_vjp(arrays._replace(phi=None), self.options, plan)[1](grads[0])
@@ -182,7 +189,7 @@ class AttentionFunction:
         """Partitioned by sequences and heads where a shard may have a kernel; XLA partitions its own operations."""
         arrays, _ = self._given(operands[: len(self.names)])
         if isinstance(function, Cotangent):
-            if self.plan(arrays, device).algorithm != "cudnn":
+            if self._gradient_plan(arrays, device).algorithm != "cudnn":
                 return planned.bind(function, device, *operands)
             return partition.bind(function, self._rule(function, operands), device, *operands)
 

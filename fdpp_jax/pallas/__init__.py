@@ -3,21 +3,22 @@
 `run` runs the plans of backend "mosaic_gpu". A kernel is a file, or a folder whose `kernel` has the algorithm:
 
 - `decode_attention`: attention of a few query tokens per sequence.
+- `prefill_attention`: attention of more query tokens per sequence.
 - `flat_matmul`: x @ w for 1 to 64 rows, on tensor cores.
 - `gemv`: x @ w for one row, on CUDA cores.
 - `fused_layer`: all matmuls from one attention to the next.
 
-====================  ================  ===========  ====  ===========
-part                  decode_attention  flat_matmul  gemv  fused_layer
-====================  ================  ===========  ====  ===========
-parts.ring                   x               x        x         x
+====================  ================  =================  ===========  ====  ===========
+part                  decode_attention  prefill_attention  flat_matmul  gemv  fused_layer
+====================  ================  =================  ===========  ====  ===========
+parts.ring                   x                  x               x        x         x
 parts.registers              x
-parts.handover               x               x
-parts.accumulators                           x                  x
-parts.grid_sync                                                 x
-parts.overlap                x                                  x
-parts.manual_axes            x               x        x         x
-====================  ================  ===========  ====  ===========
+parts.handover               x                                  x
+parts.accumulators                                              x                  x
+parts.grid_sync                                                                    x
+parts.overlap                x                                                     x
+parts.manual_axes            x                  x               x        x         x
+====================  ================  =================  ===========  ====  ===========
 
 - `ring`: the ring of TMA stages that a kernel streams through.
 - `registers`: inline PTX, and arrays as registers for it. `handover`, `accumulators` and `grid_sync` use it, too.

@@ -10,6 +10,7 @@ from fdpp_jax.pallas.decode_attention.kernel import attend
 from fdpp_jax.pallas.flat_matmul import flat_matmul
 from fdpp_jax.pallas.fused_layer import kernel as fused_layer
 from fdpp_jax.pallas.gemv import gemv
+from fdpp_jax.pallas.prefill_attention import prefill_attention
 from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan
 from fdpp_jax.plans.calls import (
     AttentionArrays,
@@ -33,13 +34,14 @@ def attention(
     starts_early: bool = False,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Any:
-    """Attention by `decode_attention`.
+    """Attention by `decode_attention` or `prefill_attention`.
 
     Args:
       arrays: With lengths.
       options: Static facts.
       plan: Whose config it is.
-      recompute: "kernel" or "launch" redoes rows that left the safe window; else they are NaN.
+      recompute: "kernel" or "launch" redoes rows that left the safe window; else they are NaN. The prefill kernel
+        redoes them in a second launch, whichever it is.
       redone: [B, K] int32; becomes 1 where a row was redone.
       starts_early: As in `decode_attention`.
       interpret: Runs the kernel interpreted on the CPU.
@@ -48,6 +50,11 @@ def attention(
       [B, T, N, H], with options.return_residual the pair of this and the rows' log-sum-exp, with redone the pair of
       this and redone.
     """
+    if plan.algorithm == "prefill":
+        assert redone is None
+        return prefill_attention(
+            arrays, options, plan.config, recompute=recompute in ("kernel", "launch"), interpret=interpret
+        )
     if recompute == "kernel":
         return attend(
             arrays, options, plan.config, recompute=True, redone=redone, starts_early=starts_early, interpret=interpret

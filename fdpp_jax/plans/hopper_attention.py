@@ -6,7 +6,7 @@ Every constant of the rule was measured: docs/experiments/attention.md.
 import dataclasses
 from typing import Literal
 
-from fdpp_jax.plans import hopper
+from fdpp_jax.plans import hopper, hopper_prefill
 from fdpp_jax.plans.backend import AttentionOp, AttentionPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import MAX_STAGES, MIN_STAGES, with_stages_that_fit
@@ -234,20 +234,35 @@ def _reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig
     return f"{shared} {keys}: {num_ctas} on {device.num_sms} SMs ({hopper.bound(intensity, device)})"
 
 
-def _config(shape: AttentionShape, device: Device, algorithm: str) -> DecodeAttentionConfig:
-    assert algorithm == "decode"
+def _is_prefill(shape: AttentionShape, algorithm: str | None) -> bool:
+    """Whether the prefill kernel is meant: by name, or by the rule."""
+    return algorithm == "prefill" or (algorithm is None and shape.query_length > MAX_QUERY_LENGTH)
+
+
+def _refuse(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:
+    by = hopper_prefill.refuse if _is_prefill(shape, algorithm) else refuse
+    return by(shape, device, algorithm)
+
+
+def _config(
+    shape: AttentionShape, device: Device, algorithm: str
+) -> DecodeAttentionConfig | hopper_prefill.PrefillAttentionConfig:
+    if algorithm == "prefill":
+        return hopper_prefill.prefill_attention_config(shape)
     return decode_attention_config(shape, device)
 
 
 def _plan(shape: AttentionShape, device: Device, why: str) -> AttentionPlan:
     del why  # it is the first choice wherever it runs
+    if _is_prefill(shape, None):
+        return hopper_prefill.plan(shape, device)
     config = decode_attention_config(shape, device)
     return AttentionPlan(hopper.NAME, "decode", config, _reason(shape, device, config), recompute="kernel")
 
 
 OP = AttentionOp(
-    configs={"decode": DecodeAttentionConfig},
-    refuse=refuse,
+    configs={"decode": DecodeAttentionConfig, "prefill": hopper_prefill.PrefillAttentionConfig},
+    refuse=_refuse,
     config=_config,
     plan=_plan,
     recomputes=("kernel", "launch", "cond"),

@@ -188,7 +188,6 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"query_length": 17}, "takes 1 to 16 queries, got T = 17"),
         ({"query_length": 0}, "takes 1 to 16 queries, got T = 0"),
         ({"dtype": "float32"}, "takes bfloat16 or float16, got float32"),
         ({"kv_dtype": "float16"}, "takes a cache of bfloat16, int8 or float8_e4m3fn, got float16"),

@@ -1,0 +1,64 @@
+"""The prefill kernel on Hopper: blocks that fit, a reason for each refusal, and where cuDNN stays."""
+
+import dataclasses
+
+import pytest
+
+from fdpp_jax.heuristics import plan_attention
+from fdpp_jax.plans import device, hopper_prefill
+from fdpp_jax.plans.shapes import AttentionShape
+
+H200 = device.by_name("H200")
+GEMMA = AttentionShape(1, 8192, 8192, 16, 8, 256, is_causal=True, has_lengths=False, logits_soft_cap=50.0)
+
+
+@pytest.mark.parametrize("name", ["H100", "H200"])
+@pytest.mark.parametrize("head_dim", hopper_prefill.HEAD_DIMS)
+def test_blocks_fit_the_sm(name, head_dim):
+    shape = dataclasses.replace(GEMMA, head_dim=head_dim)
+    plan = plan_attention(shape, name)
+    assert (plan.backend, plan.algorithm, plan.recompute) == ("mosaic_gpu", "prefill", "launch")
+    assert plan.config.smem_bytes(shape) <= device.by_name(name).smem_bytes
+    assert plan.reason == "128 queries of a head per CTA: 1024 on 132 SMs"
+
+
+def test_cudnn_stays_where_it_is_as_fast():
+    plain = dataclasses.replace(GEMMA, logits_soft_cap=None)
+    online = dataclasses.replace(plain, is_online=True)
+    assert plan_attention(plain, H200).algorithm == "prefill"
+    assert plan_attention(online, H200).algorithm == "cudnn"
+    assert "cuDNN is as fast" in plan_attention(online, H200).reason
+    assert plan_attention(online, H200, "mosaic_gpu").algorithm == "prefill"  # as the caller asks
+    capped = dataclasses.replace(online, logits_soft_cap=50.0)
+    assert plan_attention(capped, H200).algorithm == "prefill"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"has_bias": True}, "takes no bias and no mask"),
+        ({"has_mask": True}, "takes no bias and no mask"),
+        ({"dtype": "float32"}, "takes bfloat16 or float16, got float32"),
+        ({"kv_dtype": "int8", "scales": "head"}, "no quantised or paged cache"),
+        ({"page_size": 64}, "no quantised or paged cache"),
+        ({"head_dim": 72}, r"takes head dims \(64, 80, 96, 128, 256\), got H = 72"),
+        ({"logits_soft_cap": 1e6}, "tanh is good for caps up to 1000"),
+        ({"has_traced_scale": True}, "a scale that is known before"),
+        ({"batch": 0}, "needs a sequence, a query head and a key, got B = 0"),
+    ],
+)
+def test_what_is_refused_runs_on_the_reference_with_the_reason(changes, reason):
+    shape = dataclasses.replace(GEMMA, **changes)
+    plan = plan_attention(shape, H200)
+    assert (plan.backend, plan.algorithm) == ("xla", "reference")
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(plan.reason)
+    with pytest.raises(NotImplementedError, match=reason):
+        plan_attention(shape, H200, "mosaic_gpu")
+
+
+def test_few_queries_are_the_decode_kernel_s():
+    assert plan_attention(dataclasses.replace(GEMMA, query_length=16), H200).algorithm == "decode"
+    assert hopper_prefill.refuse(dataclasses.replace(GEMMA, query_length=16), H200) == (
+        "the prefill kernel takes 17 queries and more, got T = 16"
+    )
