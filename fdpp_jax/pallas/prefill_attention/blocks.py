@@ -1,0 +1,100 @@
+"""Which blocks of keys a CTA of `prefill_attention` reads, and which keys of them its queries see."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
+from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS
+from fdpp_jax.plans.shapes import cdiv
+
+
+class Block(NamedTuple):
+    """A CTA's queries, and the blocks of keys that they see: [begin, end), of which [inner, outer) are seen whole."""
+
+    batch: jax.Array
+    head: jax.Array
+    number: jax.Array  # of the block of queries
+    first_query: jax.Array
+    offset: jax.Array | int
+    length: jax.Array | int
+    start: jax.Array | int
+    low: jax.Array | int  # keys [low, high) are seen by a query of the CTA
+    high: jax.Array
+    begin: jax.Array
+    inner: jax.Array
+    outer: jax.Array
+    end: jax.Array
+
+
+def bounds(position: Any, start: Any, length: Any, facts: Facts) -> tuple[Any, Any]:
+    """[low, high) of the keys that a query at a position sees."""
+    low, high = start, length
+    if facts.options.is_causal:
+        high = jnp.minimum(high, position + 1)
+    if facts.options.local_window_size is not None:
+        left, right = facts.options.local_window_size
+        low = jnp.maximum(low, position - left)
+        high = jnp.minimum(high, position + right + 1)
+    return low, high
+
+
+def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
+    """The CTA's."""
+    config = facts.config
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    num_blocks = cdiv(facts.query_length, config.block_q)
+    # The last queries first: with a causal mask they have most keys to read.
+    index = num_blocks - 1 - lax.axis_index("block")
+    first_query = index * config.block_q
+    length = facts.capacity if gmem.lengths is None else jnp.minimum(gmem.lengths[batch], facts.capacity)
+    start = 0 if gmem.starts is None else jnp.maximum(gmem.starts[batch], 0)
+    offset = 0 if gmem.offset is None else gmem.offset[batch]
+    last_query = jnp.minimum(first_query + config.block_q, facts.query_length) - 1
+    low, inner_high = bounds(offset + first_query, start, length, facts)
+    inner_low, high = bounds(offset + last_query, start, length, facts)
+    high = jnp.maximum(jnp.int32(high), 0)
+    width = jnp.int32(config.block_kv)
+    end = lax.div(high + width - 1, width)
+    begin = jnp.minimum(lax.div(jnp.int32(low), width), end)
+    inner = jnp.clip(lax.div(jnp.int32(inner_low) + width - 1, width), begin, end)
+    outer = jnp.clip(lax.div(jnp.maximum(jnp.int32(inner_high), 0), width), inner, end)
+    return Block(batch, head, index, first_query, offset, length, start, low, high, begin, inner, outer, end)
+
+
+def is_live(
+    shape: tuple[int, ...], first_key: jax.Array, position: jax.Array, block: Block, facts: Facts, has_low: bool
+) -> Any:
+    """Which keys of a block each query sees: [64, block_kv] bool."""
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
+    key = iota(1) + first_key
+    low, high = bounds(iota(0) + position, block.start, block.length, facts)
+    is_live = key < high
+    return is_live & (key >= low) if has_low else is_live
+
+
+def clear_dead_values(
+    smem: SharedRefs, slot: jax.Array, first_key: jax.Array, block: Block, facts: Facts, warpgroup: jax.Array
+) -> None:
+    """Zeroes values of a block that no query of the CTA sees: 0 * NaN would be NaN. Each warpgroup clears a part."""
+    width = facts.config.block_kv
+
+    def clear(part: int) -> None:
+        values = smem.v.at[slot, pl.ds(part * ROWS, ROWS)]
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, facts.padded_dim), 0, layout=plgpu.Layout.WGMMA)
+        row += first_key + part * ROWS
+        loaded = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+        values[...] = jnp.where((row >= block.low) & (row < block.high), loaded, jnp.zeros_like(loaded))
+        plgpu.commit_smem()
+
+    @pl.when((first_key + width > block.high) | (first_key < block.low))
+    def _clear() -> None:
+        for part in range(width // ROWS):
+            pl.when(warpgroup == part % CONSUMERS)(functools.partial(clear, part))
+        plgpu.barrier_arrive(smem.cleared)
+        plgpu.barrier_wait(smem.cleared)

@@ -1,0 +1,187 @@
+"""The 64 queries of one warpgroup of `prefill_attention`, from the first key block to the result."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fdpp_jax import unified_max
+from fdpp_jax.pallas.prefill_attention.blocks import Block, bounds, clear_dead_values, is_live
+from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
+from fdpp_jax.plans.hopper_prefill import ROWS
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+# No score is lower. It is finite, so max - max is not NaN in a row without keys.
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per query
+
+
+def consume(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warpgroup: jax.Array) -> None:
+    """The 64 queries of one warpgroup."""
+    config = facts.config
+    first_query = block.first_query + warpgroup * ROWS
+    zero = block.batch * 0
+    box = block.batch, pl.ds(first_query, ROWS), block.head, pl.ds(zero, facts.padded_dim)
+    query = smem.q.at[warpgroup]
+    plgpu.copy_gmem_to_smem(gmem.q.at[box], query, smem.q_ready.at[warpgroup])
+
+    def take_turn() -> None:
+        plgpu.barrier_arrive(smem.turn)
+        plgpu.barrier_wait(smem.turn)
+
+    has_low = facts.options.local_window_size is not None or gmem.starts is not None
+    phi = None
+    if gmem.phi is not None:
+        phi = gmem.phi[0 if gmem.phi.shape[0] == 1 else block.batch * facts.num_heads + block.head] * LOG2E
+    position = block.offset + first_query  # of row 0
+
+    plgpu.barrier_wait(smem.q_ready.at[warpgroup])
+    pl.when(block.end > block.begin)(lambda: plgpu.barrier_wait(smem.k_ready.at[0]))
+    pl.when(warpgroup == 1)(take_turn)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...], *, is_masked: bool) -> tuple[jax.Array, ...]:
+        acc, den, *row_max = carry
+        slot = lax.rem(i - block.begin, jnp.int32(config.num_stages))
+        s = _scores(query, smem.k.at[slot], take_turn, facts)
+        plgpu.barrier_arrive(smem.k_free.at[slot])
+        cap, scale = facts.options.logits_soft_cap, facts.options.scale
+        if cap is None:
+            s *= scale * LOG2E
+        else:  # tanh from exp2, since the hardware's tanh is good to 11 bits only
+            s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / cap))) + 1.0)
+            s *= cap * LOG2E
+        if is_masked:
+            s = jnp.where(is_live(s.shape, i * config.block_kv, position, block, facts, has_low), s, -jnp.inf)
+        if phi is None:
+            shift = jnp.maximum(row_max[0], s.max(axis=1))
+            alpha = jnp.exp2(row_max[0] - shift)
+            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
+            den *= alpha
+            row_max = [shift]
+            p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
+        else:
+            p = jnp.exp2(s - phi)
+        weights = p.astype(query.dtype)
+        # Not of the weights as rounded: converting them back takes a third of the time of a step.
+        den += p.sum(axis=1)
+        acc, den, weights, *row_max = lax.optimization_barrier((acc, den, weights, *row_max))
+        plgpu.barrier_arrive(smem.turn)
+        plgpu.barrier_wait(smem.v_ready.at[slot])
+        if is_masked:
+            clear_dead_values(smem, slot, i * config.block_kv, block, facts, warpgroup)
+        plgpu.barrier_wait(smem.turn)
+
+        def await_next_keys() -> None:
+            following = lax.rem(i + 1 - block.begin, jnp.int32(config.num_stages))
+            pl.when(i + 1 < block.end)(lambda: plgpu.barrier_wait(smem.k_ready.at[following]))
+
+        acc = _add_values(acc, weights, smem.v.at[slot], await_next_keys, facts)
+        plgpu.barrier_arrive(smem.v_free.at[slot])
+        return acc, den, *row_max
+
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, facts.padded_dim), jnp.float32), plgpu.Layout.WGMMA)
+    carry: tuple[jax.Array, ...] = (acc, _rows(0.0)) if phi is not None else (acc, _rows(0.0), _rows(_LOWEST))
+    masked, whole = (functools.partial(step, is_masked=is_masked) for is_masked in (True, False))
+    if has_low:
+        carry = lax.fori_loop(block.begin, block.inner, masked, carry)
+        carry = lax.fori_loop(block.inner, block.outer, whole, carry)
+    else:
+        carry = lax.fori_loop(block.begin, block.outer, whole, carry)
+    carry = lax.fori_loop(block.outer, block.end, masked, carry)
+    pl.when(warpgroup == 0)(take_turn)
+    _write(gmem, smem, facts, block, warpgroup, box, phi, carry)
+
+
+def _rows(value: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), _ROW)
+
+
+def _scores(query: jax.Ref, keys: Any, take_turn: Any, facts: Facts) -> jax.Array:
+    """Q K^T [64, block_kv]; once it has been started, the other warpgroup may use the tensor cores."""
+    if facts.is_interpreted:
+        take_turn()
+        s = jnp.dot(query[...].astype(jnp.float32), keys[...].astype(jnp.float32).T)
+        plgpu.commit_smem()
+        return s
+
+    def product(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, query, keys.transpose((1, 0)))
+        take_turn()
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((ROWS, facts.config.block_kv), jnp.float32))
+
+
+def _add_values(acc: jax.Array, weights: jax.Array, values: jax.Ref, meanwhile: Any, facts: Facts) -> jax.Array:
+    """acc [64, H'] + p V; calls `meanwhile` once the product has been started."""
+    if facts.is_interpreted:
+        meanwhile()
+        acc += jnp.dot(weights.astype(jnp.float32), values[...].astype(jnp.float32))
+        plgpu.commit_smem()
+        return acc
+
+    def product(acc: Any) -> None:
+        plgpu.wgmma(acc, weights, values)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def _write(
+    gmem: GlobalRefs,
+    smem: SharedRefs,
+    facts: Facts,
+    block: Block,
+    warpgroup: jax.Array,
+    box: Any,
+    phi: Any,
+    carry: tuple[jax.Array, ...],
+) -> None:
+    """Divides by the denominators and stores the rows."""
+    acc, den, *row_max = carry
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_ROW)
+    low, high = bounds(row + block.offset + block.first_query + warpgroup * ROWS, block.start, block.length, facts)
+    sees_key = (row >= 0) & (high > low)
+    if gmem.sinks is not None:
+        sink = gmem.sinks[block.head] * LOG2E
+        if row_max:
+            shift = jnp.maximum(row_max[0], sink)
+            alpha = jnp.exp2(row_max[0] - shift)
+            den, row_max = den * alpha + jnp.exp2(sink - shift), [shift]
+            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
+        else:
+            den += jnp.exp2(sink - phi)
+    factor = 1.0 / den
+    rows = block.batch, block.head, pl.ds(block.first_query + warpgroup * ROWS, ROWS)
+    by_row = smem.by_row.at[warpgroup]
+
+    def store_rows(values: jax.Array, target: jax.Ref) -> None:
+        by_row[...] = values
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(by_row, target.at[rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    if gmem.phi is not None:
+        assert gmem.failed is not None
+        den_min, den_max = unified_max.window(gmem.q.dtype, facts.capacity)
+        checked = den + (acc - acc).sum(axis=1)  # NaN where a value as large as 1e18 made a sum infinite
+        is_safe = (checked >= den_min) & (checked <= den_max)
+        store_rows(jnp.where(is_safe, 0.0, jnp.where(sees_key, 1.0, 0.0)), gmem.failed)
+        factor = jnp.where(is_safe, factor, jnp.nan)
+    factor = jnp.where(sees_key, factor, 0.0)
+    if gmem.log_sum is not None:
+        log_sum = ((row_max[0] if row_max else phi) + jnp.log2(den)) * LN2
+        if gmem.phi is not None:
+            log_sum = jnp.where(is_safe, log_sum, jnp.nan)
+        store_rows(jnp.where(sees_key, log_sum, -jnp.inf), gmem.log_sum)
+    out = smem.q.at[warpgroup]
+    out[...] = (acc * lax.broadcast_in_dim(factor, acc.shape, [0])).astype(out.dtype)
+    plgpu.commit_smem()
+    assert gmem.out is not None
+    plgpu.copy_smem_to_gmem(out, gmem.out.at[box])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
