@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _EXAMPLES = "  fdpp-jax info\n  fdpp-jax info --json\n"
+_ATTENTIONS = (("decode attention", "decode", 1), ("prefill attention", "prefill", 512))  # name, algorithm, queries
 _MATMULS = (("flat matmul", "flat", 8), ("gemv", "gemv", 1))  # name, algorithm, rows
 
 
@@ -62,15 +63,14 @@ def _kernels(running: "Device") -> Iterator[tuple[str, str | None]]:
     from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
     # Of Llama-2-7B.
-    attention = AttentionShape(1, 1, 1024, 32, 32, 128)
     layer = LayerShape(1, 4096, 11008, 32, 32, 128)
     for backend in BACKENDS:
         if not backend.architectures:  # plain XLA
             continue
-        if backend.attention is not None:
-            for algorithm in backend.attention.configs:
-                refusal = backend.attention.refuse(attention, running, algorithm)
-                yield f"{algorithm} attention ({backend.name})", refusal
+        for name, algorithm, num_queries in _ATTENTIONS:
+            if backend.attention is not None and algorithm in backend.attention.configs:
+                shape = AttentionShape(1, num_queries, 1024, 32, 32, 128)
+                yield f"{name} ({backend.name})", backend.attention.refuse(shape, running, algorithm)
         for name, algorithm, rows in _MATMULS:
             if backend.matmul is not None and algorithm in backend.matmul.configs:
                 refusal = backend.matmul.refuse(MatmulShape(rows, 4096, 4096), running, algorithm)

@@ -12,7 +12,8 @@ def merge_attention_states(
 
     Both are results of `dot_product_attention(..., return_residual=True)` for the same queries, over keys that have
     none in common: the shards of a cache, or a shared prefix and what follows it. A sink goes into one part only, since
-    it is part of that part's log-sum-exp. Merging is associative, so any number of parts can be merged in turn.
+    it is part of that part's log-sum-exp, and that part must have a key for every row: of a row without keys the
+    log-sum-exp is -inf, sink or not. Merging is associative, so any number of parts can be merged in turn.
 
     Args:
       out_a: [..., H] floating point, attention over a's keys, as [B, T, N, H].
@@ -26,12 +27,13 @@ def merge_attention_states(
     Raises:
       ValueError: Shapes or dtypes do not fit together.
     """
+    if out_a.dtype != out_b.dtype:
+        raise ValueError(f"out_a and out_b must have one dtype, got {out_a.dtype} and {out_b.dtype}")
     for name, x in (("out_a", out_a), ("out_b", out_b), ("lse_a", lse_a), ("lse_b", lse_b)):
         is_out = name.startswith("out")
         if x.shape != (out_a.shape if is_out else out_a.shape[:-1]) or not jnp.issubdtype(x.dtype, jnp.floating):
             expected = "[..., H] as out_a's" if is_out else "[...], out_a's without H"
             raise ValueError(f"{name} must be floating point {expected}, {out_a.shape=}; got {x.dtype} of {x.shape}")
-    dtype = jnp.promote_types(out_a.dtype, out_b.dtype)
     lse_a, lse_b = lse_a.astype(jnp.float32), lse_b.astype(jnp.float32)
     shift = jnp.maximum(lse_a, lse_b)
     shift = lax.stop_gradient(jnp.where(jnp.isneginf(shift), 0.0, shift))
@@ -43,4 +45,4 @@ def merge_attention_states(
     sees_key = den > 0
     den = jnp.where(sees_key, den, 1.0)
     lse = jnp.where(sees_key, jnp.log(den) + shift, -jnp.inf)
-    return (num / den[..., None]).astype(dtype), lse
+    return (num / den[..., None]).astype(out_a.dtype), lse

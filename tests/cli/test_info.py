@@ -8,7 +8,8 @@ from cli_case import run
 import fdpp_jax
 from fdpp_jax.plans import device
 
-KERNELS = ["decode attention (mosaic_gpu)", "flat matmul (mosaic_gpu)", "gemv (mosaic_gpu)", "fused layer (mosaic_gpu)"]
+_NAMES = ("decode attention", "prefill attention", "flat matmul", "gemv", "fused layer")
+KERNELS = [f"{name} (mosaic_gpu)" for name in _NAMES]
 
 
 def test_info_names_versions_device_and_kernels(capsys):
@@ -24,7 +25,7 @@ def test_info_says_which_kernels_run(capsys, monkeypatch, name, available):
     code, out, _ = run(capsys, "info")
     assert code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert rows[-5:] == [[kernel, available] for kernel in KERNELS] + [["XLA (xla)", "yes"]]
+    assert rows[-6:] == [[kernel, available] for kernel in KERNELS] + [["XLA (xla)", "yes"]]
 
 
 def test_info_as_json(capsys, monkeypatch):

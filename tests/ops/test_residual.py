@@ -126,6 +126,12 @@ def test_scores_of_any_size_merge():
     np.testing.assert_allclose(log_sum, np.logaddexp(*(np.asarray(x, np.float64) for x in lse)), rtol=1e-6)
 
 
+def test_a_merge_of_two_dtypes_is_refused():
+    lse = jnp.zeros(3)
+    with pytest.raises(ValueError, match="out_a and out_b must have one dtype, got bfloat16 and float32"):
+        merge_attention_states(jnp.ones((3, 4), jnp.bfloat16), lse, jnp.ones((3, 4)), lse)
+
+
 def test_gradient_through_a_merge_is_that_of_the_whole():
     query, key, value = inputs()
 
