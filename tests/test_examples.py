@@ -122,7 +122,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
             assert name in "".join(_python_blocks(page))
         assert names["out"].shape == names["query"].shape
         assert np.isfinite(names["out"].astype(np.float32)).all()
-        assert names["result"].tokens.shape == (1, 64)
+        assert names["result"].tokens.shape == (2, 64)
     elif page.name == "adding_a_model.md":
         config = json.loads((REPOSITORY / "tests" / "fixtures" / "qwen3" / "config.json").read_text(encoding="utf-8"))
         assert names["qwen3_config_from_hf"](config) == qwen3_config_from_hf(config)
