@@ -17,6 +17,7 @@ parts.handover               x                                  x
 parts.accumulators                                              x                  x
 parts.grid_sync                                                                    x
 parts.overlap                x                                                     x
+parts.scores                 x                  x
 parts.manual_axes            x                  x               x        x         x
 ====================  ================  =================  ===========  ====  ===========
 
@@ -26,5 +27,6 @@ parts.manual_axes            x                  x               x        x      
 - `accumulators`: transposed products, to and from memory.
 - `grid_sync`: CTAs of one launch wait for each other's results.
 - `overlap`: a launch starts while its predecessor ends.
+- `scores`: scores in base 2, and their cap.
 - `manual_axes`: what results vary over within `jax.shard_map`.
 """

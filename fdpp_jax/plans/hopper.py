@@ -4,10 +4,13 @@ import dataclasses
 from typing import Any, Protocol
 
 from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.shapes import AttentionShape
 
 NAME = "mosaic_gpu"
 ARCHITECTURE = "sm_90"  # wgmma exists on Hopper only
 DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 80, 96, 128, 256)  # of both attention kernels
+MAX_SOFT_CAP = 1000.0  # tanh is 1 - 2 / (e^2x + 1), off by up to 3e-7 of the cap
 MIN_STAGES, MAX_STAGES = 2, 8
 # Bytes of barriers, alignment and reduction scratch that Mosaic GPU adds to what a kernel asks for.
 SMEM_RESERVE = 8 * 1024
@@ -29,6 +32,19 @@ def refuse_device(device: Device) -> str | None:
     if device.is_gpu:
         return f"no kernel for {device.arch} yet"
     return f"no kernel for {device.kind}"
+
+
+def refuse_scores(shape: AttentionShape, kernel: str) -> str | None:
+    """Why an attention kernel cannot compute the scores of a shape, or None: what both kernels ask for alike."""
+    if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
+        return f"the {kernel} kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
+    if shape.has_traced_scale:
+        return "kernels take a scale that is known before the call is traced"
+    batch, heads, capacity = shape.batch, shape.num_query_heads, shape.capacity
+    if not (batch and heads and capacity):
+        sizes = f"B = {batch}, N = {heads}, S = {capacity}"
+        return f"the {kernel} kernel needs a sequence, a query head and a key, got {sizes}"
+    return None
 
 
 def is_other_gpu(device: Device) -> bool:

@@ -17,11 +17,9 @@ from fdpp_jax.plans.shapes import PAGE_SIZES, QUANTISED_DTYPES, AttentionShape, 
 Combine = Literal["kernel", "cluster", "launch"]
 
 # Limits of the kernel.
-HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_KV = 64  # keys of the smallest tile
 MAX_ROWS = 64  # query rows per key/value head
 MAX_QUERY_LENGTH = 16
-MAX_SOFT_CAP = 1000.0  # tanh is 1 - 2 / (e^2x + 1), off by up to 3e-7 of the cap
 MAX_CHUNK = 32  # sequences that share CTAs; each CTA scans all their lengths
 MAX_CLUSTER = 8  # CTAs of a cluster that every Hopper GPU can start together
 MAX_SPLITS = 128  # a CTA has as many threads, and each waits for one other CTA
@@ -115,8 +113,8 @@ def _refuse_shape(shape: AttentionShape) -> str | None:
         return f"the decode kernel takes {' or '.join(hopper.DTYPES)}, got {shape.dtype}"
     if shape.kv_dtype not in (None, shape.dtype, *QUANTISED_DTYPES):
         return f"the decode kernel takes a cache of {shape.dtype}, int8 or float8_e4m3fn, got {shape.kv_dtype}"
-    if shape.head_dim not in HEAD_DIMS:
-        return f"the decode kernel takes head dims {HEAD_DIMS}, got H = {shape.head_dim}"
+    if shape.head_dim not in hopper.HEAD_DIMS:
+        return f"the decode kernel takes head dims {hopper.HEAD_DIMS}, got H = {shape.head_dim}"
     if (rows := padded_rows(shape)) > MAX_ROWS:
         return f"the decode kernel holds {MAX_ROWS} query rows a key/value head, got {rows}"
     if shape.page_size not in (None, *PAGE_SIZES):
@@ -127,16 +125,7 @@ def _refuse_shape(shape: AttentionShape) -> str | None:
         return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
     if shape.scales == "token" and shape.num_kv_heads % 4:
         return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
-    if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
-        return f"the decode kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
-    if shape.has_traced_scale:
-        return "kernels take a scale that is known before the call is traced"
-    batch, heads, capacity = shape.batch, shape.num_query_heads, shape.capacity
-    if not (batch and heads and capacity):
-        return (
-            f"the decode kernel needs a sequence, a query head and a key, got B = {batch}, N = {heads}, S = {capacity}"
-        )
-    return None
+    return hopper.refuse_scores(shape, "decode")
 
 
 def _refuse_smem(shape: AttentionShape, device: Device) -> str | None:

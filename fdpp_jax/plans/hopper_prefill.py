@@ -11,9 +11,7 @@ from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, cdiv, round_up
 from fdpp_jax.plans.xla import refuse_cudnn
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 MIN_QUERY_LENGTH = 17  # the decode kernel takes fewer
-MAX_SOFT_CAP = 1000.0  # tanh is 1 - 2 / (e^2x + 1), off by up to 3e-7 of the cap
 ROWS = 64  # queries per warpgroup: the rows of a wgmma
 CONSUMERS = 2  # warpgroups that compute
 
@@ -67,18 +65,9 @@ def _refuse_shape(shape: AttentionShape) -> str | None:
         return f"the prefill kernel takes {' or '.join(hopper.DTYPES)}, got {shape.dtype}"
     if shape.kv_dtype not in (None, shape.dtype) or shape.page_size is not None:
         return "the prefill kernel takes no quantised or paged cache"
-    if shape.head_dim not in HEAD_DIMS:
-        return f"the prefill kernel takes head dims {HEAD_DIMS}, got H = {shape.head_dim}"
-    if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
-        return f"the prefill kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
-    if shape.has_traced_scale:
-        return "kernels take a scale that is known before the call is traced"
-    batch, heads, capacity = shape.batch, shape.num_query_heads, shape.capacity
-    if not (batch and heads and capacity):
-        return (
-            f"the prefill kernel needs a sequence, a query head and a key, got B = {batch}, N = {heads}, S = {capacity}"
-        )
-    return None
+    if shape.head_dim not in hopper.HEAD_DIMS:
+        return f"the prefill kernel takes head dims {hopper.HEAD_DIMS}, got H = {shape.head_dim}"
+    return hopper.refuse_scores(shape, "prefill")
 
 
 def plan(shape: AttentionShape, device: Device) -> AttentionPlan:

@@ -13,7 +13,7 @@ from decode_case import ON_GPU, Case, check, check_log_sum
 from hypothesis import strategies as st
 
 from fdpp_jax.ops import reference
-from fdpp_jax.plans import device, hopper_attention
+from fdpp_jax.plans import device, hopper, hopper_attention
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
 from fdpp_jax.plans.shapes import AttentionShape
@@ -125,7 +125,7 @@ def random_case(seed):
             capacity=choice(40, 64, 200, 511, 770, 1500),
             num_heads=num_kv_heads * choice(1, 2, 4, 7, 8, 16),
             num_kv_heads=num_kv_heads,
-            head_dim=choice(*hopper_attention.HEAD_DIMS),
+            head_dim=choice(*hopper.HEAD_DIMS),
             config=tiles(choice(64, 128), splits, choice(2, 3, 4), combine),
             query_length=choice(1, 1, 1, 2, 4, 16),
             dtype="bfloat16" if kv_dtype else choice("bfloat16", "float16"),

@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.prefill_attention import prefill_attention
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
-from fdpp_jax.plans.hopper_prefill import HEAD_DIMS, PrefillAttentionConfig
+from fdpp_jax.plans.hopper import HEAD_DIMS
+from fdpp_jax.plans.hopper_prefill import PrefillAttentionConfig
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_interpreter"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fdpp_jax.heuristics import plan_attention
-from fdpp_jax.plans import device, hopper_attention
+from fdpp_jax.plans import device, hopper, hopper_attention
 from fdpp_jax.plans.hopper_attention import MAX_CHUNK, DecodeAttentionConfig
 from fdpp_jax.plans.shapes import AttentionShape
 
@@ -241,7 +241,7 @@ _ATTENTION = st.builds(
     capacity=st.integers(1, 200_000),
     num_query_heads=st.just(64),
     num_kv_heads=st.sampled_from([1, 2, 8, 32, 64]),
-    head_dim=st.sampled_from(hopper_attention.HEAD_DIMS),
+    head_dim=st.sampled_from(hopper.HEAD_DIMS),
     dtype=st.sampled_from(["bfloat16", "float16"]),
     page_size=st.sampled_from([None, 16, 64, 256]),
     starts_early=st.booleans(),

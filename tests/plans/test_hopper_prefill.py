@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from fdpp_jax.heuristics import plan_attention
-from fdpp_jax.plans import device, hopper_prefill
+from fdpp_jax.plans import device, hopper, hopper_prefill
 from fdpp_jax.plans.shapes import AttentionShape
 
 H200 = device.by_name("H200")
@@ -13,7 +13,7 @@ GEMMA = AttentionShape(1, 8192, 8192, 16, 8, 256, is_causal=True, has_lengths=Fa
 
 
 @pytest.mark.parametrize("name", ["H100", "H200"])
-@pytest.mark.parametrize("head_dim", hopper_prefill.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
 def test_blocks_fit_the_sm(name, head_dim):
     shape = dataclasses.replace(GEMMA, head_dim=head_dim)
     plan = plan_attention(shape, name)

@@ -19,8 +19,9 @@ from fdpp_jax.pallas.decode_attention import sums as partial_sums
 from fdpp_jax.pallas.decode_attention import tiles as kv_tiles
 from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
 from fdpp_jax.pallas.decode_attention.shares import Place, Share, bounds
-from fdpp_jax.pallas.decode_attention.sums import LN2, LOG2E, LOWEST, ROW, Sums, across, full, laid_out
+from fdpp_jax.pallas.decode_attention.sums import ROW, Sums, across, full, laid_out
 from fdpp_jax.pallas.parts import handover, registers, ring
+from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST, capped
 
 
 class Rows:
@@ -258,9 +259,8 @@ class Rows:
         if cap is None:
             # Rounded here, as the row's maximum is: the largest score minus the maximum is 0 however large it is.
             s = registers.rounded_product(s, scale * LOG2E, is_interpreted=facts.is_interpreted)
-        else:  # tanh from exp2, since the hardware's tanh is good to 11 bits only
-            s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / cap))) + 1.0)
-            s *= cap * LOG2E
+        else:
+            s = capped(s, scale, cap)
         position = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
         position += tile * facts.config.block_kv
         low, high = self._bounds(s.shape, 1, plgpu.Layout.WGMMA)

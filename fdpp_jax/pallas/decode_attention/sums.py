@@ -18,13 +18,10 @@ from fdpp_jax import unified_max
 from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
 from fdpp_jax.pallas.decode_attention.shares import AttentionFacts, Share, bounds
 from fdpp_jax.pallas.parts import handover
+from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST
 from fdpp_jax.plans.calls import AttentionArrays
 from fdpp_jax.plans.shapes import cdiv
 
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
-# No score is lower. It is finite, so max - max is not NaN in a share without keys.
-LOWEST = float(jnp.finfo(jnp.float32).min)
 ROW = plgpu.Layout.WGMMA.reduce(0)  # one value per query row
 
 _LOAD_REGISTERS = 180  # per thread, for sums of helpers on their way

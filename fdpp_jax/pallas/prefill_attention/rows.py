@@ -10,14 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
+from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST, capped
 from fdpp_jax.pallas.prefill_attention.blocks import Block, bounds, clear_dead_values, is_live
 from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
 from fdpp_jax.plans.hopper_prefill import ROWS
 
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
-# No score is lower. It is finite, so max - max is not NaN in a row without keys.
-_LOWEST = float(jnp.finfo(jnp.float32).min)
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per query
 
 
@@ -52,9 +49,8 @@ def consume(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warp
         cap, scale = facts.options.logits_soft_cap, facts.options.scale
         if cap is None:
             s *= scale * LOG2E
-        else:  # tanh from exp2, since the hardware's tanh is good to 11 bits only
-            s = 1.0 - 2.0 / (jnp.exp2(s * (scale * (2 * LOG2E / cap))) + 1.0)
-            s *= cap * LOG2E
+        else:
+            s = capped(s, scale, cap)
         if is_masked:
             s = jnp.where(is_live(s.shape, i * config.block_kv, position, block, facts, has_low), s, -jnp.inf)
         if phi is None:
@@ -85,7 +81,7 @@ def consume(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warp
         return acc, den, *row_max
 
     acc = plgpu.layout_cast(jnp.zeros((ROWS, facts.padded_dim), jnp.float32), plgpu.Layout.WGMMA)
-    carry: tuple[jax.Array, ...] = (acc, _rows(0.0)) if phi is not None else (acc, _rows(0.0), _rows(_LOWEST))
+    carry: tuple[jax.Array, ...] = (acc, _rows(0.0)) if phi is not None else (acc, _rows(0.0), _rows(LOWEST))
     masked, whole = (functools.partial(step, is_masked=is_masked) for is_masked in (True, False))
     if has_low:
         carry = lax.fori_loop(block.begin, block.inner, masked, carry)
