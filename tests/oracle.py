@@ -33,7 +33,7 @@ def attention_and_log_sum(
     mask=None,
     starts=None,
 ):
-    """attention, and ln sum e^s of its rows [B, T, N] (T = 1 for [B, N]), sinks included; -inf of rows without keys."""
+    """attention, and ln sum e^s of its rows [B, T, N] (T = 1 for [B, N]), with sinks; without keys the sink."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     has_time = query.ndim == 4
     if not has_time:
@@ -48,8 +48,8 @@ def attention_and_log_sum(
     by_score = batch, num_heads, query_length, capacity
     bias = np.broadcast_to(0.0 if bias is None else np.asarray(bias, np.float64), by_score)
     mask = np.broadcast_to(True if mask is None else np.asarray(mask), by_score)
-    out, log_sum = np.zeros(query.shape), np.full(query.shape[:3], -np.inf)
     sinks = np.full(num_heads, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    out, log_sum = np.zeros(query.shape), np.broadcast_to(sinks, query.shape[:3]).copy()
     for b in range(batch):
         length = capacity if lengths is None else int(lengths[b])
         offset = 0 if query_offset is None else int(query_offset[b])
@@ -83,7 +83,7 @@ def attention_and_log_sum(
             weights = np.exp(scores - top[..., None])
             total = np.where(is_blind, 1.0, weights.sum(axis=2) + np.exp(sinks.reshape(top.shape) - top))
             out[b, t] = (weights @ seen / total[..., None]).reshape(num_heads, head_dim)
-            log_sum[b, t] = np.where(is_blind, -np.inf, np.log(total) + top).reshape(num_heads)
+            log_sum[b, t] = np.where(is_blind, sinks.reshape(top.shape), np.log(total) + top).reshape(num_heads)
     return (out if has_time else out[:, 0]), log_sum
 
 

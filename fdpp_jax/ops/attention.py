@@ -88,8 +88,9 @@ def dot_product_attention(
     Returns:
       As query, in its dtype. With return_residual the pair of this and the rows' log-sum-exp, ln sum e^s, as query
       without H, in float32. The scores s are those that enter the softmax: scaled, capped, with the bias, and with the
-      head's sink among them. Of a row that sees no key it is -inf. It has a gradient, and is as exact as the weights:
-      within 2^-9 where a kernel rounds them to bfloat16. (jax.nn rounds it to the keys' dtype, and stops its gradient.)
+      head's sink among them. Of a row that sees no key it is the sink, else -inf; beyond query_seq_lengths -inf. It
+      has a gradient, and is as exact as the weights: within 2^-9 where a kernel rounds them to bfloat16. (jax.nn rounds
+      it to the keys' dtype, and stops its gradient.)
 
     Raises:
       ValueError: Shapes, dtypes or lengths do not fit together.

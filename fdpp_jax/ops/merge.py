@@ -12,17 +12,16 @@ def merge_attention_states(
 
     Both are results of `dot_product_attention(..., return_residual=True)` for the same queries, over keys that have
     none in common: the shards of a cache, or a shared prefix and what follows it. A sink goes into one part only, since
-    it is part of that part's log-sum-exp, and that part must have a key for every row: of a row without keys the
-    log-sum-exp is -inf, sink or not. Merging is associative, so any number of parts can be merged in turn.
+    it is part of that part's log-sum-exp. Merging is associative, so any number of parts can be merged in turn.
 
     Args:
       out_a: [..., H] floating point, attention over a's keys, as [B, T, N, H].
-      lse_a: [...] floating point, ln sum e^s of the rows over a's keys; -inf where a row sees none of the keys.
+      lse_a: [...] floating point, ln sum e^s of the rows over a's keys; where a row sees none, its sink or -inf.
       out_b: As out_a.
       lse_b: As lse_a.
 
     Returns:
-      [..., H] in the dtype of the outs, and [...] float32: of a row that sees no key zeros and -inf.
+      [..., H] in the dtype of the outs, and [...] float32: of a row with neither key nor sink zeros and -inf.
 
     Raises:
       ValueError: Shapes or dtypes do not fit together.

@@ -81,7 +81,8 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> Any:
     out = (num / den.transpose(0, 3, 1, 2)[..., None]).reshape(query.shape).astype(query.dtype)
     if not options.return_residual:
         return out
-    log_sum = jnp.where(sees_key, jnp.log(den) + shift[..., 0], -jnp.inf)  # [B, K, G, T]
+    nothing = -jnp.inf if sink is None else sink[..., 0]
+    log_sum = jnp.where(sees_key, jnp.log(den) + shift[..., 0], nothing)  # [B, K, G, T]
     return out, log_sum.transpose(0, 3, 1, 2).reshape(query.shape[:3])
 
 

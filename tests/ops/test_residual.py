@@ -87,14 +87,16 @@ def test_vmap_and_jit():
 # ---- merging
 
 
-def test_parts_merge_to_the_whole():
-    """Parts of unequal lengths, one of them empty for a row, and one for both; in any order; jitted."""
+@pytest.mark.parametrize("with_sinks", range(4))
+def test_parts_merge_to_the_whole(with_sinks):
+    """Parts of unequal lengths, one of them empty for a row, and one for both; in any order; sinks in any; jitted."""
     query, key, value = inputs()
     starts, ends = [[0, 0], [5, 7], [9, 7], [20, 12]], [[5, 7], [9, 7], [20, 12], [20, 12]]
     sinks = jnp.linspace(-1.0, 1.0, NUM_HEADS)
+    of_part = [sinks if i == with_sinks else None for i in range(4)]
     parts = [
-        op(query, key, value, key_value_seq_starts=start, key_value_seq_lengths=end, sinks=None if i else sinks)
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        op(query, key, value, key_value_seq_starts=start, key_value_seq_lengths=end, sinks=sinks_of_part)
+        for start, end, sinks_of_part in zip(starts, ends, of_part, strict=True)
     ]
     expected = oracle.attention_and_log_sum(query, key, value, [20, 12], sinks=sinks)
     merge = jax.jit(merge_attention_states)

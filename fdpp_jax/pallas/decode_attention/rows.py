@@ -20,7 +20,7 @@ from fdpp_jax.pallas.decode_attention import tiles as kv_tiles
 from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
 from fdpp_jax.pallas.decode_attention.shares import Place, Share, bounds
 from fdpp_jax.pallas.decode_attention.sums import ROW, Sums, across, full, laid_out
-from fdpp_jax.pallas.parts import handover, registers, ring
+from fdpp_jax.pallas.parts import cache_tiles, handover, registers, ring
 from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST, capped
 
 
@@ -272,7 +272,7 @@ class Rows:
     def _factors(self, factors_smem: jax.Ref, slot: jax.Array) -> jax.Array:
         """[block_kv] scales of the tile of keys or values in `slot`."""
         kv_head, is_interpreted = self.share.kv_head, self.facts.is_interpreted
-        return kv_tiles.factors(factors_smem, slot, kv_head, is_interpreted=is_interpreted)
+        return cache_tiles.factors(factors_smem, slot, kv_head, is_interpreted=is_interpreted)
 
     def hand_over(self, sums: Sums) -> None:
         """Leaves the sums for the owner, or for XLA."""
@@ -339,7 +339,7 @@ class Rows:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _store_log_sum(self, den: jax.Array, shift: jax.Array | None = None, is_safe: jax.Array | None = None) -> None:
-        """Writes ln den + shift if asked for: NaN where a row is not safe, -inf where one sees no key.
+        """Writes ln den + shift if asked for: NaN where a row is not safe, its sink or -inf where it sees no key.
 
         Args:
           den: [rows].
@@ -354,7 +354,8 @@ class Rows:
         log_sum = jnp.log(den) + shift * LN2
         if is_safe is not None:
             log_sum = jnp.where(is_safe, log_sum, jnp.nan)
-        log_sum = jnp.where(self._sees_key(), log_sum, -jnp.inf)
+        nothing = -jnp.inf if self.gmem.sinks is None else self._per_row(self.gmem.sinks) * LN2
+        log_sum = jnp.where(self._sees_key(), log_sum, nothing)
         place = self.gmem.log_sum.at[self.batch, self.share.kv_head]
         if self.facts.is_interpreted:
             place[...] = log_sum

@@ -175,5 +175,6 @@ def merge_by_xla(
     start = 0 if arrays.starts is None else arrays.starts[:, None]
     low, high = bounds(start, arrays.lengths[:, None], position, token, facts)  # [B, live rows], or [B, 1]
     sees_key = high > low
-    log_sum = jnp.where(sees_key[:, None], jnp.log(den) + shift * LN2, -jnp.inf)
+    nothing = -jnp.inf if sinks is None else sinks * LN2
+    log_sum = jnp.where(sees_key[:, None], jnp.log(den) + shift * LN2, nothing)
     return jnp.where(sees_key[:, None, :, None], num / den[..., None], 0.0), log_sum

@@ -11,19 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
 from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
 from fdpp_jax.pallas.decode_attention.shares import LiveKeys, Place, Share
-from fdpp_jax.pallas.parts import handover, ring
+from fdpp_jax.pallas.parts import cache_tiles, handover, ring
 from fdpp_jax.plans.calls import AttentionArrays
 from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
 
-# Values: a thread loads 8 neighbours at a time. 8 lanes take 64 columns of a row. The other lanes take rows at a
-# distance of 4: their swizzles differ, so no two lanes meet in a bank.
-_VALUES = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, 64), (16, 64), (4, 64), (8,))), warp_dims=(-7,), lane_dims=(-5, -2), vector_dim=-1
-)
 # Keys: a thread loads 4 neighbours at a time. Of 16 columns thread t holds 4 t .. 4 t + 3, where wgmma wants 2 t,
 # 2 t + 1, 2 t + 8 and 2 t + 9. A dot product does not depend on the order of columns if keys and query share it.
 _KEYS = plgpu.Layout.TILED(
@@ -33,7 +27,6 @@ _QUERY = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (8, 16), (4,))), warp_dims=(-
 _PERMUTED_QUERY = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 64), (8, 16), (8,), (2,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
 )
-_SCALE_HEADS = 4  # heads whose scales per token are loaded together: TMA takes 16 bytes at least
 
 
 def scratch(arrays: AttentionArrays, config: DecodeAttentionConfig, padded_dim: int) -> dict[str, Any]:
@@ -51,13 +44,13 @@ def scratch(arrays: AttentionArrays, config: DecodeAttentionConfig, padded_dim: 
     tile = plgpu.SMEM(
         (num_stages, block_kv, padded_dim), key.dtype, transforms=ring.tile_transforms(head_dim, key.dtype)
     )
-    copies = 1 if arrays.page_table is None else block_kv // min(block_kv, page_size)  # per tile
+    copies = cache_tiles.num_boxes(None if arrays.page_table is None else page_size, block_kv)  # per tile
     ready = plgpu.Barrier(num_arrivals=copies * (1 + token_scales), num_barriers=num_stages)
     refs: dict[str, Any] = dict(k=tile, v=tile, k_ready=ready, v_ready=ready)
     if key.dtype.itemsize == 1:
         refs["v_wide"] = plgpu.SMEM((1, block_kv, padded_dim), dtype, transforms=ring.tile_transforms(head_dim, dtype))
     if token_scales:
-        factors = plgpu.SMEM((num_stages, block_kv, _SCALE_HEADS), jnp.float32)
+        factors = plgpu.SMEM((num_stages, block_kv, cache_tiles.SCALE_HEADS), jnp.float32)
         refs |= dict(k_factors=factors, v_factors=factors)
     return refs
 
@@ -86,32 +79,22 @@ def fetch(
     zero = batch * 0  # a traced start lets a box reach beyond the axis: TMA fills with zeros
     _, block_kv, padded_dim = smem.k.shape
     dims = pl.ds(zero, padded_dim)
-    scale_heads = pl.ds(kv_head - lax.rem(kv_head, jnp.int32(_SCALE_HEADS)), _SCALE_HEADS)
+    scale_heads = cache_tiles.scale_heads(kv_head)
     routes = [_Route(gmem.k, gmem.k_scale, smem.k, smem.k_factors, smem.k_ready)]
     if not keys_only:
         routes.append(_Route(gmem.v, gmem.v_scale, smem.v, smem.v_factors, smem.v_ready))
 
-    def copy(route: _Route, page: jax.Array, start: jax.Array, size: int, rows: pl.Slice) -> None:
-        ready = route.ready.at[slot]
-        source = route.cache.at[page, pl.ds(start, size), kv_head, dims]
-        plgpu.copy_gmem_to_smem(source, route.ring.at[slot, rows], ready)
+    def copy(route: _Route, box: cache_tiles.Box) -> None:
+        ready, keys = route.ready.at[slot], pl.ds(box.start, box.size)
+        source = route.cache.at[box.page, keys, kv_head, dims]
+        plgpu.copy_gmem_to_smem(source, route.ring.at[slot, box.rows], ready)
         if route.scales is not None and route.factors is not None:
-            factors = route.scales.at[page, pl.ds(start, size), scale_heads]
-            plgpu.copy_gmem_to_smem(factors, route.factors.at[slot, rows], ready)
+            factors = route.scales.at[box.page, keys, scale_heads]
+            plgpu.copy_gmem_to_smem(factors, route.factors.at[slot, box.rows], ready)
 
-    if gmem.pages is None:
+    for box in cache_tiles.boxes(gmem.k, gmem.pages, batch, tile, block_kv):
         for route in routes:
-            copy(route, batch, tile * block_kv, block_kv, pl.ds(0, block_kv))
-        return
-    num_pages, page_size = gmem.k.shape[:2]
-    size = min(page_size, block_kv)
-    for part in range(block_kv // size):
-        position = tile * block_kv + part * size
-        # Keys of pages beyond the length are masked, so any page of the pool will do for them.
-        entry = jnp.minimum(lax.div(position, jnp.int32(page_size)), gmem.pages.shape[1] - 1)
-        page = jnp.clip(gmem.pages[batch, entry], 0, num_pages - 1)
-        for route in routes:
-            copy(route, page, lax.rem(position, jnp.int32(page_size)), size, pl.ds(part * size, size))
+            copy(route, box)
 
 
 class Stream:
@@ -168,7 +151,7 @@ class Stream:
 
 def wide_keys(smem: SharedRefs, slot: jax.Array) -> jax.Array:
     """An 8-bit tile of keys in the query's dtype, in registers, for wgmma with a permuted query."""
-    return _permuted(_load_wide(smem.k.at[slot], _KEYS, smem.q.dtype), _KEYS, plgpu.Layout.WGMMA)
+    return _permuted(cache_tiles.load_wide(smem.k.at[slot], _KEYS, smem.q.dtype), _KEYS, plgpu.Layout.WGMMA)
 
 
 def permute_query(query_smem: jax.Ref) -> None:
@@ -201,7 +184,7 @@ def _permuted(x: jax.Array, layout: Any, to: Any) -> jax.Array:
 
 def widen_values(v_smem: jax.Ref, wide_smem: jax.Ref) -> None:
     """Copies an 8-bit tile of values [block_kv, H] to 16 bits: wgmma transposes only these, in shared memory."""
-    wide_smem[...] = _load_wide(v_smem, _VALUES, wide_smem.dtype)
+    wide_smem[...] = cache_tiles.load_wide(v_smem, cache_tiles.WIDENING, wide_smem.dtype)
 
 
 def opaque_zero() -> jax.Array:
@@ -220,31 +203,6 @@ def opaque_zero() -> jax.Array:
         return mgpu.FragmentedArray.splat(zero, (), is_signed=True)
 
     return emit()
-
-
-def _load_wide(tile_smem: jax.Ref, layout: Any, dtype: np.dtype) -> jax.Array:
-    narrow = load(tile_smem, layout, optimized=False)
-    if narrow.dtype != jnp.int8:
-        narrow = narrow.astype(jnp.float16).astype(jnp.float32)  # the only way out of float8_e4m3fn
-    return narrow.astype(dtype)
-
-
-def factors(factors_smem: jax.Ref, slot: jax.Array, kv_head: jax.Array, *, is_interpreted: bool) -> jax.Array:
-    """Scales per token of a tile, [block_kv]: a thread loads those of its rows, and of this head only."""
-    head = lax.rem(kv_head, jnp.int32(_SCALE_HEADS))
-    if is_interpreted:
-        return factors_smem[slot, :, head]
-    layout: Any = plgpu.Layout.WGMMA.reduce(1)
-    returned = plgpu.ShapeDtypeStruct(factors_smem.shape[1:2], factors_smem.dtype, layout=layout)
-
-    # plgpu.load() takes no column of a ref.
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=returned)
-    def emit(_: Any, tile: Any, head: Any) -> Any:
-        index = arith.index_cast(ir.IndexType.get(), head.registers.item())
-        column = mgpu.utils.memref_slice(tile, (slice(None), index))
-        return mgpu.FragmentedArray.load_untiled(column, layout=layout.to_mgpu(), optimized=False)
-
-    return emit(factors_smem.at[slot], head)
 
 
 def clear_rows(tile_smem: jax.Ref, first: jax.Array, last: jax.Array) -> None:
