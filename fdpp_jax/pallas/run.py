@@ -41,7 +41,7 @@ def attention(
       options: Static facts.
       plan: Whose config it is.
       recompute: "kernel" or "launch" redoes rows that left the safe window; else they are NaN. The prefill kernel
-        redoes them in a second launch, whichever it is.
+        redoes them itself, whichever it is.
       redone: [B, K] int32; becomes 1 where a row was redone.
       starts_early: As in `decode_attention`.
       interpret: Runs the kernel interpreted on the CPU.

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Protocol
 
 from fdpp_jax.plans.device import Device
-from fdpp_jax.plans.shapes import AttentionShape
+from fdpp_jax.plans.shapes import PAGE_SIZES, QUANTISED_DTYPES, AttentionShape
 
 NAME = "mosaic_gpu"
 ARCHITECTURE = "sm_90"  # wgmma exists on Hopper only
@@ -34,13 +34,31 @@ def refuse_device(device: Device) -> str | None:
     return f"no kernel for {device.kind}"
 
 
-def refuse_scores(shape: AttentionShape, kernel: str) -> str | None:
-    """Why an attention kernel cannot compute the scores of a shape, or None: what both kernels ask for alike."""
+def refuse_attention(shape: AttentionShape, kernel: str) -> str | None:
+    """Why an attention kernel cannot compute a shape, or None: what both kernels ask for alike."""
+    batch, heads, kv_heads, capacity = shape.batch, shape.num_query_heads, shape.num_kv_heads, shape.capacity
+    if shape.has_bias:
+        return f"the {kernel} kernel takes no bias"
+    if shape.has_mask:
+        return f"the {kernel} kernel takes no mask as an array: lengths, causal masks and windows are its own"
+    if shape.dtype not in DTYPES:
+        return f"the {kernel} kernel takes {' or '.join(DTYPES)}, got {shape.dtype}"
+    if shape.kv_dtype not in (None, shape.dtype, *QUANTISED_DTYPES):
+        return f"the {kernel} kernel takes a cache of {shape.dtype}, int8 or float8_e4m3fn, got {shape.kv_dtype}"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"the {kernel} kernel takes head dims {HEAD_DIMS}, got H = {shape.head_dim}"
+    if shape.page_size not in (None, *PAGE_SIZES):
+        return f"the {kernel} kernel takes page sizes {PAGE_SIZES}, got {shape.page_size}"
+    if shape.scales == "token" and shape.dtype == "float16":
+        return "a weight times its token's scale may leave float16's range"
+    if shape.kv_itemsize == 1 and shape.head_dim % 64:
+        return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
+    if shape.scales == "token" and kv_heads % 4:
+        return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {kv_heads}"
     if shape.logits_soft_cap is not None and shape.logits_soft_cap > MAX_SOFT_CAP:
         return f"the {kernel} kernel's tanh is good for caps up to {MAX_SOFT_CAP:g}, got {shape.logits_soft_cap:g}"
     if shape.has_traced_scale:
         return "kernels take a scale that is known before the call is traced"
-    batch, heads, capacity = shape.batch, shape.num_query_heads, shape.capacity
     if not (batch and heads and capacity):
         sizes = f"B = {batch}, N = {heads}, S = {capacity}"
         return f"the {kernel} kernel needs a sequence, a query head and a key, got {sizes}"

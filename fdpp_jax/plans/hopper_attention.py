@@ -10,7 +10,7 @@ from fdpp_jax.plans import hopper, hopper_prefill
 from fdpp_jax.plans.backend import AttentionOp, AttentionPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import MAX_STAGES, MIN_STAGES, with_stages_that_fit
-from fdpp_jax.plans.shapes import PAGE_SIZES, QUANTISED_DTYPES, AttentionShape, cdiv, round_up
+from fdpp_jax.plans.shapes import AttentionShape, cdiv, round_up
 
 # Who merges the partial sums of a sequence: the CTA that holds its first tile, through global memory ("kernel") or
 # through the shared memory of a cluster ("cluster"), or a second launch ("launch").
@@ -105,27 +105,11 @@ def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "decod
 def _refuse_shape(shape: AttentionShape) -> str | None:
     if not 1 <= shape.query_length <= MAX_QUERY_LENGTH:
         return f"the decode kernel takes 1 to {MAX_QUERY_LENGTH} queries, got T = {shape.query_length}"
-    if shape.has_bias:
-        return "the decode kernel takes no bias"
-    if shape.has_mask:
-        return "the decode kernel takes no mask as an array: lengths, causal masks and windows are its own"
-    if shape.dtype not in hopper.DTYPES:
-        return f"the decode kernel takes {' or '.join(hopper.DTYPES)}, got {shape.dtype}"
-    if shape.kv_dtype not in (None, shape.dtype, *QUANTISED_DTYPES):
-        return f"the decode kernel takes a cache of {shape.dtype}, int8 or float8_e4m3fn, got {shape.kv_dtype}"
-    if shape.head_dim not in hopper.HEAD_DIMS:
-        return f"the decode kernel takes head dims {hopper.HEAD_DIMS}, got H = {shape.head_dim}"
+    if (refusal := hopper.refuse_attention(shape, "decode")) is not None:
+        return refusal
     if (rows := padded_rows(shape)) > MAX_ROWS:
         return f"the decode kernel holds {MAX_ROWS} query rows a key/value head, got {rows}"
-    if shape.page_size not in (None, *PAGE_SIZES):
-        return f"the decode kernel takes page sizes {PAGE_SIZES}, got {shape.page_size}"
-    if shape.scales == "token" and shape.dtype == "float16":
-        return "a weight times its token's scale may leave float16's range"
-    if shape.kv_itemsize == 1 and shape.head_dim % 64:
-        return f"8-bit tiles are widened 64 columns at a time, got H = {shape.head_dim}"
-    if shape.scales == "token" and shape.num_kv_heads % 4:
-        return f"TMA strides are whole 16 bytes: scales per token need 4, 8, ... heads, got K = {shape.num_kv_heads}"
-    return hopper.refuse_scores(shape, "decode")
+    return None
 
 
 def _refuse_smem(shape: AttentionShape, device: Device) -> str | None:
@@ -237,7 +221,7 @@ def _config(
     shape: AttentionShape, device: Device, algorithm: str
 ) -> DecodeAttentionConfig | hopper_prefill.PrefillAttentionConfig:
     if algorithm == "prefill":
-        return hopper_prefill.prefill_attention_config(shape)
+        return hopper_prefill.prefill_attention_config(shape, device)
     return decode_attention_config(shape, device)
 
 

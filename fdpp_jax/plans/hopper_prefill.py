@@ -23,33 +23,50 @@ class PrefillAttentionConfig:
     Attributes:
       block_kv: Keys per block, a multiple of 64.
       num_stages: Stages of the ring of key and value blocks.
+      packs_group: Whether the query heads of a key/value head are rows of one CTA, query by query.
     """
 
     block_kv: int
     num_stages: int
+    packs_group: bool = False
 
     @property
     def block_q(self) -> int:
-        """Queries per CTA."""
+        """Rows per CTA: queries of one head, or of a group of them."""
         return ROWS * CONSUMERS
 
     def smem_bytes(self, shape: AttentionShape) -> int:
-        """Shared memory per CTA: the ring, the queries, a number per row."""
-        row_bytes = 2 * round_up(shape.head_dim, 64)
-        return (self.num_stages * 2 * self.block_kv + self.block_q) * row_bytes + 4 * self.block_q
+        """Shared memory per CTA: the ring, that of 8-bit blocks, scales per token, the queries, a number per row."""
+        head_dim = round_up(shape.head_dim, 64)
+        ring = self.num_stages * 2 * self.block_kv * head_dim * 2
+        if shape.kv_itemsize == 1:
+            ring += num_narrow_stages(head_dim) * self.block_kv * head_dim
+        if shape.scales == "token":  # those of 4 heads are loaded together
+            ring += (self.num_stages * 2 + num_narrow_stages(head_dim) * 4) * self.block_kv * 4
+        return ring + self.block_q * (2 * head_dim + 4) + hopper.SMEM_RESERVE
 
 
-def prefill_attention_config(shape: AttentionShape) -> PrefillAttentionConfig:
-    """Blocks by rule: as wide as the registers hold, and as many as the shared memory does."""
+def num_narrow_stages(head_dim: int) -> int:
+    """Stages of the ring of 8-bit blocks, which keys and values take in turn; wide heads have room for one."""
+    return 1 if head_dim > 128 else 2
+
+
+def prefill_attention_config(shape: AttentionShape, device: Device) -> PrefillAttentionConfig:
+    """Blocks by rule: as wide as the registers hold, and as many as the shared memory does.
+
+    Heads are packed where a CTA for each would fill no more than half of its rows, and the device has no SM for each.
+    """
+    num_ctas = shape.batch * shape.num_query_heads * cdiv(shape.query_length, ROWS * CONSUMERS)
+    packs = shape.group_size > 1 and 2 * shape.query_length <= ROWS * CONSUMERS and num_ctas > device.num_sms
     if shape.head_dim > 128:
-        return PrefillAttentionConfig(64, 2)
-    return PrefillAttentionConfig(128, 4 if shape.head_dim <= 64 else 2)
+        return PrefillAttentionConfig(64, 2, packs)
+    return PrefillAttentionConfig(128, 4 if shape.head_dim <= 64 else 2, packs)
 
 
 def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefill") -> str | None:
     """Why the kernel cannot compute `shape` on `device`, or None if it can; see `backend.Op`."""
     refusal = hopper.refuse_device(device) or _refuse_shape(shape)
-    if refusal is None and (num_bytes := prefill_attention_config(shape).smem_bytes(shape)) > device.smem_bytes:
+    if refusal is None and (num_bytes := prefill_attention_config(shape, device).smem_bytes(shape)) > device.smem_bytes:
         return f"the prefill kernel needs {num_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
     if refusal is None and algorithm is None and shape.is_online and refuse_cudnn(shape, device) is None:
         return "without a unified max cuDNN is as fast as the prefill kernel, and has a gradient in blocks"
@@ -59,20 +76,16 @@ def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefi
 def _refuse_shape(shape: AttentionShape) -> str | None:
     if shape.query_length < MIN_QUERY_LENGTH:
         return f"the prefill kernel takes {MIN_QUERY_LENGTH} queries and more, got T = {shape.query_length}"
-    if shape.has_bias or shape.has_mask:
-        return "the prefill kernel takes no bias and no mask as an array"
-    if shape.dtype not in hopper.DTYPES:
-        return f"the prefill kernel takes {' or '.join(hopper.DTYPES)}, got {shape.dtype}"
-    if shape.kv_dtype not in (None, shape.dtype) or shape.page_size is not None:
-        return "the prefill kernel takes no quantised or paged cache"
-    if shape.head_dim not in hopper.HEAD_DIMS:
-        return f"the prefill kernel takes head dims {hopper.HEAD_DIMS}, got H = {shape.head_dim}"
-    return hopper.refuse_scores(shape, "prefill")
+    return hopper.refuse_attention(shape, "prefill")
 
 
 def plan(shape: AttentionShape, device: Device) -> AttentionPlan:
     """The rule's plan of a shape that is not refused."""
-    config = prefill_attention_config(shape)
-    num_ctas = shape.batch * shape.num_query_heads * cdiv(shape.query_length, config.block_q)
-    reason = f"{config.block_q} queries of a head per CTA: {num_ctas} on {device.num_sms} SMs"
-    return AttentionPlan(hopper.NAME, "prefill", config, reason, recompute="launch")
+    config = prefill_attention_config(shape, device)
+    num_heads, num_rows = shape.num_query_heads, shape.query_length
+    if config.packs_group:
+        num_heads, num_rows = shape.num_kv_heads, shape.live_rows
+    num_ctas = shape.batch * num_heads * cdiv(num_rows, config.block_q)
+    rows = "queries of a group of heads" if config.packs_group else "queries of a head"
+    reason = f"{config.block_q} {rows} per CTA: {num_ctas} on {device.num_sms} SMs"
+    return AttentionPlan(hopper.NAME, "prefill", config, reason, recompute="kernel")

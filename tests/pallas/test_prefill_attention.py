@@ -1,4 +1,4 @@
-"""The prefill kernel against float64: masks, lengths, first keys, sinks, caps, and both directions of failure."""
+"""The prefill kernel against float64: masks, lengths, caches of all kinds, sinks, caps, both directions of failure."""
 
 import dataclasses
 from unittest import mock
@@ -44,6 +44,9 @@ class Case:
     local_window_size: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     query_scale: float = 1.0
+    page_size: int | None = None
+    kv_dtype: str | None = None
+    scales: str = "head"
     config: PrefillAttentionConfig = SMALL
 
     def arrays(self, seed=0):
@@ -57,7 +60,16 @@ class Case:
             dead |= position < np.array(self.starts)[:, None]
         key[dead] = value[dead] = np.nan
         dtype = jnp.dtype(self.dtype)
-        given = dict(query=(query * self.query_scale).astype(dtype), key=key.astype(dtype), value=value.astype(dtype))
+        given = dict(query=(query * self.query_scale).astype(dtype))
+        if self.kv_dtype is None:
+            given |= dict(key=key.astype(dtype), value=value.astype(dtype))
+        else:
+            given["key"], given["key_scale"] = oracle.quantised(key, self.kv_dtype, self.scales)
+            given["value"], given["value_scale"] = oracle.quantised(value, self.kv_dtype, self.scales)
+        if self.page_size is not None:
+            by_key = [name for name in ("key", "value", "key_scale", "value_scale") if np.ndim(given.get(name)) > 1]
+            pools = oracle.paged(seed, [given[name] for name in by_key], lengths, self.page_size, self.starts or 0)
+            given |= dict(zip((*by_key, "page_table"), pools, strict=True))
         for name, numbers in (("lengths", lengths), ("starts", self.starts), ("query_offset", self.offset)):
             if numbers is not None:
                 given[name] = np.array(numbers, np.int32)
@@ -105,7 +117,34 @@ CASES = {
     "chunk": Case(batch=2, query_length=40, capacity=200, lengths=(150, 77), offset=(110, 37), has_sinks=True),
     "window": Case(query_length=140, capacity=140, local_window_size=(50, 0)),
     "starts": Case(batch=2, query_length=70, capacity=70, starts=(0, 66), logits_soft_cap=5.0),
-    "no keys": Case(batch=2, query_length=17, capacity=64, lengths=(0, 9), offset=(0, -20)),
+    "pages": Case(batch=2, query_length=33, capacity=192, lengths=(150, 77), page_size=32, dtype="float16"),
+    "pages of 256": Case(query_length=20, capacity=300, lengths=(290,), page_size=256, offset=(270,)),
+    "int8": Case(batch=2, query_length=40, capacity=200, lengths=(150, 77), is_causal=False, kv_dtype="int8"),
+    "float8 of tokens, pages": Case(
+        query_length=70,
+        capacity=200,
+        num_heads=4,
+        num_kv_heads=4,
+        page_size=64,
+        kv_dtype="float8_e4m3fn",
+        scales="token",
+        lengths=(140,),
+        head_dim=128,
+    ),
+    "int8, wide": Case(
+        query_length=17, capacity=130, kv_dtype="int8", head_dim=256, logits_soft_cap=20.0, offset=(100,)
+    ),
+    "packed": Case(
+        batch=2,
+        query_length=45,
+        capacity=130,
+        num_heads=6,
+        num_kv_heads=2,
+        has_sinks=True,
+        offset=(70, -10),
+        config=PrefillAttentionConfig(64, 2, packs_group=True),
+    ),
+    "no keys": Case(batch=2, query_length=17, capacity=64, lengths=(0, 9), offset=(0, -20), has_sinks=True),
 }
 
 
@@ -125,29 +164,49 @@ def test_rows_that_leave_the_window_are_nan_until_they_are_redone(phi):
     check(case, phi)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(60))
-def test_random_cases(seed):
+def random_case(seed):
+    """Every feature and their combinations, ragged everything."""
     rng = np.random.default_rng(seed)
+
+    def maybe(share, x):
+        return x if rng.random() < share else None
+
+    def some(low, high, size):
+        return tuple(map(int, rng.integers(low, high, size)))
+
     batch, num_kv_heads, head_dim = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.choice(HEAD_DIMS))
     capacity, query_length = int(rng.integers(1, 700)), int(rng.integers(17, 400))
-    starts = rng.integers(0, capacity + 1, batch) if seed % 3 == 0 else None
-    case = Case(
+    dtype, scales = str(rng.choice(["bfloat16", "float16"])), str(rng.choice(["head", "token"]))
+    kv_dtype = maybe(0.3, str(rng.choice(["int8", "float8_e4m3fn"]))) if head_dim % 64 == 0 else None
+    if kv_dtype is not None and scales == "token":
+        dtype, num_kv_heads = "bfloat16", 4
+    packs_group = bool(rng.random() < 0.3)
+    if packs_group:
+        query_length = int(rng.integers(17, 65))
+    return Case(
         batch=batch,
         query_length=query_length,
         capacity=capacity,
         num_heads=num_kv_heads * int(rng.choice([1, 2, 4])),
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        dtype=str(rng.choice(["bfloat16", "float16"])),
-        lengths=tuple(map(int, rng.integers(0, capacity + 1, batch))) if seed % 2 else None,
-        starts=None if starts is None else tuple(map(int, starts)),
-        offset=tuple(map(int, rng.integers(-20, capacity, batch))) if seed % 5 < 3 else None,
-        has_sinks=seed % 4 == 0,
+        dtype=dtype,
+        lengths=maybe(0.5, some(0, capacity + 1, batch)),
+        starts=maybe(0.3, some(0, capacity + 1, batch)),
+        offset=maybe(0.6, some(-20, capacity, batch)),
+        has_sinks=bool(rng.random() < 0.25),
         is_causal=bool(rng.random() < 0.6),
-        local_window_size=(int(rng.integers(0, 200)), int(rng.integers(0, 50))) if seed % 3 == 1 else None,
-        logits_soft_cap=float(rng.choice([5.0, 30.0])) if seed % 5 == 0 else None,
+        local_window_size=maybe(0.3, (int(rng.integers(0, 200)), int(rng.integers(0, 50)))),
+        logits_soft_cap=maybe(0.2, float(rng.choice([5.0, 30.0]))),
         query_scale=float(rng.choice([1.0, 1.0, 8.0])),
-        config=PrefillAttentionConfig(64 if head_dim > 128 else int(rng.choice([64, 128])), 2),
+        page_size=maybe(0.4, int(rng.choice([16, 32, 64, 128, 256]))),
+        kv_dtype=kv_dtype,
+        scales=scales,
+        config=PrefillAttentionConfig(64 if head_dim > 128 else int(rng.choice([64, 128])), 2, packs_group),
     )
-    check(case, [None, 6.0, 30.0, -40.0][seed % 4], seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(500))
+def test_random_cases(seed):
+    check(random_case(seed), [None, 6.0, 30.0, -40.0][seed % 4], seed)

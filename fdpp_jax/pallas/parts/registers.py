@@ -1,9 +1,10 @@
 """Inline PTX: arrays in Layout.WGMMA as registers, element by element, and the frame of a block.
 
-Used by `decode_attention`, and by the parts `handover`, `accumulators` and `grid_sync`.
+Used by both attention kernels, and by the parts `handover`, `accumulators` and `grid_sync`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import arith, vector
 
 WARPGROUP_SIZE = 128  # threads
 # PTX: declares `thread`, a thread's index in its warpgroup. %tid.x is the index in the CTA, which starts warpgroups at
@@ -80,3 +81,30 @@ def rounded_product(x: jax.Array, factor: jax.typing.ArrayLike, *, is_interprete
         return from_elements(products, x.shape)
 
     return emit(x, jnp.asarray(factor, jnp.float32))
+
+
+def any_nonzero(x: jax.Array, layout: Any, *, is_interpreted: bool) -> jax.Array:
+    """1 where a number of x is not 0, else 0: the same int32 for all threads of the warpgroup, which meet here.
+
+    Args:
+      x: float32 [n].
+      layout: Its layout.
+      is_interpreted: Whether the interpreter runs the kernel.
+    """
+    if is_interpreted:
+        return (x != 0).any().astype(jnp.int32)
+    returned = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)
+    def emit(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        f32, i1, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
+        zero, is_set = mgpu.utils.c(0.0, f32), mgpu.utils.c(0, i1)
+        for register in x.registers.flat:
+            element = vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
+            is_set = arith.ori(is_set, arith.cmpf(arith.CmpFPredicate.UNE, element, zero))
+        barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
+        reduce = f"bar.red.or.pred $0, $1, {WARPGROUP_SIZE}, $2;"
+        found = mgpu.utils.inline_ptx(reduce, barrier, is_set, result_types=i1, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(arith.extui(i32, found), (), is_signed=True)
+
+    return emit(plgpu.layout_cast(x, layout))

@@ -15,12 +15,12 @@ from fdpp_jax.plans.shapes import cdiv
 
 
 class Block(NamedTuple):
-    """A CTA's queries, and the blocks of keys that they see: [begin, end), of which [inner, outer) are seen whole."""
+    """A CTA's rows, and the blocks of keys that they see: [begin, end), of which [inner, outer) are seen whole."""
 
     batch: jax.Array
-    head: jax.Array
-    number: jax.Array  # of the block of queries
-    first_query: jax.Array
+    head: jax.Array  # of the rows
+    kv_head: jax.Array
+    first_row: jax.Array
     offset: jax.Array | int
     length: jax.Array | int
     start: jax.Array | int
@@ -48,32 +48,44 @@ def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
     """The CTA's."""
     config = facts.config
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    num_blocks = cdiv(facts.query_length, config.block_q)
     # The last queries first: with a causal mask they have most keys to read.
-    index = num_blocks - 1 - lax.axis_index("block")
-    first_query = index * config.block_q
+    index = cdiv(facts.num_rows, config.block_q) - 1 - lax.axis_index("block")
+    first_row = index * config.block_q
     length = facts.capacity if gmem.lengths is None else jnp.minimum(gmem.lengths[batch], facts.capacity)
     start = 0 if gmem.starts is None else jnp.maximum(gmem.starts[batch], 0)
     offset = 0 if gmem.offset is None else gmem.offset[batch]
-    last_query = jnp.minimum(first_query + config.block_q, facts.query_length) - 1
-    low, inner_high = bounds(offset + first_query, start, length, facts)
-    inner_low, high = bounds(offset + last_query, start, length, facts)
+    last_row = jnp.minimum(first_row + config.block_q, facts.num_rows) - 1
+    low, inner_high = bounds(offset + query_of(first_row, facts), start, length, facts)
+    inner_low, high = bounds(offset + query_of(last_row, facts), start, length, facts)
     high = jnp.maximum(jnp.int32(high), 0)
     width = jnp.int32(config.block_kv)
     end = lax.div(high + width - 1, width)
     begin = jnp.minimum(lax.div(jnp.int32(low), width), end)
     inner = jnp.clip(lax.div(jnp.int32(inner_low) + width - 1, width), begin, end)
     outer = jnp.clip(lax.div(jnp.maximum(jnp.int32(inner_high), 0), width), inner, end)
-    return Block(batch, head, index, first_query, offset, length, start, low, high, begin, inner, outer, end)
+    kv_head = lax.div(head, jnp.int32(facts.row_heads_per_kv_head))
+    return Block(batch, head, kv_head, first_row, offset, length, start, low, high, begin, inner, outer, end)
+
+
+def query_of(row: jax.Array, facts: Facts) -> jax.Array:
+    """The query of a row."""
+    return row if facts.pack == 1 else lax.div(row, jnp.int32(facts.pack))
 
 
 def is_live(
-    shape: tuple[int, ...], first_key: jax.Array, position: jax.Array, block: Block, facts: Facts, has_low: bool
+    shape: tuple[int, ...], first_key: jax.Array, first_row: jax.Array, block: Block, facts: Facts, has_low: bool
 ) -> Any:
-    """Which keys of a block each query sees: [64, block_kv] bool."""
+    """Which keys of a block each row sees: [64, block_kv] bool."""
     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
     key = iota(1) + first_key
-    low, high = bounds(iota(0) + position, block.start, block.length, facts)
+    if not facts.has_positions:
+        position = block.offset
+    elif facts.pack == 1:
+        position = iota(0) + (block.offset + first_row)
+    else:
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        position = lax.broadcast_in_dim(query_of(row + first_row, facts) + block.offset, shape, [0])
+    low, high = bounds(position, block.start, block.length, facts)
     is_live = key < high
     return is_live & (key >= low) if has_low else is_live
 

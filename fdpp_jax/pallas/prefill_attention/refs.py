@@ -10,19 +10,25 @@ from fdpp_jax.plans.hopper_prefill import PrefillAttentionConfig
 
 
 class GlobalRefs(NamedTuple):
-    """Refs in global memory: operands, then results. R is T, padded to whole blocks of queries."""
+    """Refs in global memory: operands, then results.
 
-    q: jax.Ref  # [B, T, N, H]
-    k: jax.Ref  # [B, S, K, H]
+    R is the number of query rows per sequence and row head, T * pack: `pack` query heads of a group are rows of one
+    row head, query by query. M is the number of row heads, N / pack. R' is R, padded to whole blocks of rows.
+    """
+
+    q: jax.Ref  # [B, R, M, H]
+    k: jax.Ref  # [B, S, K, H], or pages [P, page_size, K, H]
     v: jax.Ref
     lengths: jax.Ref | None = None  # [B] int32
     starts: jax.Ref | None = None  # [B] int32
-    phi: jax.Ref | None = None  # [1 or B * N] float32; None: online softmax
+    phi: jax.Ref | None = None  # [1] or [B, N] float32, or by row [B, M, R']; None: online softmax
     offset: jax.Ref | None = None  # [B] int32
-    sinks: jax.Ref | None = None  # [N] float32
-    failed: jax.Ref | None = None  # [B, N, R] float32, 1 where a row must be recomputed; again: [B, N, blocks]
-    out: jax.Ref | None = None  # [B, T, N, H]; an operand of the second launch, as is log_sum
-    log_sum: jax.Ref | None = None  # [B, N, R] float32
+    sinks: jax.Ref | None = None  # [1, N] float32, or by row [1, M, R']
+    pages: jax.Ref | None = None  # [B, pages per sequence] int32
+    k_scale: jax.Ref | None = None  # [K], or as k without H
+    v_scale: jax.Ref | None = None
+    out: jax.Ref | None = None  # [B, R, M, H]
+    log_sum: jax.Ref | None = None  # [B, M, R'] float32
 
 
 class SharedRefs(NamedTuple):
@@ -32,6 +38,7 @@ class SharedRefs(NamedTuple):
     k: jax.Ref  # [stages, block_kv, H']
     v: jax.Ref
     by_row: jax.Ref  # [consumers, 64] float32
+    has_failed: jax.Ref  # [consumers] int32
     q_ready: ring.Barrier
     k_ready: ring.Barrier
     v_ready: ring.Barrier
@@ -39,6 +46,12 @@ class SharedRefs(NamedTuple):
     v_free: ring.Barrier
     turn: ring.Barrier  # the consumers' turns on the tensor cores
     cleared: ring.Barrier
+    verdict: ring.Barrier  # whether rows of the CTA have failed is known
+    narrow: jax.Ref | None = None  # [1 or 2, block_kv, H'], keys and values of 8 bits in turn
+    narrow_scales: jax.Ref | None = None  # [1 or 2, block_kv, heads loaded together] float32, scales per token
+    narrow_ready: ring.Barrier | None = None
+    k_factors: jax.Ref | None = None  # [stages, block_kv] float32, those of the head
+    v_factors: jax.Ref | None = None
 
 
 class Facts(NamedTuple):
@@ -46,10 +59,16 @@ class Facts(NamedTuple):
 
     config: PrefillAttentionConfig
     options: AttentionOptions
-    query_length: int
+    num_rows: int  # R
     num_heads: int
-    group: int
+    pack: int
+    row_heads_per_kv_head: int
     padded_dim: int
     capacity: int
-    is_again: bool  # whether it is the second launch
+    recompute: bool
     is_interpreted: bool
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether what a query sees depends on its position. With unused ones the search for layouts has no end."""
+        return self.options.is_causal or self.options.local_window_size is not None

@@ -1,4 +1,4 @@
-"""The 64 queries of one warpgroup of `prefill_attention`, from the first key block to the result."""
+"""The 64 rows of one warpgroup of `prefill_attention`, from the first key block to the result."""
 
 import functools
 from typing import Any
@@ -10,21 +10,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
+from fdpp_jax.pallas.parts import registers
 from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST, capped
-from fdpp_jax.pallas.prefill_attention.blocks import Block, bounds, clear_dead_values, is_live
+from fdpp_jax.pallas.prefill_attention.blocks import Block, bounds, clear_dead_values, is_live, query_of
 from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
 from fdpp_jax.plans.hopper_prefill import ROWS
 
-_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per query
+_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per key
 
 
-def consume(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warpgroup: jax.Array) -> None:
-    """The 64 queries of one warpgroup."""
+def consume(
+    gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warpgroup: jax.Array, *, is_again: bool = False
+) -> jax.Array:
+    """Computes and writes the 64 rows of one warpgroup, with online softmax where `is_again`.
+
+    Returns:
+      int32, 1 where a row has left the safe window, else 0.
+    """
     config = facts.config
-    first_query = block.first_query + warpgroup * ROWS
+    first_row = block.first_row + warpgroup * ROWS
     zero = block.batch * 0
-    box = block.batch, pl.ds(first_query, ROWS), block.head, pl.ds(zero, facts.padded_dim)
+    box = block.batch, pl.ds(first_row, ROWS), block.head, pl.ds(zero, facts.padded_dim)
     query = smem.q.at[warpgroup]
+    if is_again:  # a store to the place of one that may be under way
+        plgpu.wait_smem_to_gmem(0)
     plgpu.copy_gmem_to_smem(gmem.q.at[box], query, smem.q_ready.at[warpgroup])
 
     def take_turn() -> None:
@@ -32,42 +42,56 @@ def consume(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warp
         plgpu.barrier_wait(smem.turn)
 
     has_low = facts.options.local_window_size is not None or gmem.starts is not None
-    phi = None
-    if gmem.phi is not None:
-        phi = gmem.phi[0 if gmem.phi.shape[0] == 1 else block.batch * facts.num_heads + block.head] * LOG2E
-    position = block.offset + first_query  # of row 0
+    phi = None if gmem.phi is None or is_again else _of_rows(gmem.phi, first_row, block, facts)
+    scale: Any = facts.options.scale
+    if gmem.k_scale is not None and gmem.k_scale.ndim == 1:
+        scale *= gmem.k_scale[block.kv_head]
 
     plgpu.barrier_wait(smem.q_ready.at[warpgroup])
     pl.when(block.end > block.begin)(lambda: plgpu.barrier_wait(smem.k_ready.at[0]))
     pl.when(warpgroup == 1)(take_turn)
 
+    def factors(ref: jax.Ref, slot: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        found = plgpu.load(ref.at[slot], layout=_COLUMN, optimized=False)  # type: ignore[arg-type]  # it lacks jax.Ref
+        return lax.broadcast_in_dim(found, shape, [1])
+
     def step(i: jax.Array, carry: tuple[jax.Array, ...], *, is_masked: bool) -> tuple[jax.Array, ...]:
         acc, den, *row_max = carry
         slot = lax.rem(i - block.begin, jnp.int32(config.num_stages))
         s = _scores(query, smem.k.at[slot], take_turn, facts)
+        if smem.k_factors is not None:
+            s *= factors(smem.k_factors, slot, s.shape)
         plgpu.barrier_arrive(smem.k_free.at[slot])
-        cap, scale = facts.options.logits_soft_cap, facts.options.scale
+        cap = facts.options.logits_soft_cap
         if cap is None:
             s *= scale * LOG2E
         else:
             s = capped(s, scale, cap)
         if is_masked:
-            s = jnp.where(is_live(s.shape, i * config.block_kv, position, block, facts, has_low), s, -jnp.inf)
+            live = is_live(s.shape, i * config.block_kv, first_row, block, facts, has_low)
+            s = jnp.where(live, s, -jnp.inf)
         if phi is None:
             shift = jnp.maximum(row_max[0], s.max(axis=1))
             alpha = jnp.exp2(row_max[0] - shift)
-            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
+            acc *= _across(alpha, acc.shape)
             den *= alpha
             row_max = [shift]
-            p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
+            p = jnp.exp2(s - _across(shift, s.shape))
         else:
-            p = jnp.exp2(s - phi)
-        weights = p.astype(query.dtype)
+            p = jnp.exp2(s - _across(phi, s.shape))
+        scaled = p
+        if smem.v_factors is not None:
+            plgpu.barrier_wait(smem.v_ready.at[slot])
+            scaled *= factors(smem.v_factors, slot, s.shape)
+            if is_masked:  # a scale of a key that is not live may be NaN
+                scaled = jnp.where(live, scaled, 0.0)
+        weights = scaled.astype(query.dtype)
         # Not of the weights as rounded: converting them back takes a third of the time of a step.
         den += p.sum(axis=1)
         acc, den, weights, *row_max = lax.optimization_barrier((acc, den, weights, *row_max))
         plgpu.barrier_arrive(smem.turn)
-        plgpu.barrier_wait(smem.v_ready.at[slot])
+        if smem.v_factors is None:
+            plgpu.barrier_wait(smem.v_ready.at[slot])
         if is_masked:
             clear_dead_values(smem, slot, i * config.block_kv, block, facts, warpgroup)
         plgpu.barrier_wait(smem.turn)
@@ -83,14 +107,30 @@ def consume(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warp
     acc = plgpu.layout_cast(jnp.zeros((ROWS, facts.padded_dim), jnp.float32), plgpu.Layout.WGMMA)
     carry: tuple[jax.Array, ...] = (acc, _rows(0.0)) if phi is not None else (acc, _rows(0.0), _rows(LOWEST))
     masked, whole = (functools.partial(step, is_masked=is_masked) for is_masked in (True, False))
-    if has_low:
+    if is_again:  # rare: less code goes before speed
+        carry = lax.fori_loop(block.begin, block.outer, masked, carry)
+    elif has_low:
         carry = lax.fori_loop(block.begin, block.inner, masked, carry)
         carry = lax.fori_loop(block.inner, block.outer, whole, carry)
     else:
         carry = lax.fori_loop(block.begin, block.outer, whole, carry)
     carry = lax.fori_loop(block.outer, block.end, masked, carry)
     pl.when(warpgroup == 0)(take_turn)
-    _write(gmem, smem, facts, block, warpgroup, box, phi, carry)
+    return _write(gmem, smem, facts, block, warpgroup, box, phi, carry)
+
+
+def _of_rows(ref: jax.Ref, first_row: jax.Array, block: Block, facts: Facts) -> jax.Array:
+    """phi or sinks in base 2, of the rows' head, or [64] where the rows are of many heads."""
+    batch = block.batch if ref.shape[0] > 1 else 0
+    if facts.pack > 1:
+        rows = ref.at[batch, block.head, pl.ds(first_row, ROWS)]
+        return plgpu.load(rows, layout=_ROW, optimized=False) * LOG2E  # type: ignore[arg-type]  # it lacks jax.Ref
+    return (ref[0] if ref.ndim == 1 else ref[batch, block.head]) * LOG2E
+
+
+def _across(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A number per row, or one for all of them, for a matrix."""
+    return lax.broadcast_in_dim(x, shape, [0]) if x.ndim else x
 
 
 def _rows(value: float) -> jax.Array:
@@ -137,47 +177,49 @@ def _write(
     box: Any,
     phi: Any,
     carry: tuple[jax.Array, ...],
-) -> None:
-    """Divides by the denominators and stores the rows."""
+) -> jax.Array:
+    """Divides by the denominators and stores the rows; 1 where one has left the safe window, else 0."""
     acc, den, *row_max = carry
+    first_row = block.first_row + warpgroup * ROWS
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_ROW)
-    low, high = bounds(row + block.offset + block.first_query + warpgroup * ROWS, block.start, block.length, facts)
+    position = query_of(row + first_row, facts) + block.offset if facts.has_positions else block.offset
+    low, high = bounds(position, block.start, block.length, facts)
     sees_key = (row >= 0) & (high > low)
+    sink: Any = None
     if gmem.sinks is not None:
-        sink = gmem.sinks[block.head] * LOG2E
+        sink = _of_rows(gmem.sinks, first_row, block, facts)
         if row_max:
             shift = jnp.maximum(row_max[0], sink)
             alpha = jnp.exp2(row_max[0] - shift)
             den, row_max = den * alpha + jnp.exp2(sink - shift), [shift]
-            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
+            acc *= _across(alpha, acc.shape)
         else:
             den += jnp.exp2(sink - phi)
     factor = 1.0 / den
-    rows = block.batch, block.head, pl.ds(block.first_query + warpgroup * ROWS, ROWS)
-    by_row = smem.by_row.at[warpgroup]
-
-    def store_rows(values: jax.Array, target: jax.Ref) -> None:
-        by_row[...] = values
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(by_row, target.at[rows])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    if gmem.phi is not None:
-        assert gmem.failed is not None
+    if gmem.v_scale is not None and gmem.v_scale.ndim == 1:
+        factor *= gmem.v_scale[block.kv_head]
+    has_failed, is_safe = jnp.int32(0), sees_key
+    if phi is not None:
         den_min, den_max = unified_max.window(gmem.q.dtype, facts.capacity)
         checked = den + (acc - acc).sum(axis=1)  # NaN where a value as large as 1e18 made a sum infinite
         is_safe = (checked >= den_min) & (checked <= den_max)
-        store_rows(jnp.where(is_safe, 0.0, jnp.where(sees_key, 1.0, 0.0)), gmem.failed)
         factor = jnp.where(is_safe, factor, jnp.nan)
+        if facts.recompute:
+            failed = jnp.where(is_safe, 0.0, jnp.where(sees_key, 1.0, 0.0))
+            has_failed = registers.any_nonzero(failed, _ROW, is_interpreted=facts.is_interpreted)
     factor = jnp.where(sees_key, factor, 0.0)
     if gmem.log_sum is not None:
         log_sum = ((row_max[0] if row_max else phi) + jnp.log2(den)) * LN2
-        if gmem.phi is not None:
+        if phi is not None:
             log_sum = jnp.where(is_safe, log_sum, jnp.nan)
-        store_rows(jnp.where(sees_key, log_sum, -jnp.inf), gmem.log_sum)
+        by_row = smem.by_row.at[warpgroup]
+        by_row[...] = jnp.where(sees_key, log_sum, -jnp.inf if sink is None else sink * LN2)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(by_row, gmem.log_sum.at[block.batch, block.head, pl.ds(first_row, ROWS)])
     out = smem.q.at[warpgroup]
-    out[...] = (acc * lax.broadcast_in_dim(factor, acc.shape, [0])).astype(out.dtype)
+    out[...] = (acc * _across(factor, acc.shape)).astype(out.dtype)
     plgpu.commit_smem()
     assert gmem.out is not None
     plgpu.copy_smem_to_gmem(out, gmem.out.at[box])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    return has_failed
