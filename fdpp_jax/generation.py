@@ -7,7 +7,6 @@ The prompt is padded to a power of two and prefilled at once. Then chunks of dec
 import dataclasses
 import functools
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from fdpp_jax import calibration, device_memory
 from fdpp_jax.decode_loop import NOT_FINITE, decode_chunk, decode_compiler_options, executable, flattened, prefill
 from fdpp_jax.models import KVCache, Tokenizer
 from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.ops.planned import warn_caller
 from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.prompts import Prompts, PromptsLike, are_texts, check_prompts, encoded, positive_int, tokenizer_of
 from fdpp_jax.sampling import Sampling, as_number, make_sampling
@@ -412,8 +412,7 @@ def _finite(tokens: np.ndarray, num_before: int, dtype: jnp.dtype) -> np.ndarray
 def _warn_of_drift(softmax: UnifiedMax, steps: int, redone: int, is_over: bool) -> None:
     rest = "" if is_over else ": the rest runs with online softmax"
     instead = "softmax=None" if softmax.is_bound else "UnifiedMax.bound()"
-    warnings.warn(
+    warn_caller(
         f"{redone} of the latest {steps} decode steps left the safe window of unified-max softmax{rest}. Calibrate phi "
-        f"on text like this (fdpp_jax.calibrate), or use {instead}",
-        stacklevel=2,
+        f"on text like this (fdpp_jax.calibrate), or use {instead}"
     )

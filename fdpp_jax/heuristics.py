@@ -121,7 +121,7 @@ def _first_plan(name: str, shape: Any, device: Device) -> Any:
 def _named(name: str, shape: Any, device: Device, implementation: str) -> tuple[str, Any, str]:
     """The backend, how it computes the op, and the algorithm that a caller's name stands for.
 
-    For a backend's name that is the first of its algorithms that does not refuse.
+    For a backend's name that is the one that its rule means for the shape.
 
     Raises:
       ValueError: No backend and no algorithm has the name.
@@ -131,12 +131,13 @@ def _named(name: str, shape: Any, device: Device, implementation: str) -> tuple[
     names = [*_ANNOUNCED]
     for backend, op in _ops(name):
         names += [backend, *op.configs]
-        algorithms = list(op.configs) if implementation == backend else [a for a in op.configs if a == implementation]
-        for algorithm in algorithms:
-            refusal = op.refuse(shape, device, algorithm)
-            if refusal is None:
-                return backend, op, algorithm
-            refused.append(refusal)
+        algorithm = op.algorithm(shape, device) if implementation == backend else implementation
+        if algorithm not in op.configs:
+            continue
+        refusal = op.refuse(shape, device, algorithm)
+        if refusal is None:
+            return backend, op, algorithm
+        refused.append(refusal)
     if implementation not in names:
         raise ValueError(f"implementation must be one of {', '.join(dict.fromkeys(names))}; got {implementation!r}")
     why = "; ".join(dict.fromkeys(refused)) or f"there are no {implementation.capitalize()} kernels yet"

@@ -40,14 +40,17 @@ def hopper_on_cpu(name, monkeypatch):
     """
     calls = Calls()
 
-    def attend(arrays, options, config, **keywords):
-        calls.append((arrays.query.shape, arrays.key.shape))
-        if calls.interprets:
-            return real_attend(arrays, options, config, interpret=plgpu.InterpretGPUParams(), **_without(keywords))
-        assert keywords.get("redone") is None
-        recompute = keywords.get("recompute") or keywords.get("prior") is not None
-        stand_in = _no_derivative(lambda arrays: reference.attention(arrays, options))
-        return stand_in(arrays._replace(phi=None) if recompute else arrays)
+    def attention(kernel):
+        def run(arrays, options, config, **keywords):
+            calls.append((arrays.query.shape, arrays.key.shape))
+            if calls.interprets:
+                return kernel(arrays, options, config, interpret=plgpu.InterpretGPUParams(), **_without(keywords))
+            assert keywords.get("redone") is None
+            recompute = keywords.get("recompute") or keywords.get("prior") is not None
+            stand_in = _no_derivative(lambda arrays: reference.attention(arrays, options))
+            return stand_in(arrays._replace(phi=None) if recompute else arrays)
+
+        return run
 
     def matmul(kernel):
         def run(x, w, *, out_dtype, w_order, **keywords):
@@ -59,10 +62,9 @@ def hopper_on_cpu(name, monkeypatch):
 
         return run
 
-    real_attend = pallas_run.attend
-    monkeypatch.setattr(pallas_run, "attend", attend)
-    for kernel in ("flat_matmul", "gemv"):
-        monkeypatch.setattr(pallas_run, kernel, matmul(getattr(pallas_run, kernel)))
+    kernels = dict(attend=attention, prefill_attention=attention, flat_matmul=matmul, gemv=matmul)
+    for name_of_kernel, stand_in in kernels.items():
+        monkeypatch.setattr(pallas_run, name_of_kernel, stand_in(getattr(pallas_run, name_of_kernel)))
     monkeypatch.setattr(device, "lowered_for", lambda platform, planned: planned)
     with device.target(dataclasses.replace(device.by_name("H200"), kind=name, num_sms=2)):
         yield calls

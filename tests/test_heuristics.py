@@ -111,6 +111,37 @@ def test_what_is_named_and_refuses_says_why():
             plan_matmul(MatmulShape(8, 4096, 4096), "H200", name)
 
 
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        (dict(query_length=64, has_mask=True), "the prefill kernel takes no bias and no mask as an array"),
+        (dict(query_length=64, has_traced_scale=True), "kernels take a scale that is known before the call is traced"),
+        (dict(query_length=17, page_size=64), "the prefill kernel takes no quantised or paged cache"),
+        (dict(query_length=16, has_bias=True), "the decode kernel takes no bias"),
+        (dict(query_length=0), "the decode kernel takes 1 to 16 queries, got T = 0"),
+        (dict(num_kv_heads=1, num_query_heads=128), "the decode kernel holds 64 query rows a key/value head, got 128"),
+    ],
+)
+def test_a_backend_that_is_named_refuses_by_the_kernel_that_is_meant(shape, why):
+    with pytest.raises(NotImplementedError) as refused:
+        plan_attention(dataclasses.replace(DECODE, **shape), "H200", "mosaic_gpu")
+    assert str(refused.value) == f"implementation='mosaic_gpu' cannot run this call: {why}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        (MatmulShape(100, 4096, 4096), "flat takes 1 to 64 rows, got M = 100"),
+        (MatmulShape(8, 4096, 4096, "float32"), "the kernel takes bfloat16 or float16, got float32"),
+        (MatmulShape(1, 4096, 4090), "the kernel takes K and N that are multiples of 16, got K = 4096, N = 4090"),
+    ],
+)
+def test_a_backend_that_is_named_refuses_a_matmul_by_the_kernel_that_is_meant(shape, why):
+    with pytest.raises(NotImplementedError) as refused:
+        plan_matmul(shape, "H200", "mosaic_gpu")
+    assert str(refused.value) == f"implementation='mosaic_gpu' cannot run this call: {why}"
+
+
 def test_a_table_is_of_the_backend_that_has_matmuls(monkeypatch):
     only_attention = dataclasses.replace(toy_backend.BACKEND, architectures=("sm_90",), matmul=None)
     monkeypatch.setattr(backends, "BACKENDS", (only_attention, *backends.BACKENDS))

@@ -35,6 +35,7 @@ BACKEND = Backend(
     run="toy_backend",
     attention=AttentionOp(
         configs={"toy": None},
+        algorithm=lambda *_: "toy",
         refuse=_refuse,
         config=lambda *_: None,
         plan=lambda shape, device, why: AttentionPlan("toy", "toy", None, "a toy"),
@@ -43,6 +44,7 @@ BACKEND = Backend(
     ),
     matmul=MatmulOp(
         configs={"flat": ToyConfig},  # as an algorithm of Mosaic GPU's is called, too
+        algorithm=lambda *_: "flat",
         refuse=_refuse_matmul,
         config=lambda *_: ToyConfig(),
         plan=lambda shape, device, why: MatmulPlan("toy", "flat", ToyConfig(), "a toy"),

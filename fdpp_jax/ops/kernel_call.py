@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,7 +133,7 @@ class AttentionFunction:
             why = "JAX lowers cuDNN's attention only where there is a GPU"
             if self.implementation == "cudnn":
                 raise NotImplementedError(f"implementation='cudnn' cannot run this call: {why}")
-            warnings.warn(f"{why}; plain XLA computes attention of queries {arrays.query.shape}", stacklevel=2)
+            planned.warn_caller(f"{why}; plain XLA computes attention of queries {arrays.query.shape}")
             return AttentionPlan("xla", "reference", None, f"float32 reference: {why}")
         if self.implementation in (None, "xla"):
             return AttentionPlan("xla", "reference", None, "float32 reference: no kernel takes symbolic sizes")

@@ -6,6 +6,7 @@ of this primitive, so that a gradient, too, is planned for the platform that it 
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from fdpp_jax.plans.calls import lower_without_mesh, type_like
 from fdpp_jax.plans.device import Device
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Folders of the frames between a caller and what is lowered: JAX's, and the package's.
+_BETWEEN = tuple(os.path.join(folder, "") for folder in (*jax.__path__, os.path.dirname(os.path.dirname(__file__))))
 
 
 class Function(Hashable, Protocol):
@@ -113,6 +116,11 @@ def _plain(derivative: Tangent | Cotangent, fixed: Sequence[jax.Array], *moved: 
     return derivative.function(None, *operands)
 
 
+def warn_caller(message: str) -> None:
+    """Warns at the line outside of this package and of JAX that called, however deep within a lowering this is."""
+    warnings.warn(message, skip_file_prefixes=_BETWEEN)
+
+
 _planned_p = Primitive("planned")
 _planned_p.multiple_results = True
 
@@ -168,10 +176,9 @@ def _planned_types(*avals: Any, function: Function, device: Device) -> list[Any]
 def _planned_lowering(platform: str | None, context: Any, *operands: Any, function: Function, device: Device) -> Any:
     planned = None if platform is None else devices.lowered_for(platform, device)
     if planned is None and platform in ("cuda", "rocm"):
-        warnings.warn(
+        warn_caller(
             f"fdpp_jax runs plain XLA where it is lowered for {platform} and no such device is known; name one: "
-            'with fdpp_jax.target("H100"): ...',
-            stacklevel=2,
+            'with fdpp_jax.target("H100"): ...'
         )
     return lower_without_mesh(functools.partial(function, planned), context, operands)
 

@@ -76,8 +76,8 @@ class Op[S, P: Plan]:
     """How a backend computes one op.
 
     Attributes:
-      configs: The class of each algorithm's config, None where it has none; in the order in which they are tried where
-        a caller names the backend.
+      configs: The class of each algorithm's config, None where it has none.
+      algorithm: algorithm(shape, device) -> the one that the rule means for the shape, which it may refuse.
       refuse: refuse(shape, device, algorithm) -> why the algorithm cannot compute the shape there, or None if it can.
         Without an algorithm it speaks of the one that the rule would choose.
       config: config(shape, device, algorithm) -> the algorithm's tiles by rule, whether or not it is the rule's choice.
@@ -85,6 +85,7 @@ class Op[S, P: Plan]:
     """
 
     configs: Mapping[str, type | None]
+    algorithm: Callable[[S, Device], str]
     refuse: Callable[[S, Device, str | None], str | None]
     config: Callable[[S, Device, str], Any]
     plan: Callable[[S, Device, str], P]

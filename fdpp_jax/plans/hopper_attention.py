@@ -207,13 +207,14 @@ def _reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig
     return f"{shared} {keys}: {num_ctas} on {device.num_sms} SMs ({hopper.bound(intensity, device)})"
 
 
-def _is_prefill(shape: AttentionShape, algorithm: str | None) -> bool:
-    """Whether the prefill kernel is meant: by name, or by the rule."""
-    return algorithm == "prefill" or (algorithm is None and shape.query_length > MAX_QUERY_LENGTH)
+def _rule_algorithm(shape: AttentionShape, device: Device) -> str:
+    del device  # the number of queries decides
+    return "prefill" if shape.query_length > MAX_QUERY_LENGTH else "decode"
 
 
 def _refuse(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:
-    by = hopper_prefill.refuse if _is_prefill(shape, algorithm) else refuse
+    meant = algorithm or _rule_algorithm(shape, device)
+    by = hopper_prefill.refuse if meant == "prefill" else refuse
     return by(shape, device, algorithm)
 
 
@@ -227,7 +228,7 @@ def _config(
 
 def _plan(shape: AttentionShape, device: Device, why: str) -> AttentionPlan:
     del why  # it is the first choice wherever it runs
-    if _is_prefill(shape, None):
+    if _rule_algorithm(shape, device) == "prefill":
         return hopper_prefill.plan(shape, device)
     config = decode_attention_config(shape, device)
     return AttentionPlan(hopper.NAME, "decode", config, _reason(shape, device, config), recompute="kernel")
@@ -235,6 +236,7 @@ def _plan(shape: AttentionShape, device: Device, why: str) -> AttentionPlan:
 
 OP = AttentionOp(
     configs={"decode": DecodeAttentionConfig, "prefill": hopper_prefill.PrefillAttentionConfig},
+    algorithm=_rule_algorithm,
     refuse=_refuse,
     config=_config,
     plan=_plan,

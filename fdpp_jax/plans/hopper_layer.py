@@ -125,4 +125,10 @@ def _plan(shape: LayerShape, device: Device, why: str) -> LayerPlan:
     return LayerPlan(hopper.NAME, "fused", config, reason, fuses_head, overlaps_attention=True)
 
 
-OP = Op(configs={"fused": FusedLayerConfig}, refuse=refuse, config=_config, plan=_plan)
+OP = Op(
+    configs={"fused": FusedLayerConfig},
+    algorithm=lambda *_: "fused",
+    refuse=refuse,
+    config=_config,
+    plan=_plan,
+)

@@ -264,6 +264,7 @@ def _plan(shape: MatmulShape, device: Device, why: str) -> MatmulPlan:
 
 OP = MatmulOp(
     configs={"gemv": GemvConfig, "flat": FlatMatmulConfig},
+    algorithm=_rule_algorithm,
     refuse=refuse,
     config=rule_config,
     plan=_plan,

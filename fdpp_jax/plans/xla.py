@@ -55,6 +55,7 @@ BACKEND = Backend(
     run="fdpp_jax.ops.xla",
     attention=AttentionOp(
         configs={"cudnn": None, "reference": None},
+        algorithm=lambda shape, device: "reference" if refuse_cudnn(shape, device) else "cudnn",
         refuse=_refuse_attention,
         config=lambda *_: None,
         plan=_plan_attention,
@@ -63,6 +64,7 @@ BACKEND = Backend(
     ),
     matmul=MatmulOp(
         configs={"dot": None},
+        algorithm=lambda *_: "dot",
         refuse=lambda *_: None,
         config=lambda *_: None,
         plan=lambda shape, device, why: MatmulPlan(NAME, "dot", None, why),
@@ -72,6 +74,7 @@ BACKEND = Backend(
     ),
     layer=Op(
         configs={"unfused": None},
+        algorithm=lambda *_: "unfused",
         refuse=lambda *_: None,
         config=lambda *_: None,
         plan=lambda shape, device, why: LayerPlan(NAME, "unfused", None, why),

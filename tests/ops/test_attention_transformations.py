@@ -7,6 +7,7 @@ import oracle
 import pytest
 from attention_case import NUM_HEADS, call_arguments, expected_of, op, oracle_arguments
 
+import fdpp_jax
 from fdpp_jax import UnifiedMax
 
 MAPPED = {
@@ -98,6 +99,78 @@ def test_a_cache_that_is_not_mapped_is_not_copied(kernel_calls, case):
         np.testing.assert_allclose(log_sum[i], expected[1], rtol=1e-5, atol=1e-5)
     assert kernel_calls[-1]["shape"][:3] == query_shape
     assert np.prod(kernel_calls[-1]["key"]) == arguments["key"].size
+
+
+EVERYTHING = {"query", "key", "value", "key_value_seq_lengths"}
+DRAFT = dict(query_length=4, is_causal=True, has_offset=True)
+PROMPT = dict(query_length=20, is_causal=True, has_offset=True)
+FULL = dict(lengths=(64,) * 4)
+MAPPED_ON_HOPPER = {  # what is mapped, features, the kernel's query [B, T, N]; launches where they are counted
+    "draft, queries": ({"query"}, DRAFT, (4, 4, 24), 1),
+    "draft, everything": (EVERYTHING | {"query_offset"}, DRAFT, (12, 4, 8), None),
+    "draft, live queries": ({"query_seq_lengths"}, DRAFT, (4, 4, 24), None),
+    "prompt, queries": ({"query"}, PROMPT, (4, 20, 24), None),
+    "prompt, everything": (EVERYTHING | {"query_offset"}, PROMPT, (12, 20, 8), 2),
+    "sinks": ({"sinks"}, {}, (4, 1, 24), None),
+    "rows of phi": ({"phi"}, dict(phi=np.linspace(-90.0, 1.0, NUM_HEADS)), (4, 1, 24), None),
+    "phi of each row": ({"phi"}, dict(phi=np.linspace(-90.0, 1.0, 4 * NUM_HEADS).reshape(4, -1)), (4, 1, 24), None),
+    "norms of a bound": ({"key_max_norm"}, {}, (12, 1, 8), None),
+    "starts": ({"key_value_seq_starts"}, dict(starts=(9, 0, 0, 50)), (12, 1, 8), None),
+    "page tables": ({"page_table"}, dict(page_size=16) | FULL, (12, 1, 8), None),
+    "pools": (EVERYTHING | {"page_table"}, dict(page_size=16) | FULL, (12, 1, 8), None),
+    "queries of int8": ({"query"}, dict(kv_dtype="int8", scales="head"), (4, 1, 24), None),
+    "int8": (EVERYTHING, dict(kv_dtype="int8", scales="head"), (12, 1, 8), 1),
+}
+
+
+@pytest.mark.parametrize("case", MAPPED_ON_HOPPER)
+def test_mapped_calls_stay_one_kernel_on_hopper(request, case):
+    """Each of three calls is right, and the program for the GPU has the kernel's launches and no other products."""
+    mapped, features, query_shape, num_launches = MAPPED_ON_HOPPER[case]
+    features = dict(features)
+    phi = jnp.asarray(features.pop("phi", 1.0), jnp.float32)
+    arrays, arguments = call_arguments(0, dtype="bfloat16", has_sinks="sinks" in mapped, **features)
+    arguments |= dict(zip(("query", "key", "value"), arrays, strict=True))
+    is_causal = arguments.pop("is_causal", False)
+    if "key_max_norm" not in mapped:
+        arguments["phi"] = phi
+    else:
+        arguments["key_max_norm"] = jnp.full((4, 4), 12.0)
+    if "query_seq_lengths" in mapped:
+        arguments["query_seq_lengths"] = jnp.array([4, 3, 2, 1])
+    changes = dict(query=lambda x, i: x * (1 + i / 8), sinks=lambda x, i: x + i, phi=lambda x, i: x + 100 * (i % 2))
+    changes |= dict(page_table=lambda x, i: jnp.roll(x, i, axis=0), key_scale=lambda x, i: x * (1 + i / 4))
+    changes |= dict(key_value_seq_starts=lambda x, i: x + i, key_max_norm=lambda x, i: x + i)
+    changes |= dict.fromkeys(("query_seq_lengths", "query_offset"), lambda x, i: x - i)
+    changes["key_value_seq_lengths"] = lambda x, i: jnp.maximum(x - i, 0)
+    changes |= dict.fromkeys(("key", "value"), lambda x, i: x if x.dtype == jnp.int8 else x * (1 - i / 8))
+    each = [{name: changes[name](x, i) if name in mapped else x for name, x in arguments.items()} for i in range(3)]
+    stacked = {name: jnp.stack([one[name] for one in each]) if name in mapped else x for name, x in arguments.items()}
+
+    def attend(arguments):
+        arguments = dict(arguments)
+        softmax = UnifiedMax(arguments.pop("phi")) if "phi" in arguments else UnifiedMax.bound()
+        return op(**arguments, is_causal=is_causal, softmax=softmax, return_residual=True)
+
+    mapped_attend = jax.vmap(attend, ({name: 0 if name in mapped else None for name in stacked},))
+    if num_launches is not None:
+        with fdpp_jax.target("H200"):
+            text = jax.jit(mapped_attend).trace(stacked).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @mosaic_gpu") == num_launches
+        assert "dot_general" not in text
+        assert "stablehlo.while" not in text
+    calls = request.getfixturevalue("hopper")
+    out, log_sum = jax.jit(mapped_attend)(stacked)
+    assert calls[-1][0][:3] == query_shape
+    for i, one in enumerate(each):
+        live = np.arange(out.shape[2]) < np.reshape(one.pop("query_seq_lengths", out.shape[2]), (-1, 1))  # [B, T]
+        names = "phi", "key_max_norm"
+        arguments = oracle_arguments({name: x for name, x in one.items() if name not in names})
+        expected, expected_log_sum = oracle.attention_and_log_sum(**arguments, is_causal=is_causal)
+        expected = np.where(live[..., None, None], expected, 0)
+        assert oracle.relative_error(out[i], expected) < oracle.TOLERANCE["bfloat16"]
+        expected_log_sum = np.where(live[..., None], expected_log_sum, -np.inf)
+        np.testing.assert_allclose(log_sum[i], expected_log_sum, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

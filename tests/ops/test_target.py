@@ -57,9 +57,10 @@ def test_within_a_target_the_cpu_runs_its_own_plan():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU, which is the target")
 def test_without_a_target_a_lowering_for_gpus_says_what_is_missing():
-    with pytest.warns(UserWarning, match=r'name one: with fdpp_jax.target\("H100"\)'):
+    with pytest.warns(UserWarning, match=r'name one: with fdpp_jax.target\("H100"\)') as warned:
         text = lowered(attend, UnifiedMax(), *attention_arrays())
     assert "mosaic_gpu" not in text
+    assert {one.filename for one in warned} == {__file__}  # the caller's, not the package's or JAX's
 
 
 def test_a_target_must_be_known():
@@ -138,7 +139,9 @@ def test_arrays_on_another_platform_s_devices_run_its_plan(monkeypatch):
 def test_cudnn_is_lowered_where_there_is_a_gpu():
     x = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
     with fdpp_jax.target("H200"):
-        with pytest.warns(UserWarning, match="cuDNN's attention only where there is a GPU; plain XLA"):
-            assert "dot_general" in lowered(fdpp_jax.dot_product_attention, x, x, x)
+        for call in (fdpp_jax.dot_product_attention, jax.vmap(fdpp_jax.dot_product_attention)):
+            with pytest.warns(UserWarning, match="cuDNN's attention only where there is a GPU; plain XLA") as warned:
+                assert "dot_general" in lowered(call, x, x, x)
+            assert {one.filename for one in warned} == {__file__}
         with pytest.raises(NotImplementedError, match="'cudnn' cannot run this call: JAX lowers cuDNN's"):
             lowered(lambda x: fdpp_jax.dot_product_attention(x, x, x, implementation="cudnn"), x)

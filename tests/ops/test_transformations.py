@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import oracle
 import pytest
@@ -119,6 +120,107 @@ def test_forward_mode_of_matmul(calls):
         check(*(jax.jit(derivative(functools.partial(loss, f)))(x) for f in (matmul, dot)))
     check(*(jax.jit(jax.jacfwd(functools.partial(f, x)))(w) for f in (matmul, dot)))
     assert calls is None or calls
+
+
+def slope(f, *arrays):
+    """A function's value and its tangent along the last of its arrays."""
+    value, tangent = jax.linearize(lambda x: f(*arrays[:-1], x), arrays[-1])
+    return value, tangent(arrays[-1])
+
+
+MATMULS = {  # of a matmul; whether x and w are mapped; what is launched by the program for the GPU
+    "vmap over x": (lambda f: jax.vmap(f, (0, None)), True, False, 1),
+    "vmap over w": (lambda f: jax.vmap(f, (None, 0)), False, True, 0),
+    "vmap over both": (jax.vmap, True, True, 0),
+    "vmap over the last axis of x": (
+        lambda f: lambda x, w: jax.vmap(f, (2, None), 1)(jnp.moveaxis(x, 0, 2), w),
+        True,
+        False,
+        1,
+    ),
+    "linearize": (lambda f: functools.partial(slope, f), False, False, 1),
+    "vmap of linearize": (lambda f: jax.vmap(functools.partial(slope, f), (0, None)), True, False, 1),
+    "jacfwd": (lambda f: jax.jacfwd(lambda x, w: (f(x, w), f(x, w)), has_aux=True), False, False, 1),
+    "grad": (lambda f: jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1)), False, False, 1),
+    "vmap of grad": (lambda f: jax.vmap(jax.grad(lambda *x: (f(*x) ** 2).sum()), (0, None)), True, False, 1),
+    "hessian": (lambda f: jax.hessian(lambda *x: (f(*x) ** 2).sum()), False, False, 0),
+}
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_transformed_matmuls_on_hopper(request, name):
+    transform, x_is_mapped, w_is_mapped, num_launches = MATMULS[name]
+    x, w = bf16(0, *[5] * x_is_mapped, 3, 64), bf16(1, *[5] * w_is_mapped, 64, 32)
+    ours = transform(functools.partial(fdpp_jax.flat_matmul, out_dtype=jnp.float32))
+    theirs = transform(lambda x, w: jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32)))
+    assert launches(ours, x, w) == num_launches
+    request.getfixturevalue("hopper")
+    check(jax.jit(ours)(x, w), theirs(x, w))
+
+
+def launches(call, *arrays):
+    """How often the program for the GPU launches kernels."""
+    with fdpp_jax.target("H200"):
+        text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
+    return text.count("custom_call @mosaic_gpu")
+
+
+SQUARES = lambda f: lambda *x: (f(*x) ** 2).sum()  # noqa: E731
+ONE = jnp.ones((), jnp.bfloat16)
+GRADS = lambda f: jax.grad(SQUARES(f), (0, 1, 2))  # noqa: E731
+ATTENTIONS = {  # of attention; T; whether the query is mapped, and the cache; the query [B, T, N] of the kernel
+    "vmap of vmap": (lambda f: jax.vmap(jax.vmap(f, (0, None, None)), (None, 0, 0)), 3, True, True, (6, 3, 6)),
+    "vmap of grad, queries": (lambda f: jax.vmap(GRADS(f), (0, None, None)), 3, True, False, (2, 3, 6)),
+    "jacfwd": (
+        lambda f: lambda *x: jax.jacfwd(lambda s: (f(x[0] * s, *x[1:]),) * 2, has_aux=True)(ONE),
+        3,
+        False,
+        False,
+        (2, 3, 2),
+    ),
+    "grad of vmap, prompt": (lambda f: GRADS(jax.vmap(f)), 20, True, True, (6, 20, 2)),
+    "vmap of linearize, prompt": (lambda f: jax.vmap(functools.partial(slope, f)), 20, True, True, (6, 20, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_transformed_causal_calls_on_hopper(request, name):
+    """Whatever is around it, a call is the kernel's launches, once for all that is mapped."""
+    transform, query_length, query_is_mapped, cache_is_mapped, query_shape = ATTENTIONS[name]
+    query = bf16(0, *[3] * query_is_mapped, 2, query_length, 2, 64)
+    key, value = bf16(1, 2, *[3] * cache_is_mapped, 2, 32, 1, 64)
+    lengths = jnp.array([query_length + 2, 31])
+
+    def ours(*arrays):
+        return attend(*arrays, lengths, is_causal=True, query_offset=lengths - query_length)
+
+    def theirs(*arrays):
+        query, key, value = (x.astype(jnp.float32) for x in arrays)
+        scores = jnp.einsum("btnh,bsh->bnts", query, key[:, :, 0]) / 8
+        last = (lengths - query_length)[:, None] + jnp.arange(query_length)  # [B, T]
+        scores = jnp.where(jnp.arange(32) <= last[:, None, :, None], scores, -jnp.inf)
+        return jnp.einsum("bnts,bsh->btnh", jax.nn.softmax(scores), value[:, :, 0])
+
+    assert launches(transform(ours), query, key, value) == (1 if query_length == 3 else 2)  # with the one that redoes
+    calls = request.getfixturevalue("hopper")
+    check(jax.jit(transform(ours))(query, key, value), transform(theirs)(query, key, value))
+    assert calls[-1][0] == (*query_shape, 64)
+
+
+@pytest.mark.parametrize("softmax", [None, UnifiedMax(300.0)], ids=["online", "recomputed"])
+def test_derivatives_of_both_results_are_those_of_finite_differences(softmax):
+    query, (key, value) = (
+        np.random.default_rng(0).standard_normal(x, np.float32) for x in ((2, 3, 2, 8), (2, 2, 5, 1, 8))
+    )
+    lengths, sinks = jnp.array([5, 4]), np.array([0.3, -0.5], np.float32)
+    arguments = dict(key_value_seq_lengths=lengths, is_causal=True, query_offset=lengths - 3, softmax=softmax)
+
+    @jax.jit
+    def call(query, key, value, sinks):
+        return fdpp_jax.dot_product_attention(query, key, value, sinks=sinks, return_residual=True, **arguments)
+
+    jax.test_util.check_grads(call, (query, key, value, sinks), order=1, modes=("fwd", "rev"), atol=5e-3, rtol=5e-3)
 
 
 def test_only_what_is_asked_for_is_differentiated(calls):
