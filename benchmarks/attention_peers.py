@@ -88,7 +88,7 @@ def _read_floor() -> dict[str, Callable[[Any], Any]]:
     }
 
 
-class _Graph:
+class Graph:
     """Calls on one set after the other, and again, in one CUDA graph, and how long one takes."""
 
     def __init__(self, run: Run, num_sets: int, live_bytes: int) -> None:
@@ -154,7 +154,7 @@ class _Kernel:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._graph: _Graph | None = None
+        self._graph: Graph | None = None
 
     def prepare(self, case: Case) -> None:
         """Compiles the kernel for a case, and checks what it computes."""
@@ -167,7 +167,7 @@ class _Kernel:
         sets = _sets(case, num_sets)
         query = torch.randn(case.batch, case.num_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         run, view = KERNELS[self._name](case, query, sets)
-        graph = _Graph(run, num_sets, case.live_bytes)
+        graph = Graph(run, num_sets, case.live_bytes)
         expected = reference(case, query, *map(view, sets[0]))  # the other sets are copies
         tolerance = _TOLERANCE if case.kv_dtype is None else _TOLERANCE_FP8
         for out in (graph.outs[0], graph.outs[-1]):
@@ -184,7 +184,7 @@ class _Floor:
     """The ways to read as many bytes as a case has live, in a process of their own."""
 
     def __init__(self) -> None:
-        self._graphs: dict[str, _Graph] = {}
+        self._graphs: dict[str, Graph] = {}
         self._bytes_ratio = 1.0
 
     def prepare(self, case: Case) -> None:
@@ -198,7 +198,7 @@ class _Floor:
         num_sets = _num_sets(matrix.nbytes)
         matrices = [matrix, *(matrix.clone() for _ in range(num_sets - 1))]
         for way, read in _read_floor().items():
-            self._graphs[way] = _Graph(lambda index, read=read: read(matrices[index]), num_sets, matrix.nbytes)
+            self._graphs[way] = Graph(lambda index, read=read: read(matrices[index]), num_sets, matrix.nbytes)
         self._bytes_ratio = case.live_bytes / matrix.nbytes
 
     def warm_up(self) -> None:

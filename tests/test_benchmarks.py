@@ -13,6 +13,8 @@ import peer_case
 import pytest
 from matplotlib.figure import Figure
 
+import fdpp_jax
+from fdpp_jax.bench import prefill
 from fdpp_jax.bench.attention import TABLE
 from fdpp_jax.models import PRESETS
 
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 PEERS_SCRIPT = BENCHMARKS / "attention_peers.py"
+PREFILL_SCRIPT = BENCHMARKS / "prefill_peers.py"
 E2E_SCRIPT = BENCHMARKS / "e2e_peers.py"
 
 
@@ -97,6 +100,22 @@ def test_a_peer_that_fails_is_a_cell_of_the_decode_record(capsys):
     assert record["read_floor_ms"] == 1.0
 
 
+def test_a_peer_that_fails_is_a_cell_of_the_prefill_table():
+    prefill_peers = _script(PREFILL_SCRIPT)
+    made = (peer_case.Crashes, peer_case.CrashesLate, peer_case.IsNotInstalled, peer_case.AnswersNaN, peer_case.Good)
+    stack, peers = _processes(made)
+    with stack:
+        record = prefill_peers.measure(prefill_peers.TABLE[0], peers)
+    assert record["failures"] == {
+        "Crashes": "crashed (signal 6)",
+        "CrashesLate": "crashed (exit 3)",
+        "IsNotInstalled": "not installed: no_such_peer",
+        "AnswersNaN": "wrong: error nan",
+    }
+    assert record["time_us"] == dict.fromkeys(record["failures"]) | {"Good": 3.0}
+    assert prefill_peers._line(record) == "1, 32/32, 1024 | Good 3 us, 2866 Tflop/s"
+
+
 def test_a_peer_keeps_its_process_until_it_fails():
     stack, peers = _processes((peer_case.Counts,))
     failed = importlib.import_module("peer_process").FailedError
@@ -117,6 +136,55 @@ def test_the_peers_time_the_same_table():
     assert [case.live_bytes for case in cases if case.scales != "token"] == ours
 
 
+def test_the_peers_prefill_shapes_of_the_table():
+    cases = {case.label: case for case in prefill.TABLE}
+    for theirs in _script(PREFILL_SCRIPT).TABLE:
+        ours = cases[theirs.label]
+        assert (theirs.flops, theirs.num_bytes) == (ours.flops, ours.num_bytes)
+
+
+def test_a_prefill_kernel_of_jax_is_checked_and_timed(monkeypatch):
+    """A stand-in on the CPU: the first kernel does not fit, and the last is asked with a query that has its scale."""
+    kernels, peer_process = (_script(BENCHMARKS / f"{name}.py") for name in ("prefill_kernels", "peer_process"))
+    case = kernels.Case(1, 2, 1, 24, capacity=32, head_dim=16, window=9, soft_cap=5.0)
+    monkeypatch.setattr(kernels, "_REFERENCE_ROWS", 8)
+    monkeypatch.setattr(kernels, "_MAX_CALLS", 2)
+
+    def too_wide(*_):
+        raise ValueError("exceeds available shared memory")
+
+    def attend(query, key, value, factor):
+        return fdpp_jax.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=factor,
+            is_causal=True,
+            query_offset=[8],
+            local_window_size=(8, 0),
+            logits_soft_cap=5.0,
+        )
+
+    makes = lambda _, factor: ([too_wide, functools.partial(attend, factor=factor)], 0.25)  # noqa: E731
+    for factor, is_right in ((1.0, True), (0.5, False)):
+        monkeypatch.setitem(kernels._JAX_KERNELS, "stand-in", functools.partial(makes, factor=factor))
+        kernel = kernels.JaxKernel("stand-in")
+        with contextlib.nullcontext() if is_right else pytest.raises(peer_process.WrongError, match="wrong: error"):
+            kernel.prepare(case)
+            assert kernel.sample() > 0
+
+
+def test_a_prefill_kernel_refuses_what_it_lacks():
+    kernels, peer_process = (_script(BENCHMARKS / f"{name}.py") for name in ("prefill_kernels", "peer_process"))
+    for case, reason in (
+        (kernels.Case(1, 2, 2, 128, soft_cap=5.0), "no soft cap"),
+        (kernels.Case(1, 2, 2, 128, window=5), "no window"),
+        (kernels.Case(1, 2, 2, 128, capacity=256), "the causal mask begins at the first key"),
+    ):
+        with pytest.raises(peer_process.RefusedError, match=reason):
+            kernels._jax_mosaic(case)
+
+
 def test_the_peers_decode_the_same_models():
     models = _script(E2E_SCRIPT).MODELS
     for name in ("llama-2-7b", "llama-2-13b", "llama-3-8b"):
@@ -135,7 +203,7 @@ def test_the_peers_decode_the_same_models():
         assert theirs.bytes_read(1024 - 32) == pytest.approx(expected, rel=1e-4)  # but for the norms
 
 
-@pytest.mark.parametrize("script", [PEERS_SCRIPT, E2E_SCRIPT], ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", [PEERS_SCRIPT, E2E_SCRIPT, PREFILL_SCRIPT], ids=lambda script: script.stem)
 def test_the_peers_say_what_is_missing(script):
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60, check=False)
     done = run([sys.executable, script, "--help"])

@@ -114,9 +114,12 @@ def test_what_is_named_and_refuses_says_why():
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
-        (dict(query_length=64, has_mask=True), "the prefill kernel takes no bias and no mask as an array"),
+        (
+            dict(query_length=64, has_mask=True),
+            "the prefill kernel takes no mask as an array: lengths, causal masks and windows are its own",
+        ),
         (dict(query_length=64, has_traced_scale=True), "kernels take a scale that is known before the call is traced"),
-        (dict(query_length=17, page_size=64), "the prefill kernel takes no quantised or paged cache"),
+        (dict(query_length=17, head_dim=72), "the prefill kernel takes head dims (64, 80, 96, 128, 256), got H = 72"),
         (dict(query_length=16, has_bias=True), "the decode kernel takes no bias"),
         (dict(query_length=0), "the decode kernel takes 1 to 16 queries, got T = 0"),
         (dict(num_kv_heads=1, num_query_heads=128), "the decode kernel holds 64 query rows a key/value head, got 128"),

@@ -33,7 +33,7 @@ from fdpp_jax.unified_max import Recompute, UnifiedMax
 
 type Lengths = Literal["full", "mixed"] | int
 
-_PHI = 6.0  # the scores of normal queries and keys are normal: every row is safe
+PHI = 6.0  # the scores of normal queries and keys are normal: every row is safe
 _SHORTEST_MIXED = 64
 _INT8_STEP = 1 / 32  # normal keys and values reach 127 steps at 4
 _UNIFIED, _PUBLIC, _ONLINE, _SEPARATE = "unified max", "public op", "online softmax", "separate combine"
@@ -111,18 +111,10 @@ def attention_case(
     Raises:
       ValueError: The sizes do not fit together.
     """
-    if min(batch, num_heads, num_kv_heads, capacity, head_dim, query_length) < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            "expected positive sizes and query heads that are a multiple of the key/value heads, got "
-            f"{batch=} {num_heads=} {num_kv_heads=} {capacity=} {head_dim=} {query_length=}"
-        )
     if lengths == "mixed" and (batch < 2 or capacity < _SHORTEST_MIXED):
         raise ValueError(f"mixed lengths need two sequences and {_SHORTEST_MIXED} keys, got {batch=} {capacity=}")
     shortest = _SHORTEST_MIXED if lengths == "mixed" else capacity if lengths == "full" else lengths
-    if not query_length <= shortest <= capacity:
-        raise ValueError(f"lengths must lie in {query_length=}..{capacity=}, got {shortest}")
-    if page_size is not None and (page_size < 1 or capacity % page_size):
-        raise ValueError(f"the capacity must be whole pages, got {capacity=} and {page_size=}")
+    check_sizes(batch, num_heads, num_kv_heads, capacity, head_dim, query_length, shortest, page_size)
     shape = AttentionShape(
         batch=batch,
         query_length=query_length,
@@ -138,6 +130,28 @@ def attention_case(
         has_query_offset=query_length > 1,
     )
     return AttentionCase(shape, lengths)
+
+
+def check_sizes(
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    query_length: int,
+    shortest: int,
+    page_size: int | None,
+) -> None:
+    """Raises ValueError unless the sizes of a case fit together; `shortest` is the fewest live keys of a sequence."""
+    if min(batch, num_heads, num_kv_heads, capacity, head_dim, query_length) < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "expected positive sizes and query heads that are a multiple of the key/value heads, got "
+            f"{batch=} {num_heads=} {num_kv_heads=} {capacity=} {head_dim=} {query_length=}"
+        )
+    if not query_length <= shortest <= capacity:
+        raise ValueError(f"lengths must lie in {query_length=}..{capacity=}, got {shortest}")
+    if page_size is not None and (page_size < 1 or capacity % page_size):
+        raise ValueError(f"the capacity must be whole pages, got {capacity=} and {page_size=}")
 
 
 TABLE = (
@@ -283,7 +297,7 @@ def _measure(
 ) -> tuple[dict[str, Candidate], Timings, AttentionPlan]:
     plan = heuristics.plan_attention(case.shape, running)
     candidates = _candidates(case, plan, running, quick, places)
-    x, kv = _inputs(case)
+    x, kv = inputs(case.shape, case.live_lengths())
     sets = copies(kv, num_sets(case.live_bytes, running))
     # Each query is the result before, as in a model. The values become small, which no kernel minds.
     timings = time_kernels(candidates, x, sets, case.live_bytes, lambda x, out: x | {"query": out})
@@ -303,8 +317,8 @@ def _candidates(
     config: DecodeAttentionConfig | None = plan.config if plan.backend == hopper.NAME else None
     candidates = {}
     if config is not None:
-        candidates[_UNIFIED] = ours(_kernel, config=config, phi=_PHI)
-    candidates[_PUBLIC] = ours(_op, softmax=UnifiedMax(_PHI), place=plan.recompute)
+        candidates[_UNIFIED] = ours(_kernel, config=config, phi=PHI)
+    candidates[_PUBLIC] = ours(_op, softmax=UnifiedMax(PHI), place=plan.recompute)
     if quick:
         return candidates
     if config is None:
@@ -312,13 +326,13 @@ def _candidates(
     else:
         for place in places:
             if place != plan.recompute:
-                candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(_PHI, place), place=place)
+                candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(PHI, place), place=place)
         online = decode_attention_config(dataclasses.replace(case.shape, is_online=True), running)
         candidates[_ONLINE] = ours(_kernel, config=online, phi=None)
         grid = grid_attention_config(case.shape, running)
         splits = max(1, grid.num_splits // min(case.shape.batch, MAX_CHUNK))  # per sequence
         separate = dataclasses.replace(grid, combine="launch", num_splits=splits)
-        candidates[_SEPARATE] = ours(_kernel, config=separate, phi=_PHI)
+        candidates[_SEPARATE] = ours(_kernel, config=separate, phi=PHI)
     if case.shape.page_size is None and case.shape.scales is None:
         if running.is_nvidia and case.shape.dtype != "float32":
             candidates[_CUDNN] = Candidate(functools.partial(_jax_nn, case, implementation="cudnn"), is_peer=True)
@@ -367,14 +381,16 @@ def _jax_nn(
     )
 
 
-def _inputs(case: AttentionCase) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The small arrays of a call and one cache, random; the pages of a sequence lie anywhere in the pool."""
-    shape = case.shape
+def inputs(shape: AttentionShape, live_lengths: Sequence[int]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The small arrays of a call and one cache, random; the pages of a sequence lie anywhere in the pool.
+
+    The queries are the last of their sequence, where the shape has an offset.
+    """
     keys = jax.random.split(jax.random.key(0), 5)
     query_shape = (shape.batch, shape.query_length, shape.num_query_heads, shape.head_dim)
     x = {
         "query": random_normal(keys[0], query_shape, jnp.dtype(shape.dtype)),
-        "lengths": jnp.array(case.live_lengths(), jnp.int32),
+        "lengths": jnp.array(live_lengths, jnp.int32),
     }
     if shape.has_query_offset:
         x["query_offset"] = x["lengths"] - shape.query_length

@@ -1,6 +1,7 @@
-"""`fdpp-jax bench decode | attention | matmul`: from flags to one bench."""
+"""`fdpp-jax bench decode | attention | prefill | matmul`: from flags to one bench."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdpp_jax.cli.arguments import (
@@ -17,7 +18,8 @@ from fdpp_jax.cli.checkpoints import keep_compiled, model_config
 from fdpp_jax.cli.output import print_table, report
 
 if TYPE_CHECKING:
-    from fdpp_jax.bench.attention import Lengths
+    from fdpp_jax.bench.attention import AttentionCase, Lengths
+    from fdpp_jax.bench.prefill import PrefillCase
     from fdpp_jax.bench.report import BenchReport
     from fdpp_jax.plans.device import Device
 
@@ -32,10 +34,21 @@ _ATTENTION_EXAMPLES = """\
   fdpp-jax bench attention --batch 8 --num-kv-heads 8 --capacity 8192 --lengths mixed --page-size 64
   fdpp-jax bench attention --batch 8 --kv-dtype int8 --scale-per token --json record.json
 """
+_PREFILL_EXAMPLES = """\
+  fdpp-jax bench prefill                             the standard table, a line a shape (some minutes on a GPU)
+  fdpp-jax bench prefill --quick --only "H 256"      of it the shapes that hold this text, the unified max only
+  fdpp-jax bench prefill --query-length 512 --capacity 32768 --num-kv-heads 8       one shape, a line a kernel
+  fdpp-jax bench prefill --query-length 8192 --window 4096 --soft-cap 50 --json record.json
+"""
 _MATMUL_EXAMPLES = "  fdpp-jax bench matmul --m 8 --k 4096 --n 12288\n"
 # One shape of attention, where any of its flags is given.
 _DEFAULT_SHAPE = dict(batch=1, num_heads=32, num_kv_heads=32, capacity=4096, head_dim=128, query_length=1)
 _SHAPE_FLAGS = (*_DEFAULT_SHAPE, "dtype", "lengths", "page_size", "kv_dtype", "scale_per")
+_DEFAULT_PREFILL = dict(batch=1, num_heads=32, num_kv_heads=32, query_length=4096)
+_PREFILL_FLAGS = (
+    *_DEFAULT_PREFILL,
+    *("capacity", "head_dim", "dtype", "is_causal", "window", "soft_cap", "lengths", "page_size", "kv_dtype"),
+)
 
 
 def add(commands: Commands) -> None:
@@ -54,6 +67,10 @@ def add(commands: Commands) -> None:
     attention = add_command(kinds, "attention", _run_attention, summary, _ATTENTION_EXAMPLES)
     _add_attention_flags(attention)
 
+    summary = "microseconds of prefill attention, of one shape or a table of them, beside cuDNN's and the peak"
+    prefill = add_command(kinds, "prefill", _run_prefill, summary, _PREFILL_EXAMPLES)
+    _add_prefill_flags(prefill)
+
     summary = "microseconds of one x [M, K] @ w [K, N], beside XLA's own and the read floor"
     matmul = add_command(kinds, "matmul", _run_matmul, summary, _MATMUL_EXAMPLES)
     matmul.add_argument("--m", type=int, default=8, help="rows (default: 8)")
@@ -67,7 +84,7 @@ def add(commands: Commands) -> None:
         help="how w is stored: [K, N] or [N, K] (default: nk, as models do)",
     )
 
-    for kind in (decode, attention, matmul):
+    for kind in (decode, attention, prefill, matmul):
         kind.add_argument(
             "--json",
             type=output_file,
@@ -78,15 +95,7 @@ def add(commands: Commands) -> None:
 
 def _add_attention_flags(parser: argparse.ArgumentParser) -> None:
     """Any flag of the first group means one shape instead of the table."""
-    shape = parser.add_argument_group("one shape (any of these)")
-    shape.add_argument("--batch", type=int, metavar="B", help="sequences (default: 1)")
-    shape.add_argument("--num-heads", type=int, metavar="N", help="query heads (default: 32)")
-    shape.add_argument("--num-kv-heads", type=int, metavar="K", help="key/value heads (default: 32)")
-    shape.add_argument(
-        "--capacity", "--context", type=int, metavar="S", help="keys that a sequence has room for (default: 4096)"
-    )
-    shape.add_argument("--head-dim", type=int, metavar="H", help="default: 128")
-    shape.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
+    shape = _add_shape_flags(parser, capacity="4096")
     shape.add_argument(
         "--query-length", type=int, metavar="T", help="the last T tokens attend, causally: speculation (default: 1)"
     )
@@ -96,13 +105,48 @@ def _add_attention_flags(parser: argparse.ArgumentParser) -> None:
         metavar="full|mixed|N",
         help="live keys: all, from 64 to the capacity, or N of each sequence (default: full)",
     )
+    shape.add_argument("--scale-per", choices=("head", "token"), help="scales of --kv-dtype (default: head)")
+
+
+def _add_prefill_flags(parser: argparse.ArgumentParser) -> None:
+    shape = _add_shape_flags(parser, capacity="as many as queries")
+    shape.add_argument(
+        "--query-length", type=int, metavar="T", help="queries, the last of their sequence's live keys (default: 4096)"
+    )
+    shape.add_argument(
+        "--window", type=int, metavar="W", help="keys that a query sees, its own included (default: all)"
+    )
+    shape.add_argument("--soft-cap", type=float, metavar="C", help="scores become C tanh(score / C) (default: none)")
+    shape.add_argument(
+        "--not-causal", dest="is_causal", action="store_const", const=False, help="each query sees all keys"
+    )
+    shape.add_argument(
+        "--lengths", type=int, metavar="N", help="N live keys per sequence, given as an array (default: all, not given)"
+    )
+
+
+def _add_shape_flags(parser: argparse.ArgumentParser, *, capacity: str) -> argparse._ArgumentGroup:
+    """The flags that all shapes of attention have, and those of a table; returns the group of one shape."""
+    shape = parser.add_argument_group("one shape (any of these)")
+    shape.add_argument("--batch", type=int, metavar="B", help="sequences (default: 1)")
+    shape.add_argument("--num-heads", type=int, metavar="N", help="query heads (default: 32)")
+    shape.add_argument("--num-kv-heads", type=int, metavar="K", help="key/value heads (default: 32)")
+    shape.add_argument(
+        "--capacity",
+        "--context",
+        type=int,
+        metavar="S",
+        help=f"keys that a sequence has room for (default: {capacity})",
+    )
+    shape.add_argument("--head-dim", type=int, metavar="H", help="default: 128")
+    shape.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
     shape.add_argument("--page-size", type=int, metavar="P", help="pages of P keys, anywhere in a pool (default: none)")
     shape.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="of a quantised cache")
-    shape.add_argument("--scale-per", choices=("head", "token"), help="scales of --kv-dtype (default: head)")
 
     table = parser.add_argument_group("the table (none of those)")
     table.add_argument("--only", metavar="TEXT", help="of the table the shapes whose label holds TEXT")
     parser.add_argument("--quick", action="store_true", help="leave out ablations and peers")
+    return shape
 
 
 def _lengths(text: str) -> "Lengths":
@@ -138,16 +182,9 @@ def _run_attention(args: argparse.Namespace) -> None:
     from fdpp_jax.plans import device
 
     running = device.current()
-    given: dict[str, Any] = {name: value for name in _SHAPE_FLAGS if (value := getattr(args, name)) is not None}
-    if given and args.only is not None:
-        raise ValueError("--only picks shapes of the table, and does not go with the flags of one shape")
+    given = _given_shape(args, _SHAPE_FLAGS, "attention", running)
     if "scale_per" in given and "kv_dtype" not in given:
         raise ValueError("--scale-per belongs to --kv-dtype")
-    if not given and not running.is_gpu:
-        raise ValueError(
-            f"the table of bench attention needs a GPU, this is {running.kind}; try one small shape: "
-            "--num-heads 4 --num-kv-heads 2 --context 256"
-        )
     from fdpp_jax.bench import attention
 
     if given:
@@ -157,12 +194,56 @@ def _run_attention(args: argparse.Namespace) -> None:
         _warn_off_gpu(running)
         report = attention.bench_attention(case, quick=args.quick)
     else:
-        cases = [case for case in attention.TABLE if args.only is None or args.only in case.label]
-        if not cases:
-            labels = "; ".join(case.label for case in attention.TABLE)
-            raise ValueError(f"--only {args.only!r} is in no label of the table: {labels}")
+        cases = _cases_with(args.only, attention.TABLE)
         report = attention.bench_attention_table(cases, quick=args.quick, record_path=args.json)
     _print_report(report, args.json)
+
+
+def _run_prefill(args: argparse.Namespace) -> None:
+    from fdpp_jax.plans import device
+
+    running = device.current()
+    given = _given_shape(args, _PREFILL_FLAGS, "prefill", running)
+    from fdpp_jax.bench import prefill
+
+    if given:
+        case = prefill.prefill_case(**_DEFAULT_PREFILL | given)
+        _warn_off_gpu(running)
+        report = prefill.bench_prefill(case, quick=args.quick)
+    else:
+        cases = _cases_with(args.only, prefill.TABLE)
+        report = prefill.bench_prefill_table(cases, quick=args.quick, record_path=args.json)
+    _print_report(report, args.json)
+
+
+def _given_shape(args: argparse.Namespace, flags: Sequence[str], bench: str, running: "Device") -> dict[str, Any]:
+    """The flags of one shape that are given; none where the table is meant.
+
+    Raises:
+      ValueError: They do not go with --only, or the table needs a GPU.
+    """
+    given = {name: value for name in flags if (value := getattr(args, name)) is not None}
+    if given and args.only is not None:
+        raise ValueError("--only picks shapes of the table, and does not go with the flags of one shape")
+    if not given and not running.is_gpu:
+        small = "--num-heads 4 --num-kv-heads 2 " + ("--context 256" if bench == "attention" else "--query-length 64")
+        raise ValueError(
+            f"the table of bench {bench} needs a GPU, this is {running.kind}; try one small shape: {small}"
+        )
+    return given
+
+
+def _cases_with[C: "AttentionCase | PrefillCase"](text: str | None, table: Sequence[C]) -> list[C]:
+    """The shapes of a table whose label holds a text; all without one.
+
+    Raises:
+      ValueError: There are none.
+    """
+    cases = [case for case in table if text is None or text in case.label]
+    if not cases:
+        labels = "; ".join(case.label for case in table)
+        raise ValueError(f"--only {text!r} is in no label of the table: {labels}")
+    return cases
 
 
 def _run_matmul(args: argparse.Namespace) -> None:

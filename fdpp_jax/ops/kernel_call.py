@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdpp_jax import heuristics
-from fdpp_jax.ops import fold, partition, planned, reference
+from fdpp_jax.ops import blockwise, fold, partition, planned, reference
 from fdpp_jax.ops.phi import row_phi
 from fdpp_jax.ops.planned import Cotangent, Function
 from fdpp_jax.ops.running import module_of
@@ -20,10 +20,9 @@ from fdpp_jax.plans.backends import by_name
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, alike, attention_shape
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionImplementation, AttentionShape
+from fdpp_jax.plans.xla import MAX_SPLIT_QUERIES, has_large_scores, plan_without_cudnn
 from fdpp_jax.unified_max import Recompute, UnifiedMax
 
-# Beyond, keys are not split, and a unified max saves XLA nothing.
-_MAX_SPLIT_QUERIES = 16
 # Axes of operands, as in `partition.Rule`; n is (k g). The cache's are other ones where it is paged.
 _AXES = dict(
     query="b t n h",
@@ -90,6 +89,7 @@ class AttentionFunction:
         """By the plan for a device."""
         if device is None:
             arrays, _ = self._given(operands)
+            _warn_of_large_scores(self.shape(arrays))
             return jax.tree.leaves(reference.attention(arrays._replace(phi=None), self.options))
 
         def call(*operands: jax.Array) -> list[jax.Array]:
@@ -98,7 +98,8 @@ class AttentionFunction:
 
         one, _ = self._given(operands)
         plan, shape = self.plan(one, device), self.shape(one)
-        if plan.backend == "xla" and (plan.algorithm == "cudnn" or self.is_online):
+        is_small = self.is_online and not (_is_known(shape) and shape.query_length > MAX_SPLIT_QUERIES)
+        if plan.backend == "xla" and (plan.algorithm == "cudnn" or is_small):
             return call(*operands)  # as XLA maps it
         call_with_rule = jax.custom_batching.custom_vmap(call)
 
@@ -110,6 +111,10 @@ class AttentionFunction:
                 function = dataclasses.replace(self, names=tuple(given), implementation=implementation)
                 return function(device, *given.values())
 
+            many = dataclasses.replace(shape, batch=axis_size * shape.batch)
+            if plan.backend == "xla" and self.is_online and not has_large_scores(many):
+                outs = jax.vmap(call, [0 if mapped else None for mapped in is_mapped])(*operands)  # as XLA maps it
+                return outs, [True] * len(outs)
             refuses = _refusals(plan, device)
             given = dict(zip(self.names, operands, strict=True))
             with_axis = frozenset(name for name, m in zip(self.names, is_mapped, strict=True) if m)
@@ -134,7 +139,7 @@ class AttentionFunction:
             if self.implementation == "cudnn":
                 raise NotImplementedError(f"implementation='cudnn' cannot run this call: {why}")
             planned.warn_caller(f"{why}; plain XLA computes attention of queries {arrays.query.shape}")
-            return AttentionPlan("xla", "reference", None, f"float32 reference: {why}")
+            return plan_without_cudnn(shape, why)
         if self.implementation in (None, "xla"):
             return AttentionPlan("xla", "reference", None, "float32 reference: no kernel takes symbolic sizes")
         raise NotImplementedError(f"implementation={self.implementation!r} cannot run this call: symbolic sizes")
@@ -148,7 +153,7 @@ class AttentionFunction:
             recompute = recompute_of(plan, self.recompute)
             arrays = self._with_phi(arrays, shape, plan, key_max_norm)
             return _with_recompute(self.options, plan, recompute, arrays)
-        if plan.algorithm == "cudnn" or self.is_online or shape.query_length > _MAX_SPLIT_QUERIES:
+        if plan.algorithm == "cudnn" or self.is_online or shape.query_length > MAX_SPLIT_QUERIES:
             if plan.algorithm == "cudnn" and self.saves:  # so that XLA finds the gradient's forward pass done
                 return _cudnn_vjp(online, self.options, plan)[0]
             return module_of(plan).attention(online, self.options, plan)
@@ -176,13 +181,24 @@ class AttentionFunction:
     def gradients(
         self, device: Device, moved: tuple[int, ...], operands: Sequence[jax.Array], grads: Sequence[jax.Array]
     ) -> list[jax.Array] | None:
-        """cuDNN's own gradients."""
+        """cuDNN's own gradients, or gradients in blocks."""
         arrays, _ = self._given(operands)
-        plan = self._gradient_plan(arrays, device)
-        if plan.algorithm != "cudnn":
+        plan, online, names = (
+            self._gradient_plan(arrays, device),
+            arrays._replace(phi=None),
+            [self.names[i] for i in moved],
+        )
+        if plan.algorithm == "cudnn":
+            found = dict(
+                zip(("query", "key", "value"), _cudnn_vjp(online, self.options, plan)[1](grads[0]), strict=True)
+            )
+        elif plan.algorithm == "blocks":
+            found = blockwise.gradients(online, self.options, names, grads)
+        else:
             return None
-        found = _cudnn_vjp(arrays._replace(phi=None), self.options, plan)[1](grads[0])
-        return [found[("query", "key", "value").index(self.names[i])] for i in moved]
+        return [
+            found[name] if name in found else jnp.zeros_like(operands[i]) for i, name in zip(moved, names, strict=True)
+        ]
 
     def bind(self, function: Function, device: Device, *operands: jax.Array) -> list[jax.Array]:
         """Partitioned by sequences and heads where a shard may have a kernel; XLA partitions its own operations."""
@@ -300,6 +316,17 @@ def _cudnn_vjp(arrays: AttentionArrays, options: AttentionOptions, plan: Attenti
         return module_of(plan).attention(arrays._replace(query=query, key=key, value=value), options, plan)
 
     return jax.vjp(run, arrays.query, arrays.key, arrays.value)
+
+
+def _warn_of_large_scores(shape: AttentionShape) -> None:
+    """Says so where all scores are held at once though they take much memory: blocks have no derivative."""
+    if _is_known(shape) and has_large_scores(shape):
+        scores = [shape.batch, shape.num_query_heads, shape.query_length, shape.capacity]
+        planned.warn_caller(
+            f"fdpp_jax holds all scores {scores} of attention at once, {shape.score_bytes} bytes: derivatives in "
+            "forward mode and of higher order are not computed in blocks, and neither is what is lowered for a device "
+            "that is not known"
+        )
 
 
 def _may_have_shards(shape: AttentionShape, device: Device, implementation: str | None) -> bool:

@@ -29,30 +29,28 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> Any:
     """
     query, phi, sinks = arrays.query, arrays.phi, arrays.sinks
     batch, query_length, num_heads, head_dim = query.shape
-    key = _contiguous(arrays.key, arrays.key_scale, arrays.page_table)
-    value = _contiguous(arrays.value, arrays.value_scale, arrays.page_table)
+    key, value = dense_cache(arrays)
     _, capacity, num_kv_heads, _ = key.shape
     by_head = (num_kv_heads, num_heads // num_kv_heads)
-    mask = _attention_mask(arrays, options, capacity)[:, None, None]  # [B or 1, 1, 1, T, S]
+    mask = sees(arrays, options, jnp.arange(query_length), jnp.arange(capacity))[:, None, None]  # [B or 1, 1, 1, T, S]
     live_key = mask.any(axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
     if arrays.mask is not None:
-        mask &= _by_group(arrays.mask, by_head)  # [B or 1, K or 1, G or 1, T, S]
+        mask &= by_group(arrays.mask, by_head)  # [B or 1, K or 1, G or 1, T, S]
         live_key = mask.any(axis=(2, 3)).swapaxes(1, 2)[..., None]  # [B or 1, S, K or 1, 1]
     # 0 * NaN would be NaN: of the values here, of the keys in the gradient.
     key, value = (jnp.where(live_key, x, 0) for x in (key, value))
-    precision = _precision(key.dtype)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts",
         query.reshape(batch, query_length, *by_head, head_dim),
         key,
-        precision=precision,
+        precision=precision(key.dtype),
         preferred_element_type=jnp.float32,
     )  # [B, K, G, T, S]
     scores *= options.scale if arrays.scale is None else arrays.scale
     if (cap := options.logits_soft_cap) is not None:
         scores = cap * jnp.tanh(scores / cap)
     if arrays.bias is not None:
-        scores += _by_group(arrays.bias.astype(jnp.float32), by_head)
+        scores += by_group(arrays.bias.astype(jnp.float32), by_head)
     scores = jnp.where(mask, scores, -jnp.inf)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *by_head, 1, 1)
     if phi is None:
@@ -86,14 +84,16 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> Any:
     return out, log_sum.transpose(0, 3, 1, 2).reshape(query.shape[:3])
 
 
-def _attention_mask(arrays: AttentionArrays, options: AttentionOptions, capacity: int) -> jax.Array:
-    """Which query sees which key, [B or 1, T, S] bool. Query t stands at position query_offset + t."""
-    query_length = arrays.query.shape[1]
-    query_pos = jnp.arange(query_length)[None, :, None]  # [1, T, 1]
+def sees(arrays: AttentionArrays, options: AttentionOptions, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Which of some queries [T] sees which of some keys [S], by index and but for arrays.mask: [B or 1, T, S] bool.
+
+    Query t stands at position query_offset + t.
+    """
+    query_pos = queries[None, :, None]  # [1, T, 1]
     if arrays.query_offset is not None:
         query_pos += arrays.query_offset[:, None, None]  # [B, T, 1]
-    key_pos = jnp.arange(capacity)[None, None, :]  # [1, 1, S]
-    mask = jnp.ones((1, query_length, capacity), bool)
+    key_pos = keys[None, None, :]  # [1, 1, S]
+    mask = jnp.ones((1, queries.size, keys.size), bool)
     if options.is_causal:
         mask &= key_pos <= query_pos
     if options.local_window_size is not None:
@@ -106,7 +106,7 @@ def _attention_mask(arrays: AttentionArrays, options: AttentionOptions, capacity
     return mask
 
 
-def _by_group(x: jax.Array, by_head: tuple[int, int]) -> jax.Array:
+def by_group(x: jax.Array, by_head: tuple[int, int]) -> jax.Array:
     """[..., N or 1, T, S] -> [..., K or 1, G or 1, T, S]."""
     heads = (1, 1) if x.shape[-3] == 1 else by_head
     return x.reshape(*x.shape[:-3], *heads, *x.shape[-2:])
@@ -116,6 +116,12 @@ def _gather(pool: jax.Array, page_table: jax.Array) -> jax.Array:
     """[P, page_size, K, ...] -> [B, S, K, ...]."""
     pages = jnp.take(pool, page_table, axis=0, mode="clip")  # [B, pages, page_size, K, ...]
     return pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
+
+
+def dense_cache(arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
+    """Keys and values as [B, S, K, H]; of a quantised cache in float32."""
+    key = _contiguous(arrays.key, arrays.key_scale, arrays.page_table)
+    return key, _contiguous(arrays.value, arrays.value_scale, arrays.page_table)
 
 
 def _contiguous(cache: jax.Array, scale: jax.Array | None, page_table: jax.Array | None) -> jax.Array:
@@ -129,10 +135,10 @@ def _contiguous(cache: jax.Array, scale: jax.Array | None, page_table: jax.Array
 def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, w_order: WeightOrder = "kn") -> jax.Array:
     """x [..., K] @ w [K, N], or [N, K], by XLA, accumulated in float32; w is contracted where it lies."""
     # The order's name is also einsum's of the axes.
-    out = jnp.einsum(f"...k,{w_order}->...n", x, w, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+    out = jnp.einsum(f"...k,{w_order}->...n", x, w, precision=precision(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(out_dtype)
 
 
-def _precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
+def precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
     """XLA multiplies float32 in TF32 on GPUs unless asked not to."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

@@ -5,15 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax.ops import reference
+from fdpp_jax.ops import blockwise, reference
 from fdpp_jax.plans.backend import AttentionPlan, MatmulPlan
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.shapes import WeightOrder
 
 
 def attention(arrays: AttentionArrays, options: AttentionOptions, plan: AttentionPlan) -> Any:
-    """cuDNN, or plain XLA in float32, where rows outside the window of arrays.phi are NaN."""
-    return _cudnn(arrays, options) if plan.algorithm == "cudnn" else reference.attention(arrays, options)
+    """cuDNN, plain XLA in blocks, or at once in float32, where rows outside the window of arrays.phi are NaN."""
+    if plan.algorithm == "cudnn":
+        return _cudnn(arrays, options)
+    return blockwise.attention(arrays, options) if plan.algorithm == "blocks" else reference.attention(arrays, options)
 
 
 def _cudnn(arrays: AttentionArrays, options: AttentionOptions) -> jax.Array:

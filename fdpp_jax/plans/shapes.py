@@ -96,6 +96,11 @@ class AttentionShape:
         return self.group_size * self.query_length
 
     @property
+    def score_bytes(self) -> int:
+        """Bytes of all scores [B, N, T, S] in float32."""
+        return 4 * self.batch * self.num_query_heads * self.query_length * self.capacity
+
+    @property
     def kv_itemsize(self) -> int:
         """Bytes of one element of the cache."""
         dtype = self.kv_dtype or self.dtype

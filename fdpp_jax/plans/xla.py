@@ -1,4 +1,4 @@
-"""Plain XLA, which computes everything everywhere: cuDNN's attention where it can, else the float32 reference."""
+"""Plain XLA, which computes everything everywhere: attention by cuDNN where it can, else at once or in blocks."""
 
 from fdpp_jax.plans.backend import AttentionOp, AttentionPlan, Backend, LayerPlan, MatmulOp, MatmulPlan, Op
 from fdpp_jax.plans.device import Device
@@ -6,6 +6,11 @@ from fdpp_jax.plans.shapes import AttentionShape
 
 NAME = "xla"
 _CUDNN_DTYPES = ("bfloat16", "float16")
+# Up to so many queries the scores are in proportion to the cache: they are not computed in blocks, and with a unified
+# max in one pass.
+MAX_SPLIT_QUERIES = 16
+# The float32 reference holds all scores at once. Beyond so many bytes of them they are computed in blocks.
+MAX_SCORE_BYTES = 256 << 20
 
 
 def refuse_cudnn(shape: AttentionShape, device: Device) -> str | None:
@@ -42,11 +47,28 @@ def _refuse_attention(shape: AttentionShape, device: Device, algorithm: str | No
     return refuse_cudnn(shape, device) if algorithm == "cudnn" else None
 
 
+def _rule_algorithm(shape: AttentionShape, device: Device) -> str:
+    return _plan_attention(shape, device, "").algorithm
+
+
 def _plan_attention(shape: AttentionShape, device: Device, why: str) -> AttentionPlan:
     why_not_cudnn = refuse_cudnn(shape, device)
     if why_not_cudnn is None:
         return AttentionPlan(NAME, "cudnn", None, f"cuDNN; {why}")
-    return AttentionPlan(NAME, "reference", None, f"float32 reference: {why_not_cudnn}; {why}")
+    return plan_without_cudnn(shape, f"{why_not_cudnn}; {why}")
+
+
+def plan_without_cudnn(shape: AttentionShape, why: str) -> AttentionPlan:
+    """XLA's own operations: the float32 reference, or blocks where its scores would take too much memory."""
+    if has_large_scores(shape):
+        size = f"{shape.score_bytes / 2**30:.2f} GiB of scores"
+        return AttentionPlan(NAME, "blocks", None, f"in blocks, for the float32 reference would have {size}: {why}")
+    return AttentionPlan(NAME, "reference", None, f"float32 reference: {why}")
+
+
+def has_large_scores(shape: AttentionShape) -> bool:
+    """Whether the float32 reference would hold more scores than `MAX_SCORE_BYTES`, of more than a few queries."""
+    return shape.query_length > MAX_SPLIT_QUERIES and shape.score_bytes > MAX_SCORE_BYTES
 
 
 BACKEND = Backend(
@@ -54,8 +76,8 @@ BACKEND = Backend(
     architectures=(),
     run="fdpp_jax.ops.xla",
     attention=AttentionOp(
-        configs={"cudnn": None, "reference": None},
-        algorithm=lambda shape, device: "reference" if refuse_cudnn(shape, device) else "cudnn",
+        configs={"cudnn": None, "blocks": None, "reference": None},
+        algorithm=_rule_algorithm,
         refuse=_refuse_attention,
         config=lambda *_: None,
         plan=_plan_attention,

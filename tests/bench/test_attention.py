@@ -19,6 +19,10 @@ pytestmark = pytest.mark.slow  # many small programs to compile
 TINY = functools.partial(attention_case, 2, 4, 2, 64, head_dim=16, dtype="float32")
 
 
+def _inputs(case):
+    return attention.inputs(case.shape, case.live_lengths())
+
+
 def test_attention(tmp_path):
     report = attention.bench_attention(TINY())
     names = ["public op", "online softmax", "jax.nn, xla", "read floor"]
@@ -88,7 +92,7 @@ def test_mixed_lengths_span_the_capacity_and_stay_the_same():
 
 
 def test_a_page_table_is_a_permutation_of_the_pool():
-    x, kv = attention._inputs(TINY(page_size=16))
+    x, kv = _inputs(TINY(page_size=16))
     pages = x["page_table"].ravel().tolist()
     assert pages != sorted(pages)
     assert sorted(pages) == list(range(8))
@@ -98,7 +102,7 @@ def test_a_page_table_is_a_permutation_of_the_pool():
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("scales", ["head", "token"])
 def test_a_quantised_cache_is_normal_values_again(dtype, scales):
-    x, kv = attention._inputs(TINY(kv_dtype=dtype, scales=scales))
+    x, kv = _inputs(TINY(kv_dtype=dtype, scales=scales))
     arrays = x | kv
     scale = arrays["key_scale"]
     assert ("key_scale" in kv) == (scales == "token")
@@ -118,7 +122,7 @@ def test_the_candidates_of_a_gpu_lower(monkeypatch):
     assert {f"public op, {place}" for place in ("kernel", "launch", "cond") if place != plan.recompute} < set(
         candidates
     )
-    x, kv = jax.eval_shape(functools.partial(attention._inputs, case))
+    x, kv = jax.eval_shape(functools.partial(_inputs, case))
     for name in ("unified max", "public op"):
         text = jax.jit(candidates[name].step).trace(x, kv).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
@@ -131,7 +135,7 @@ def test_what_is_timed_on_a_gpu_is_right(case):
     running = device.current()
     plan = heuristics.plan_attention(case.shape, running)
     candidates = attention._candidates(case, plan, running, quick=False, places=attention._PLACES)
-    x, kv = attention._inputs(case)
+    x, kv = _inputs(case)
     arrays = x | kv
     options = AttentionOptions(case.shape.head_dim**-0.5)
     expected = jax.jit(lambda arrays: reference.attention(arrays, options))(AttentionArrays(**arrays))

@@ -6,6 +6,7 @@ import pytest
 from cli_case import run
 
 from fdpp_jax.bench import attention as bench_attention
+from fdpp_jax.bench import prefill as bench_prefill
 from fdpp_jax.bench.report import BenchReport
 from fdpp_jax.plans import device
 
@@ -83,3 +84,51 @@ def test_bench_attention_of_the_table(capsys, monkeypatch):
     code, _, err = run(capsys, "bench", "attention", "--only", "9, 9/9")
     assert code == 2
     assert "--only '9, 9/9' is in no label of the table: 1, 32/32, 1024; 1, 32/32, 4096" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the table of bench prefill needs a GPU, this is cpu; try one small shape: --num-heads 4"),
+        (["--not-causal", "--only", "window"], "--only picks shapes of the table"),
+        (["--lengths", "5000"], "lengths must lie in query_length=4096..capacity=4096, got 5000"),
+        (["--window", "0"], "window must be a positive number of keys, got 0"),
+    ],
+)
+def test_bench_prefill_refuses(capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("cpu"))
+    code, out, err = run(capsys, "bench", "prefill", *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"fdpp-jax: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_bench_prefill_of_one_shape_and_of_the_table(capsys, monkeypatch):
+    called = []
+
+    def bench(cases, *, quick, record_path=None):
+        assert record_path is None
+        called.append((cases, quick))
+        return BenchReport("title", ("kernel",), (), {})
+
+    monkeypatch.setattr(bench_prefill, "bench_prefill", bench)
+    monkeypatch.setattr(bench_prefill, "bench_prefill_table", bench)
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+    flags = "--query-length 512 --capacity 2048 --lengths 1024 --not-causal --window 64 --soft-cap 30 --page-size 64"
+    assert run(capsys, "bench", "prefill", *flags.split(), "--kv-dtype", "int8", "--quick")[0] == 0
+    assert run(capsys, "bench", "prefill", "--only", "window")[0] == 0
+    one = bench_prefill.prefill_case(
+        1,
+        32,
+        32,
+        512,
+        capacity=2048,
+        lengths=1024,
+        is_causal=False,
+        window=64,
+        soft_cap=30.0,
+        page_size=64,
+        kv_dtype="int8",
+    )
+    assert called[0] == (one, True)
+    assert called[1][0] == [case for case in bench_prefill.TABLE if case.shape.local_window_size]

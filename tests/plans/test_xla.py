@@ -54,9 +54,24 @@ def _prefill(**changes):
         (_prefill(kv_dtype="bfloat16"), "H200", "cudnn"),
         (DECODE, "A100", "reference"),
         (DECODE, "cpu", "reference"),
+        (_prefill(query_length=4096, capacity=4096), "cpu", "blocks"),
+        (_prefill(query_length=4096, capacity=4096, has_mask=True), "H200", "blocks"),
+        (_prefill(query_length=16384, capacity=16384), "H200", "cudnn"),
+        (dataclasses.replace(DECODE, query_length=16, batch=512), "A100", "reference"),
     ],
 )
 def test_xla_attention(shape, device_name, algorithm):
     plan = plan_attention(shape, device_name)
     assert plan.implementation == "xla"
     assert (plan.algorithm, plan.config) == (algorithm, None)
+
+
+@pytest.mark.parametrize(("capacity", "algorithm"), [(4096, "reference"), (4097, "blocks")])
+def test_blocks_begin_behind_256_mib_of_scores(capacity, algorithm):
+    plan = plan_attention(_prefill(capacity=capacity, dtype="float32"), "H200")
+    assert plan.algorithm == algorithm
+    assert plan.reason.startswith(
+        "float32 reference: cuDNN has no float32; "
+        if algorithm == "reference"
+        else "in blocks, for the float32 reference would have 0.25 GiB of scores: cuDNN has no float32; "
+    )

@@ -1,0 +1,139 @@
+"""Prefill attention of PyTorch, FlashInfer and JAX on the shapes of `fdpp-jax bench prefill` that they may take.
+
+Each kernel has a process of its own, and its result is compared with a float32 reference before it is timed. The
+kernels of a shape take turns; times are medians. A kernel that is not installed, refuses a shape, crashes, hangs or
+answers wrongly is a reported cell. Absolute times drift between processes: jax.nn's cuDNN is in both tables.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+from attention_peers import TIMEOUT_HELP, provenance, say
+from peer_process import FailedError, PeerProcess
+from prefill_kernels import KERNELS, Case
+
+_EXAMPLES = """\
+examples:
+  python benchmarks/prefill_peers.py                           all shapes, all kernels that are installed
+  python benchmarks/prefill_peers.py --only "H 256"            the shapes whose label holds this text
+  python benchmarks/prefill_peers.py --peers SDPA --json benchmarks/results/h200-prefill-peers.json
+
+needs torch with CUDA; JAX with CUDA and FlashInfer are optional.
+"""
+_ROUNDS = 7
+
+TABLE = (
+    *(Case(1, 32, 32, length) for length in (1024, 4096, 8192, 16384)),
+    Case(1, 32, 32, 8192, is_causal=False),
+    Case(1, 32, 32, 8192, soft_cap=50.0),
+    Case(1, 32, 32, 8192, window=4096),
+    Case(1, 32, 32, 4096, capacity=8192),
+    Case(8, 32, 8, 1024),
+    Case(1, 32, 32, 8192, head_dim=64),
+    Case(1, 16, 8, 8192, head_dim=256),
+    Case(1, 16, 8, 8192, head_dim=256, soft_cap=50.0),
+    Case(1, 32, 8, 512, capacity=32768, has_lengths=True),
+)
+
+
+def measure(case: Case, peers: dict[str, PeerProcess]) -> dict[str, Any]:
+    """The record of one shape: of each peer the time, or why there is none."""
+    samples: dict[str, list[float]] = {name: [] for name in peers}
+    failures: dict[str, str] = {}
+
+    def call(name: str, method: str, *arguments: Any) -> Any:
+        try:
+            return peers[name].call(method, *arguments)
+        except FailedError as why:
+            failures[name] = str(why)
+            del samples[name]
+
+    for name in peers:
+        call(name, "prepare", case)
+    for _ in range(_ROUNDS):
+        for name in list(samples):
+            time_us = call(name, "sample")
+            if name in samples:
+                samples[name].append(time_us)
+    times_us = {name: statistics.median(samples[name]) if name in samples else None for name in peers}
+    record = dataclasses.asdict(case) | {"label": case.label, "flops": case.flops}
+    return record | {"time_us": times_us, "failures": failures}
+
+
+def _line(record: dict[str, Any]) -> str:
+    cells = [
+        f"{name} {us:.0f} us, {record['flops'] / us / 1e6:.0f} Tflop/s"
+        for name, us in record["time_us"].items()
+        if us is not None
+    ]
+    return " | ".join([record["label"], *(cells or ["nothing ran"])])
+
+
+def _jax_versions() -> dict[str, str]:
+    found = (name for name in ("jax", "jaxlib") if importlib.util.find_spec(name) is not None)
+    return {name: importlib.metadata.version(name) for name in found}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; 2 where nothing can be measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="shapes whose label holds TEXT (B, N/K, T, ...)")
+    parser.add_argument(
+        "--peers", metavar="TEXT", default="", help=f"kernels whose name holds TEXT: {'; '.join(KERNELS)}"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the numbers, with device, versions and date, after each shape"
+    )
+    parser.add_argument("--timeout", type=float, default=100.0, metavar="S", help=TIMEOUT_HELP.replace("900", "100"))
+    parser.add_argument(
+        "--budget", type=float, default=270.0, metavar="S", help="begin no shape after so many seconds (default: 270)"
+    )
+    args = parser.parse_args(argv)
+
+    def fail(why: str) -> int:
+        say(f"prefill_peers: error: {why}", sys.stderr)
+        return 2
+
+    if importlib.util.find_spec("torch") is None:
+        return fail("torch is not installed")
+    cases = [case for case in TABLE if args.only in case.label]
+    names = [name for name in KERNELS if args.peers in name]
+    if not cases or not names:
+        return fail(f"no shape's label holds {args.only!r}" if names else f"no kernel's name holds {args.peers!r}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return fail("torch finds no CUDA device")
+    result = provenance()
+    result["versions"] |= _jax_versions()
+    result["prefill_peers"] = []
+    started = time.perf_counter()
+    with contextlib.ExitStack() as processes:
+        peers = {name: processes.enter_context(PeerProcess(KERNELS[name], args.timeout)) for name in names}
+        for case in cases:
+            if time.perf_counter() - started > args.budget:
+                say(f"{case.label} | left out: the budget of {args.budget:g} s is spent")
+                continue
+            record = measure(case, peers)
+            say(_line(record))
+            for name, reason in record["failures"].items():
+                say(f"  {name}: {reason}")
+            result["prefill_peers"].append(record)
+            if args.json is not None:
+                pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

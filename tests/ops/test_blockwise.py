@@ -1,0 +1,188 @@
+"""Attention in blocks, and its gradients: against the float64 oracle, and where the reference takes its turn."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from attention_case import call_arguments, op, oracle_arguments
+
+from fdpp_jax import UnifiedMax, heuristics
+from fdpp_jax.ops import blockwise
+from fdpp_jax.plans import device, xla
+
+ALL_SEE = (41, 27, 33, 64)  # lengths with which each of the last queries sees a key
+CASES = {
+    "all keys": dict(has_lengths=False),
+    "causal pages": dict(is_causal=True, has_offset=True, page_size=16, lengths=ALL_SEE),
+    "window": dict(starts=(9, 0, 0, 40), lengths=(41, 1, 0, 64), local_window_size=(20, 3), logits_soft_cap=2.0),
+    "sinks, bias, mask": dict(lengths=ALL_SEE, has_sinks=True, logits_soft_cap=5.0, bias=(4, 8, 27, 64), mask=(64,)),
+    "int8, one bias": dict(kv_dtype="int8", scales="token", lengths=ALL_SEE, bias=(1, 8, 1, 64), mask=(8, 27, 1)),
+}
+
+
+def _plan_anew():
+    jax.clear_caches()
+    heuristics.plan_attention.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Blocks of 8 queries and 24 keys: many, and last ones that are not whole."""
+    monkeypatch.setattr(blockwise, "_block_sizes", lambda query_shape, capacity: (8, min(24, capacity)))
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 1000)
+    _plan_anew()
+    yield
+    _plan_anew()
+
+
+def _case(name, dtype="float32"):
+    features = dict(CASES[name])
+    forms = {extra: features.pop(extra) for extra in ("bias", "mask") if extra in features}
+    arrays, arguments = call_arguments(0, query_length=27, dtype=dtype, **features)
+    rng = np.random.default_rng(1)
+    for extra, shape in forms.items():
+        x = rng.standard_normal(shape, np.float32)
+        arguments[extra] = jnp.asarray(np.where(x < -2, -np.inf, x) if extra == "bias" else x < 1)
+    return dict(zip(("query", "key", "value"), arrays, strict=True)) | arguments
+
+
+def _split(given):
+    """The arrays that have a gradient, and all else."""
+    is_float = {k: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) for k, x in given.items()}
+    return tuple({k: x for k, x in given.items() if is_float[k] == wanted} for wanted in (True, False))
+
+
+def _loss(results, weights, xp):
+    out, log_sum = results
+    return (out * weights[0]).sum() + xp.where(xp.isneginf(log_sum), 0.0, log_sum * weights[1]).sum()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients_are_the_oracles(name):
+    """NaN in what no query sees is in none of them."""
+    floats, fixed = _split(_case(name))
+    if "key_scale" in floats:  # its gradient is a product with the keys
+        floats |= {k: jnp.nan_to_num(x) for k, x in floats.items() if "scale" in k}
+    rng = np.random.default_rng(2)
+    weights = [rng.standard_normal(floats["query"].shape[:n], np.float32) for n in (4, 3)]
+
+    def loss(floats):
+        results = op(**fixed, **floats, return_residual=True)
+        return _loss(results, weights, jnp), results
+
+    grads, results = jax.jit(jax.grad(loss, has_aux=True))(floats)
+    expected = oracle.attention_and_log_sum(**oracle_arguments(fixed | floats))
+    assert oracle.relative_error(results[0], expected[0]) < oracle.TOLERANCE["float32"]
+    np.testing.assert_allclose(results[1], expected[1], rtol=1e-5, atol=1e-5)
+    for k, x in floats.items():
+        direction = rng.standard_normal(x.shape) * np.isfinite(x)
+        ends = []
+        for step in (1e-4, -1e-4):
+            moved = np.asarray(x, np.float64) + step * direction
+            with np.errstate(invalid="ignore"):
+                results = oracle.attention_and_log_sum(**oracle_arguments(fixed | floats | {k: moved}))
+            ends.append(_loss(results, weights, np))
+        assert jnp.isfinite(grads[k]).all(), k
+        np.testing.assert_allclose(np.vdot(grads[k], direction), (ends[0] - ends[1]) / 2e-4, rtol=1e-4, atol=1e-3)
+
+
+def test_bfloat16():
+    """Weights and gradients of scores are rounded once."""
+    given = _case("window", "bfloat16") | {"scale": jnp.float32(0.3)}
+    floats, fixed = _split(given)
+    exact = {k: jnp.nan_to_num(x).astype(jnp.float32) for k, x in floats.items()}
+
+    def loss(floats):
+        out = op(**fixed, **floats)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    (ours, out), (theirs, expected) = (jax.jit(jax.grad(loss, has_aux=True))(x) for x in (floats, exact))
+    assert oracle.relative_error(out, expected) < oracle.TOLERANCE["bfloat16"]
+    for k, grad in theirs.items():
+        assert ours[k].dtype == floats[k].dtype
+        assert oracle.relative_error(ours[k], grad) < 2 * oracle.TOLERANCE["bfloat16"], k
+
+
+def test_what_is_not_asked_for_is_not_computed():
+    """And norms of keys, which do not change the answer, have a gradient of zero."""
+    (query, key, value), _ = call_arguments(0, query_length=27, has_lengths=False)
+    norm = jnp.full((4, 4), 20.0)
+
+    def loss(query, norm):
+        return op(query, key, value, key_max_norm=norm, softmax=UnifiedMax.bound()).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(query, norm)
+    assert not jax.jit(jax.grad(loss, (0, 1)))(query, norm)[1].any()
+    text = traced.lower().as_text()
+    assert "4x27x8x64xf32" in text  # of the query
+    # The results' two products. The gradient's: the same, then scores, their gradients, and those of the query.
+    assert text.count("stablehlo.dot_general") == 2 + 5
+
+
+def _has_all_scores(text):
+    """Whether a program has float32 [..., T, S]."""
+    return "x27x64xf32" in text
+
+
+def test_no_array_has_all_scores(monkeypatch):
+    (query, key, value), _ = call_arguments(0, query_length=27, has_lengths=False)
+    loss = lambda *arrays: op(*arrays, is_causal=True).sum()  # noqa: E731
+    assert not _has_all_scores(jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(query, key, value).as_text())
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 4 * 4 * 8 * 27 * 64)
+    _plan_anew()
+    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(query, key, value).as_text()
+    assert _has_all_scores(text)
+    assert "while" not in text
+
+
+def test_the_gradient_behind_the_prefill_kernel():
+    (query, key, value), _ = call_arguments(0, query_length=27, has_lengths=False, dtype="bfloat16")
+
+    def loss(*arrays):
+        return op(*arrays, logits_soft_cap=3.0, softmax=UnifiedMax()).astype(jnp.float32).sum()
+
+    with device.target("H200"):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(query, key, value)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert not _has_all_scores(text)
+
+
+@pytest.mark.parametrize("softmax", [None, UnifiedMax()], ids=str)
+def test_calls_that_vmap_makes_are_one(softmax, monkeypatch):
+    """Also where one of them alone would be small."""
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 4 * 4 * 8 * 27 * 64)
+    _plan_anew()
+    (query, key, value), arguments = call_arguments(0, query_length=27)
+    queries = jnp.stack([query, -query])
+    attend = lambda query: op(query, key, value, softmax=softmax, **arguments)  # noqa: E731
+    mapped = jax.jit(jax.vmap(attend))
+    assert not _has_all_scores(mapped.lower(queries).as_text())
+    expected = oracle.attention(-query, key, value, **oracle_arguments(arguments))
+    assert oracle.relative_error(mapped(queries)[1], expected) < oracle.TOLERANCE["float32"]
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 2 * 4 * 4 * 8 * 27 * 64)
+    _plan_anew()
+    assert softmax is not None or _has_all_scores(jax.jit(jax.vmap(attend)).lower(queries).as_text())
+
+
+def test_other_derivatives_say_what_they_hold():
+    (query, key, value), _ = call_arguments(0, query_length=27, has_lengths=False)
+    attend = lambda query: op(query, key, value)  # noqa: E731
+    message = r"holds all scores \[4, 8, 27, 64\] of attention at once, 221184 bytes: derivatives in forward mode"
+    with pytest.warns(UserWarning, match=message):
+        jax.jit(lambda query: jax.jvp(attend, (query,), (query,))[1]).lower(query)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(jax.grad(lambda query: attend(query).sum())).lower(query)
+
+
+def test_block_sizes(monkeypatch):
+    monkeypatch.undo()
+    sizes = blockwise._block_sizes
+    assert sizes((1, 300, 8, 64), 5000) == (300, 1024)
+    assert sizes((1, 16384, 32, 128), 16384) == (512, 1024)
+    assert sizes((8, 4096, 32, 128), 4096) == (256, 256)
+    assert sizes((4096, 4096, 32, 128), 4096) == (64, 64)
