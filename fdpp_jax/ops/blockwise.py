@@ -61,15 +61,19 @@ def gradients(
     for name, like in (("key", dense[0]), ("value", dense[1])):
         if {name, f"{name}_scale"} & set(moved):
             sums[name] = jnp.zeros(like.shape, jnp.float32)
-    for name in ("sinks", "scale", "bias"):
+    for name in ("scale", "bias"):
         if name in moved:
             sums[name] = jnp.zeros(getattr(arrays, name).shape, jnp.float32)
+    if "sinks" in moved:  # by sequence until the end, so that devices that share the batch need not add up in each step
+        sums["sinks"] = jnp.zeros((arrays.query.shape[0], arrays.query.shape[2]), jnp.float32)
 
     sums = lax.fori_loop(0, call.num_row_blocks, functools.partial(_add_rows, call, grads), sums)
     dense_grads = tuple(
         sums.pop(name).astype(x.dtype) if name in sums else jnp.zeros_like(x)
         for name, x in zip(("key", "value"), dense, strict=True)
     )
+    if "sinks" in sums:
+        sums["sinks"] = sums["sinks"].sum(axis=0)
     (found,) = pull_back(dense_grads)
     return found | {name: x.astype(getattr(arrays, name).dtype) for name, x in sums.items()}
 
@@ -87,7 +91,7 @@ def _add_rows(
     if "sinks" in sums:
         share = jnp.exp(call.sink - state.log_sum)
         share = jnp.where(call.is_new(i) & ~jnp.isneginf(state.log_sum), share * -less, 0.0)
-        sums = sums | {"sinks": sums["sinks"] + share.sum(axis=(0, 3)).reshape(-1)}
+        sums = sums | {"sinks": sums["sinks"] + share.sum(axis=3).reshape(share.shape[0], -1)}
     shift = jnp.where(jnp.isneginf(state.log_sum), 0.0, state.log_sum)[..., None]
     query = call.by_head(call.rows(call.arrays.query, i))
 
@@ -159,6 +163,7 @@ class _Call:
     value: jax.Array
     block_q: int
     block_kv: int
+    spans: tuple[jax.Array, jax.Array] | None  # of `_key_spans`
 
     @classmethod
     def of(
@@ -166,7 +171,8 @@ class _Call:
     ) -> "_Call":
         """The call, of keys and values [B, S, K, H] where they have been made already."""
         key, value = reference.dense_cache(arrays) if dense is None else dense
-        return cls(arrays, options, key, value, *_block_sizes(arrays.query.shape, key.shape[1]))
+        blocks = _block_sizes(arrays.query.shape, key.shape[1])
+        return cls(arrays, options, key, value, *blocks, _key_spans(arrays, options, key.shape[1], *blocks))
 
     @property
     def num_row_blocks(self) -> int:
@@ -220,31 +226,9 @@ class _Call:
 
     def live_key_blocks(self, i: jax.Array) -> tuple[Any, Any]:
         """First and last + 1 of the key blocks of which a query of block i, in any sequence, sees a key."""
-        arrays, options = self.arrays, self.options
-        capacity = self.key.shape[1]
-        if (
-            not options.is_causal
-            and options.local_window_size is None
-            and arrays.lengths is None
-            and arrays.starts is None
-        ):
-            return 0, cdiv(capacity, self.block_kv)
-        start = self._start(i)
-        offset = jnp.zeros(1, jnp.int32) if arrays.query_offset is None else arrays.query_offset
-        first_row, last_row = start + offset, start + offset + self.block_q - 1  # positions, [B or 1]
-        first, last = jnp.zeros_like(first_row), jnp.full_like(first_row, capacity - 1)
-        if options.is_causal:
-            last = jnp.minimum(last, last_row)
-        if options.local_window_size is not None:
-            left, right = options.local_window_size
-            first, last = jnp.maximum(first, first_row - left), jnp.minimum(last, last_row + right)
-        if arrays.lengths is not None:
-            last = jnp.minimum(last, arrays.lengths - 1)
-        if arrays.starts is not None:
-            first = jnp.maximum(first, arrays.starts)
-        sees = first <= last
-        first, last = jnp.where(sees, first, capacity).min(), jnp.where(sees, last, -1).max()
-        return first // self.block_kv, last // self.block_kv + 1
+        return (
+            (0, cdiv(self.key.shape[1], self.block_kv)) if self.spans is None else (self.spans[0][i], self.spans[1][i])
+        )
 
     def block(self, query: jax.Array, i: jax.Array, j: jax.Array) -> _Block:
         """Of block i of the queries, [B, T, K, G, H], with block j of the keys."""
@@ -305,6 +289,37 @@ class _Call:
         den = jnp.where(sees_key, den * decay + jnp.exp(sink - shift), 1.0)  # a row without keys: 0 / 1
         log_sum = jnp.where(sees_key, jnp.log(den) + shift, sink)
         return _Rows(num * (decay / den)[..., None], log_sum)
+
+
+def _key_spans(
+    arrays: AttentionArrays, options: AttentionOptions, capacity: int, block_q: int, block_kv: int
+) -> tuple[jax.Array, jax.Array] | None:
+    """For each block of queries the first and last + 1 of the key blocks with a key that any of them, in any sequence,
+    sees; None: all blocks.
+
+    For all of them at once, so that devices that share the batch need not ask each other in each step.
+    """
+    is_cut = options.is_causal or options.local_window_size is not None
+    if not is_cut and arrays.lengths is None and arrays.starts is None:
+        return None
+    query_length = arrays.query.shape[1]
+    start = jnp.minimum(jnp.arange(cdiv(query_length, block_q)) * block_q, query_length - block_q)
+    position = start if arrays.query_offset is None else start + arrays.query_offset[:, None]  # [B, blocks] or [blocks]
+    first, last = jnp.zeros_like(position), jnp.full_like(position, capacity - 1)
+    if options.is_causal:
+        last = jnp.minimum(last, position + block_q - 1)
+    if options.local_window_size is not None:
+        left, right = options.local_window_size
+        first, last = jnp.maximum(first, position - left), jnp.minimum(last, position + block_q - 1 + right)
+    if arrays.lengths is not None:
+        last = jnp.minimum(last, arrays.lengths[:, None] - 1)
+    if arrays.starts is not None:
+        first = jnp.maximum(first, arrays.starts[:, None])
+    first, last = (jnp.broadcast_to(x, jnp.broadcast_shapes(first.shape, last.shape)) for x in (first, last))
+    sees = first <= last
+    sequences = tuple(range(sees.ndim - 1))
+    first = jnp.where(sees, first, capacity).min(axis=sequences) // block_kv
+    return first, jnp.where(sees, last, -1).max(axis=sequences) // block_kv + 1
 
 
 def _block_sizes(query_shape: Sequence[int], capacity: int) -> tuple[int, int]:

@@ -242,6 +242,8 @@ class AttentionFunction:
         results = tuple(with_heads(text.split()) for text in _RESULTS[: 1 + self.options.return_residual])
         sizes = (("g", group),) if heads == "(k g)" else ()
         if isinstance(function, Cotangent):
+            if heads == "g" and {"key", "value"} & {self.names[i] for i in function.moved}:
+                whole.append("g")  # the gradient of the one key/value head is a sum over its group
             operand_axes, results = (*operand_axes, *results), tuple(operand_axes[i] for i in function.moved)
         return partition.Rule(operand_axes, results, sizes, tuple(whole))
 

@@ -8,10 +8,12 @@ import numpy as np
 import oracle
 import pytest
 from attention_case import call_arguments, op, oracle_arguments
+from hopper_case import collectives, mesh, put
 
 from fdpp_jax import UnifiedMax, heuristics
 from fdpp_jax.ops import blockwise
 from fdpp_jax.plans import device, xla
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 
 ALL_SEE = (41, 27, 33, 64)  # lengths with which each of the last queries sees a key
 CASES = {
@@ -179,6 +181,28 @@ def test_other_derivatives_say_what_they_hold():
         jax.jit(jax.grad(lambda query: attend(query).sum())).lower(query)
 
 
+def test_shards_exchange_no_arrays():
+    (query, key, value), arguments = call_arguments(
+        0, query_length=27, lengths=ALL_SEE, has_offset=True, has_sinks=True, is_causal=True
+    )
+    key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)
+
+    def loss(query, key, value, lengths, sinks):
+        given = dict(key_value_seq_lengths=lengths, query_offset=lengths - 27, sinks=sinks, is_causal=True)
+        return (op(query, key, value, **given) ** 2).sum()
+
+    arrays = query, key, value, arguments["key_value_seq_lengths"], arguments["sinks"]
+    specs = *[("a", None, "b")] * 3, ("a",), ("b",)
+    over = mesh()
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, specs, strict=True)]
+    grads = jax.jit(jax.grad(loss, (0, 1, 2, 4)))
+    compiled = grads.lower(*sharded).compile()
+    # Which blocks a query of any sequence sees; the gradient of the sinks, which all sequences share.
+    assert collectives(compiled) == {"all-reduce": 3}
+    for ours, theirs in zip(compiled(*sharded), grads(*arrays), strict=True):
+        assert oracle.relative_error(ours, theirs) < 2 * oracle.TOLERANCE["float32"]
+
+
 def test_block_sizes(monkeypatch):
     monkeypatch.undo()
     sizes = blockwise._block_sizes
@@ -186,3 +210,24 @@ def test_block_sizes(monkeypatch):
     assert sizes((1, 16384, 32, 128), 16384) == (512, 1024)
     assert sizes((8, 4096, 32, 128), 4096) == (256, 256)
     assert sizes((4096, 4096, 32, 128), 4096) == (64, 64)
+
+
+@pytest.mark.gpu
+def test_gradients_of_a_long_prompt_are_cudnns(monkeypatch):
+    """With blocks as they are."""
+    monkeypatch.undo()
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (1, 8192, 16, 128), (1, 8192, 8, 128), (1, 8192, 8, 128), (1, 8192, 16, 128)
+    *given, grad = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    cudnn = lambda *x: jax.nn.dot_product_attention(*x, is_causal=True, implementation="cudnn")  # noqa: E731
+    expected = jax.jit(lambda *x: jax.vjp(cudnn, *x)[1](grad))(*given)
+    names = ("query", "key", "value")
+
+    def ours(*x):
+        return blockwise.gradients(AttentionArrays(*x), AttentionOptions(128**-0.5, is_causal=True), names, [grad])
+
+    compiled = jax.jit(ours).lower(*given).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 30  # of 4 GiB of scores
+    found = compiled(*given)
+    for name, theirs in zip(names, expected, strict=True):
+        assert oracle.relative_error(found[name], theirs) < 2 * oracle.TOLERANCE["bfloat16"], name

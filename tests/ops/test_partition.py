@@ -266,6 +266,25 @@ def test_shards_of_cudnn_have_its_own_gradient(hopper, monkeypatch):
     assert jnp.isfinite(jax.jvp(fdpp_jax.dot_product_attention, arrays, arrays)[1]).all()
 
 
+@pytest.mark.parametrize("moved", [(0,), (0, 1, 2)], ids=["query", "all"])
+def test_the_gradient_of_one_key_value_head_is_that_of_all_its_group(hopper, monkeypatch, moved):
+    """A stand-in of cuDNN. The heads of the query alone are sharded: each device's is a part of the sum."""
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(xla, "_cudnn", lambda arrays, _: attention(arrays.query, arrays.key, arrays.value))
+    arrays = bf16(0, 4, 64, 8, 64), bf16(1, 4, 64, 1, 64), bf16(2, 4, 64, 1, 64)
+    over = mesh()
+    sharded = [put(over, x, "a", None, spec) for x, spec in zip(arrays, ("b", None, None), strict=True)]
+
+    def grads(op):
+        return jax.jit(jax.grad(lambda *arrays: (op(*arrays).astype(jnp.float32) ** 2).sum(), argnums=moved))
+
+    compiled = grads(fdpp_jax.dot_product_attention).lower(*sharded).compile()
+    assert bool(collectives(compiled)) == (len(moved) > 1)
+    for ours, theirs in zip(compiled(*sharded), grads(attention)(*arrays), strict=True):
+        assert oracle.relative_error(ours, theirs) < TOLERANCE
+
+
 # ---- matmul
 
 
