@@ -1,4 +1,4 @@
-"""The KV cache while a decode step grows it by one token, layer by layer."""
+"""The KV cache while it grows layer by layer: by the token of a decode step, or by a piece of a prefill."""
 
 import math
 from typing import Any, Literal
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import ops, unified_max
-from fdpp_jax.models.cache import KVCache, write_token
+from fdpp_jax.models.cache import KVCache, write_piece, write_token
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.unified_max import UnifiedMax
@@ -96,4 +96,42 @@ class StepCache:
 
     def grown(self) -> KVCache:
         """The cache one token longer."""
+        return KVCache(tuple(self._keys), tuple(self._values), self._lengths, tuple(self._norms))
+
+
+class PieceCache:
+    """A cache in a piece of a prefill: a layer's new keys and values are put there, then its queries attend.
+
+    Attributes:
+      starts: [B] int32 where the new tokens go.
+    """
+
+    def __init__(self, config: DecoderConfig, cache: KVCache, lengths: jax.Array, softmax: UnifiedMax | None):
+        self._config, self._softmax = config, softmax
+        self._keys, self._values, self._norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
+        self.starts, self._new_lengths, self._lengths = cache.lengths, lengths, cache.lengths + lengths
+
+    def attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Puts key and value [B, T, K, H] there; attention of query [B, T, N, H] over all keys up to its own."""
+        keys = write_piece(self._keys[layer], key, self.starts, self._new_lengths)
+        values = write_piece(self._values[layer], value, self.starts, self._new_lengths)
+        self._keys[layer], self._values[layer] = keys, values
+        if self._norms:
+            new = unified_max.max_norm(key.astype(keys.dtype), self._new_lengths)
+            self._norms[layer] = jnp.maximum(self._norms[layer], new)
+        softmax = self._softmax
+        return ops.dot_product_attention(
+            query,
+            keys,
+            values,
+            is_causal=True,
+            query_offset=self.starts,
+            key_value_seq_lengths=self._lengths,
+            key_max_norm=self._norms[layer] if self._norms else None,
+            softmax=None if softmax is None else softmax.for_layer(layer, self._config.num_hidden_layers),
+            **self._config.prefill_options(layer, keys.shape[1]),
+        )
+
+    def grown(self) -> KVCache:
+        """The cache with the new tokens."""
         return KVCache(tuple(self._keys), tuple(self._values), self._lengths, tuple(self._norms))
