@@ -141,9 +141,8 @@ def plan_prefill(
     def attention(query_length: int, *, reads_cache: bool) -> list[AttentionPlan]:
         slots = capacity if reads_cache else None
         layers = range(config.num_hidden_layers)
-        shapes = {_prefill_shape(config, layer, batch, query_length, slots, dtype) for layer in layers}
-        online = not has_unified_max
-        return [heuristics.plan_attention(dataclasses.replace(x, is_online=online), device) for x in shapes]
+        shapes = {prefill_shape(config, layer, batch, query_length, slots, dtype, has_unified_max) for layer in layers}
+        return [heuristics.plan_attention(shape, device) for shape in shapes]
 
     if chunk_size is None:
         chunk_size = PREFILL_CHUNK_SIZE
@@ -160,15 +159,16 @@ def plan_prefill(
     return PrefillPlan(chunk_size, reads_cache, takes_unified_max)
 
 
-def _prefill_shape(
+def prefill_shape(
     config: DecoderConfig,
     layer: int,
     batch: int,
     query_length: int,
     capacity: int | None,
     dtype: jax.typing.DTypeLike,
+    has_unified_max: bool,
 ) -> AttentionShape:
-    """A layer's attention over a cache of that capacity, or None: over the queries' own keys."""
+    """A layer's attention in a prefill, over a cache of that capacity, or None: over the queries' own keys."""
     num_keys = query_length if capacity is None else capacity
     options = config.prefill_options(layer, num_keys)
     return AttentionShape(
@@ -184,6 +184,7 @@ def _prefill_shape(
         logits_soft_cap=options.get("logits_soft_cap"),
         has_lengths=capacity is not None,
         has_query_offset=capacity is not None,
+        is_online=not has_unified_max,
     )
 
 
