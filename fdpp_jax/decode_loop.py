@@ -1,4 +1,4 @@
-"""The programs of generation: prefill, and chunks of decode steps as one jitted loop each.
+"""The programs of generation: prefill of a new cache or behind one, and chunks of decode steps as one jitted loop each.
 
 The KV cache is donated from call to call and updated in place. Rows that leave the safe window of unified-max softmax
 are redone inside the attention kernel. Where there is none, the whole step is redone by one `lax.cond` with online
@@ -40,30 +40,63 @@ class Loop:
     key: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def prefill(
     structure: Structure,
     capacity: int,
     with_key_norms: bool,
+    prefill_chunk_size: int | None,
     weights: list[jax.Array],
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     sampling: Sampling,
     eos_ids: jax.Array,
     key: jax.Array,
+    softmax: UnifiedMax | None,
 ) -> tuple[Loop, jax.Array]:
     """Fills a new cache from the prompts and draws the first token of every row, NOT_FINITE where none can be."""
     model = rebuilt(structure, weights)
-    batch = prompts.shape[0]
-    cache = KVCache.create(model.config, batch, capacity, model.dtype, with_key_norms=with_key_norms)
-    logits, cache = model.prefill(prompts, prompt_lengths, cache)
+    cache = KVCache.create(model.config, prompts.shape[0], capacity, model.dtype, with_key_norms=with_key_norms)
+    options: dict[str, Any] = dict(softmax=softmax, prefill_chunk_size=prefill_chunk_size)
+    return _first_tokens(*model.prefill(prompts, prompt_lengths, cache, **options), sampling, eos_ids, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def resume(capacity: int, with_key_norms: bool, cache: KVCache, lengths: jax.Array) -> KVCache:
+    """A copy of the cache with another capacity, and with `lengths` [B] int32 of its tokens, its own or fewer."""
+    return dataclasses.replace(cache, lengths=lengths).resized(capacity, with_key_norms=with_key_norms)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def extend(
+    structure: Structure,
+    prefill_chunk_size: int | None,
+    weights: list[jax.Array],
+    cache: KVCache,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    sampling: Sampling,
+    eos_ids: jax.Array,
+    key: jax.Array,
+    softmax: UnifiedMax | None,
+) -> tuple[Loop, jax.Array]:
+    """`prefill` behind the tokens that the cache holds."""
+    model = rebuilt(structure, weights)
+    options: dict[str, Any] = dict(softmax=softmax, prefill_chunk_size=prefill_chunk_size)
+    return _first_tokens(*model.extend(prompts, prompt_lengths, cache, **options), sampling, eos_ids, key)
+
+
+def _first_tokens(
+    logits: jax.Array, cache: KVCache, sampling: Sampling, eos_ids: jax.Array, key: jax.Array
+) -> tuple[Loop, jax.Array]:
+    """The loop behind a prefill, and the first token of every row [B] int32, NOT_FINITE where none can be drawn."""
     key, sample_key = jax.random.split(key)
     tokens = sample(logits, sample_key, sampling)
     loop = Loop(
         cache=cache,
         tokens=tokens,
         finished=(tokens[:, None] == eos_ids).any(axis=1),
-        lengths=jnp.ones((batch,), jnp.int32),
+        lengths=jnp.ones((cache.batch,), jnp.int32),
         recomputed_steps=jnp.zeros((), jnp.int32),
         key=key,
     )

@@ -1,105 +1,55 @@
 """`generate` and `stream`: the host's side of generation.
 
-The prompt is padded to a power of two and prefilled at once. Then chunks of decode steps run as one jitted loop each
-(`decode_loop`), which the host hears of only at its end.
+The prompt is padded to a power of two and prefilled, at once or in pieces, behind what a cache holds. Then chunks of
+decode steps run as one jitted loop each (`decode_loop`), which the host hears of only at its end.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdpp_jax import calibration, device_memory
-from fdpp_jax.decode_loop import NOT_FINITE, decode_chunk, decode_compiler_options, executable, flattened, prefill
+from fdpp_jax import calibration, decode_loop, device_memory
+from fdpp_jax.decode_loop import (
+    NOT_FINITE,
+    Loop,
+    Structure,
+    decode_chunk,
+    decode_compiler_options,
+    executable,
+    flattened,
+)
 from fdpp_jax.models import KVCache, Tokenizer
 from fdpp_jax.models.decoder import CausalLM
+from fdpp_jax.models.text_stream import TextRows
 from fdpp_jax.ops.planned import warn_caller
 from fdpp_jax.plans.shapes import round_up
-from fdpp_jax.prompts import Prompts, PromptsLike, are_texts, check_prompts, encoded, positive_int, tokenizer_of
-from fdpp_jax.sampling import Sampling, as_number, make_sampling
+from fdpp_jax.prompts import (
+    PromptCache,
+    Prompts,
+    PromptsLike,
+    are_texts,
+    check_prompts,
+    encoded,
+    needed_tokenizer,
+    positive_int,
+    tokenizer_of,
+)
+from fdpp_jax.results import GenerationResult, StreamChunk
+from fdpp_jax.sampling import Sampling, as_number, checked_eos, checked_key, make_sampling
 from fdpp_jax.unified_max import UnifiedMax
 
 type Softmax = UnifiedMax | Literal["auto"] | None
 
 _CAPACITY_MULTIPLE = 64
 _STEPS_OF_DRIFT = 64  # how often phi fails is judged over the latest so many steps, or a chunk if that has more
-_LOWER = "Lower max_new_tokens, the number of prompts or their length, or take a smaller model"
+_LOWER = "Lower max_new_tokens, the number of prompts, their length or prefill_chunk_size, or take a smaller model"
 _MAX_BLOCK = 8  # launches of so many decode steps queue up before the host looks whether to go on
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationResult:
-    """What `generate` returns.
-
-    Attributes:
-      tokens: [B, max_new_tokens] int32 new tokens. After a row's end: the first of eos_ids, or 0.
-      lengths: [B] int32 new tokens that count, the end-of-sequence token included.
-      recomputed_steps: Decode steps of which a row, or all, was redone, having left the safe window.
-      softmax_reason: Which softmax it began with, and why, in one line.
-      online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
-      decode_steps: Decode steps that ran; the first token comes from the prefill.
-      prefill_seconds: From the start to the first token on the host, without compilation.
-      decode_seconds: The time of all decode steps, without compilation and without the consumer of a stream.
-      compile_seconds: Spent tracing and compiling; 0 when the shapes were seen before.
-      cache_capacity: Slots a row of the KV cache had, S: what the attention kernel was planned for.
-      prompts: The tokens of each prompt.
-      tokenizer: What makes texts of tokens: the one that was given, or finds the model's; None: there is none.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    recomputed_steps: int
-    softmax_reason: str
-    online_from: int | None
-    decode_steps: int
-    prefill_seconds: float
-    decode_seconds: float
-    compile_seconds: float
-    cache_capacity: int
-    prompts: list[list[int]]
-    tokenizer: Callable[[], Tokenizer | None] = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def token_lists(self) -> list[list[int]]:
-        """The new tokens of each row that count, as lists."""
-        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
-
-    @functools.cached_property
-    def texts(self) -> list[str] | None:
-        """The text that each row adds to its prompt's, without special tokens; None where there is no tokenizer.
-
-        Raises:
-          ValueError: The tokenizer beside the model's checkpoint is malformed.
-        """
-        tokenizer = self.tokenizer()
-        if tokenizer is None:
-            return None
-        texts = []
-        for prompt, tokens in zip(self.prompts, self.token_lists, strict=True):
-            stream = tokenizer.stream(prompt)
-            texts.append(stream.push(tokens) + stream.finish())
-        return texts
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamChunk:
-    """What is new in a stream.
-
-    Attributes:
-      tokens: [B, n] int32 new tokens.
-      lengths: [B] int32 new tokens that count, from the start of the stream on.
-      texts: The text that each row has got; a character comes once it is complete. None where the prompts were tokens
-        and no tokenizer was given.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    texts: list[str] | None = None
 
 
 def generate(
@@ -115,6 +65,10 @@ def generate(
     softmax: Softmax = "auto",
     max_recompute_rate: float = 0.1,
     tokenizer: Tokenizer | None = None,
+    *,
+    cache: PromptCache | None = None,
+    return_cache: bool = False,
+    prefill_chunk_size: int | None = None,
 ) -> GenerationResult:
     """Continues a batch of prompts.
 
@@ -136,6 +90,14 @@ def generate(
         left runs with online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
         that a short call lacks count as good ones. 1: never.
       tokenizer: Makes tokens of texts, and texts of tokens. None: the one beside the model's checkpoint.
+      cache: The `cache` of an earlier result of this model. The prompts are then new tokens only, which go on where
+        each of its rows ended; texts get no special tokens. It is left as it was, and a larger copy serves this call.
+        `cache.matched` divides whole prompts into what a cache holds and what is new.
+      return_cache: Whether the result has a `cache`, which takes memory of the device for as long as it is held. Behind
+        a cache it always has.
+      prefill_chunk_size: Tokens of a prompt that run at once: longer ones are prefilled in pieces, so that the memory
+        besides weights and cache does not depend on the prompt. None: 2,048; or all, on a GPU with cuDNN's attention
+        for a whole prompt and no kernel for pieces.
 
     Returns:
       The tokens, how many count, their texts, and what it took.
@@ -147,9 +109,10 @@ def generate(
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
-    options = temperature, top_k, top_p, key, softmax, max_recompute_rate, tokenizer
+    positional = temperature, top_k, top_p, key, softmax, max_recompute_rate, tokenizer, _STEPS_OF_DRIFT
+    options: dict[str, Any] = dict(cache=cache, return_cache=return_cache, prefill_chunk_size=prefill_chunk_size)
     # Between two chunks the GPU waits, and drift is looked for: docs/experiments/decode_step.md#chunks-of-generate
-    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *options, chunk_size=_STEPS_OF_DRIFT)
+    chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *positional, **options)
     while True:
         try:
             next(chunks)
@@ -171,6 +134,10 @@ def stream(
     max_recompute_rate: float = 0.1,
     tokenizer: Tokenizer | None = None,
     chunk_size: int = 32,
+    *,
+    cache: PromptCache | None = None,
+    return_cache: bool = False,
+    prefill_chunk_size: int | None = None,
 ) -> Generator[StreamChunk, None, GenerationResult]:
     """`generate` in pieces: yields the first token, then up to `chunk_size` tokens at a time.
 
@@ -184,14 +151,18 @@ def stream(
       ValueError, FloatingPointError, MemoryError: As in `generate`.
     """
     chunk_size = positive_int("chunk_size", chunk_size)
+    if prefill_chunk_size is not None:
+        prefill_chunk_size = positive_int("prefill_chunk_size", prefill_chunk_size)
+    if cache is not None:
+        _check_cache(model, cache)
     if are_texts(tokens):
         if prompt_lengths is not None:
             raise ValueError("prompt_lengths belong to a padded array [B, T], got texts as well")
-        tokenizer = tokenizer or _needed_tokenizer(model)
-        tokens = encoded(tokens, tokenizer)
+        tokenizer = tokenizer or needed_tokenizer(model)
+        tokens = encoded(tokens, tokenizer, add_special_tokens=cache is None)
         eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
-    prompts = check_prompts(model.config, tokens, prompt_lengths, max_new_tokens=max_new_tokens)
-    end_ids = _checked_eos(() if eos_ids is None else eos_ids, model.config.vocab_size)
+    prompts = check_prompts(model.config, tokens, prompt_lengths, max_new_tokens=max_new_tokens, cache=cache)
+    end_ids = checked_eos(() if eos_ids is None else eos_ids, model.config.vocab_size)
     sampling = make_sampling(temperature, top_k, top_p, vocab_size=model.config.vocab_size)
     softmax, reason = _chosen(model, softmax)
     if softmax is not None and softmax.phi is not None:
@@ -213,12 +184,15 @@ def stream(
         max_new_tokens=int(max_new_tokens),
         eos_ids=end_ids,
         sampling=sampling,
-        key=_checked_key(key),
+        key=checked_key(key),
         softmax=softmax,
         softmax_reason=reason,
         max_recompute_rate=max_recompute_rate,
         chunk_size=chunk_size,
         tokenizer=tokenizer,
+        cache=cache,
+        keeps_cache=return_cache or cache is not None,
+        prefill_chunk_size=prefill_chunk_size,
     )
     return _run(model, job)
 
@@ -237,36 +211,19 @@ class _Job:
     max_recompute_rate: float
     chunk_size: int
     tokenizer: Tokenizer | None
+    cache: PromptCache | None
+    keeps_cache: bool
+    prefill_chunk_size: int | None
 
 
-def _needed_tokenizer(model: CausalLM) -> Tokenizer:
-    tokenizer = tokenizer_of(model)
-    if tokenizer is None:
-        where = "was not loaded from a checkpoint" if model.checkpoint is None else f"has none in {model.checkpoint}"
-        raise ValueError(f"texts need a tokenizer, and the model {where}: pass tokens, or tokenizer=")
-    return tokenizer
-
-
-def _checked_eos(eos_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    ids = np.asarray(eos_ids)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"eos_ids must be a sequence of token ids, got {eos_ids!r}")
-    bad_ids = ids[(ids < 0) | (ids >= vocab_size)].tolist()
-    if bad_ids:
-        raise ValueError(f"eos_ids must be within 0..{vocab_size - 1}, got {bad_ids}")
-    return tuple(ids.tolist())
-
-
-def _checked_key(key: jax.Array | None) -> jax.Array:
-    if key is None:
-        return jax.random.key(0)
-    if isinstance(key, jax.Array) and key.shape == () and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    default = jax.eval_shape(jax.random.PRNGKey, 0)
-    if isinstance(key, jax.Array) and (key.shape, key.dtype) == (default.shape, default.dtype):
-        return jax.random.wrap_key_data(key)
-    got = f"{key.dtype} of shape {key.shape}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
-    raise ValueError(f"key must be a PRNG key such as jax.random.key(7), got {got}")
+def _check_cache(model: CausalLM, cache: PromptCache) -> None:
+    if not isinstance(cache, PromptCache):
+        raise ValueError(f"cache must be the cache of a GenerationResult, got {type(cache).__name__}")
+    kv = cache.kv
+    fresh = jax.eval_shape(lambda: KVCache.create(model.config, kv.batch, kv.capacity, model.dtype))
+    expected, got = (f"{len(x.keys)} layers of {x.keys[0].dtype}{list(x.keys[0].shape)}" for x in (fresh, kv))
+    if got != expected:
+        raise ValueError(f"cache must be of this model, {expected}; got {got}")
 
 
 def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
@@ -285,32 +242,34 @@ def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
 def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationResult]:
     """The host's side of `stream`."""
     softmax, sampling, max_new_tokens, chunk_size = job.softmax, job.sampling, job.max_new_tokens, job.chunk_size
-    batch, prompt_bucket = job.prompts.tokens.shape
+    batch = len(job.prompts.lengths)
     structure, weights = flattened(model)
-    capacity = round_up(prompt_bucket + max_new_tokens, _CAPACITY_MULTIPLE)
+    capacity = round_up(job.prompts.width + max_new_tokens, _CAPACITY_MULTIPLE)
+    if job.cache is not None:
+        capacity = max(capacity, job.cache.kv.capacity)
     eos = jnp.asarray(job.eos_ids, jnp.int32)
     options = decode_compiler_options(model, batch)
     # A CUDA graph is one launch, of which nothing queues up; and a loop in a loop takes longer to compile.
     block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if options else 1
-    texts = _TextRows(job.tokenizer, job.prompts)
-    explained = functools.partial(device_memory.explained, lambda: _held(model, weights, batch, capacity), _LOWER)
+    streams = None if job.tokenizer is None else map(job.tokenizer.stream, job.prompts.rows())
+    texts = None if streams is None else TextRows(list(streams))
+    explained = functools.partial(device_memory.explained, lambda: _held(model, weights, job, capacity), _LOWER)
+
+    def chunk_of(tokens: np.ndarray, lengths: np.ndarray, is_over: bool) -> StreamChunk:
+        new = None if texts is None else texts.push(tokens.tolist(), lengths.tolist(), is_over)
+        return StreamChunk(tokens, lengths, new)
 
     started = time.perf_counter()
     with explained():
-        # A copy of the key, since the loop donates its own and the caller keeps theirs.
-        arrays = jnp.asarray(job.prompts.tokens), jnp.asarray(job.prompts.lengths)
-        prefill_args = (weights, *arrays, sampling, eos, jax.random.clone(job.key))
-        with_key_norms = softmax is not None and softmax.is_bound
-        run_prefill, compile_seconds = executable(prefill, (structure, capacity, with_key_norms), prefill_args, {})
+        loop, first, compile_seconds = _prefilled(model, structure, weights, job, capacity, eos)
         started += compile_seconds
-        loop, first = jax.block_until_ready(run_prefill(*prefill_args))
     new_tokens = np.full((batch, max_new_tokens), job.eos_ids[0] if job.eos_ids else 0, np.int32)
     new_tokens[:, 0] = _finite(np.asarray(first)[:, None], 0, model.dtype)[:, 0]
     prefill_seconds = time.perf_counter() - started
     num_tokens, decode_seconds, online_from, run_chunk = 1, 0.0, None, None
     judged = 0, 0  # steps that are known to be without drift, and of these the redone ones
     lengths, is_over = np.asarray(loop.lengths), max_new_tokens == 1 or bool(np.asarray(loop.finished).all())
-    yield StreamChunk(new_tokens[:, :1].copy(), lengths, texts.push(new_tokens[:, :1], lengths, is_over))
+    yield chunk_of(new_tokens[:, :1].copy(), lengths, is_over)
 
     while not is_over:
         started = time.perf_counter()
@@ -331,7 +290,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
             np.asarray(loop.lengths),
             num_tokens == max_new_tokens or bool(np.asarray(loop.finished).all()),
         )
-        yield StreamChunk(new, lengths, texts.push(new, lengths, is_over))
+        yield chunk_of(new, lengths, is_over)
         if softmax is not None:
             done = num_tokens - 1, int(loop.recomputed_steps)
             recent, redone = done[0] - judged[0], done[1] - judged[1]
@@ -354,40 +313,53 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         compile_seconds=compile_seconds,
         cache_capacity=capacity,
         prompts=job.prompts.rows(),
+        cached_tokens=job.prompts.cached,
         tokenizer=functools.partial(tokenizer_of, model) if job.tokenizer is None else lambda: job.tokenizer,
+        kept_cache=_kept(job, loop, new_tokens, num_tokens) if job.keeps_cache else None,
     )
 
 
-class _TextRows:
-    """The text of each row of a stream, as far as it is certain."""
+def _prefilled(
+    model: CausalLM, structure: Structure, weights: list[jax.Array], job: _Job, capacity: int, eos: jax.Array
+) -> tuple[Loop, jax.Array, float]:
+    """The loop behind the prefill, the first tokens [B], and the seconds of compilation."""
+    batch, length = job.prompts.tokens.shape
+    softmax, is_behind_cache = job.softmax, job.cache is not None
+    plan = model.prefill_plan(batch, length, capacity, softmax, job.prefill_chunk_size, is_behind_cache=is_behind_cache)
+    with_key_norms = softmax is not None and softmax.is_bound
+    policy = softmax if plan.takes_unified_max else None  # where it would not count, one program serves all policies
+    key = jax.random.clone(job.key)  # a copy, since the loop donates its own and the caller keeps theirs
+    arrays = jnp.asarray(job.prompts.tokens), jnp.asarray(job.prompts.lengths), job.sampling, eos, key, policy
+    if job.cache is None:
+        statics = structure, capacity, with_key_norms, plan.chunk_size
+        run, seconds = executable(decode_loop.prefill, statics, (weights, *arrays), {})
+        return *jax.block_until_ready(run(weights, *arrays)), seconds
+    resume_args = job.cache.kv, jnp.asarray(job.prompts.cached)
+    resume, seconds = executable(decode_loop.resume, (capacity, with_key_norms), resume_args, {})
+    args = weights, resume(*resume_args), *arrays
+    run, more_seconds = executable(decode_loop.extend, (structure, plan.chunk_size), args, {})
+    return *jax.block_until_ready(run(*args)), seconds + more_seconds
 
-    def __init__(self, tokenizer: Tokenizer | None, prompts: Prompts):
-        self._streams = None if tokenizer is None else [tokenizer.stream(prompt) for prompt in prompts.rows()]
-        self._done = np.zeros(len(prompts.lengths), np.int32)
-        self._num_tokens = 0
 
-    def push(self, tokens: np.ndarray, lengths: np.ndarray, is_over: bool) -> list[str] | None:
-        """What tokens [B, n] add to each row, of which `lengths` count in all; with its last token a row is whole."""
-        if self._streams is None:
-            return None
-        self._num_tokens += tokens.shape[1]
-        texts = []
-        for i, stream in enumerate(self._streams):
-            num_new = int(lengths[i] - self._done[i])
-            text = stream.push(tokens[i, :num_new].tolist())
-            has_ended = is_over or lengths[i] < self._num_tokens
-            texts.append(text + stream.finish() if has_ended else text)
-            self._done[i] += num_new
-        return texts
+def _kept(job: _Job, loop: Loop, new_tokens: np.ndarray, num_tokens: int) -> PromptCache:
+    """The cache behind `num_tokens` steps, the prefill's included; of a row that ended, without what it ran on."""
+    lengths = np.asarray(loop.lengths)
+    # A step runs the token that was drawn before it, so the last one of the longest rows has not been run.
+    live = job.prompts.cached + job.prompts.lengths + np.minimum(lengths, num_tokens - 1)
+    before = [[]] * len(lengths) if job.cache is None else job.cache.tokens
+    rows = zip(before, job.prompts.cached, job.prompts.rows(), new_tokens, lengths, strict=True)
+    tokens = [old[:n] + prompt + new[:length].tolist() for old, n, prompt, new, length in rows]
+    return PromptCache(dataclasses.replace(loop.cache, lengths=jnp.asarray(live, jnp.int32)), tokens)
 
 
-def _held(model: CausalLM, weights: list[jax.Array], batch: int, capacity: int) -> dict[str, int]:
+def _held(model: CausalLM, weights: list[jax.Array], job: _Job, capacity: int) -> dict[str, int]:
     """What takes the device's memory: names and bytes."""
+    batch = len(job.prompts.lengths)
     cache = jax.eval_shape(lambda: KVCache.create(model.config, batch, capacity, model.dtype))
-    return {
-        "the weights take": sum(x.nbytes for x in weights),
-        f"the KV cache of {batch} x {capacity} tokens": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
-    }
+    held = {"the weights take": weights, f"the KV cache of {batch} x {capacity} tokens": cache}
+    if job.cache is not None:
+        held["the one that it goes on from"] = job.cache.kv
+    return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)) for name, arrays in held.items()}
 
 
 def _finite(tokens: np.ndarray, num_before: int, dtype: jnp.dtype) -> np.ndarray:

@@ -1,15 +1,20 @@
-"""The prompts of `generate` and `stream`: a padded array, lists of tokens or texts, checked and padded to one array."""
+"""The prompts of `generate` and `stream`: a padded array, lists of tokens or texts, checked and padded to one array.
+
+They may stand behind what a cache holds.
+"""
 
 import dataclasses
+import itertools
 import operator
 import weakref
 from collections.abc import Sequence
 from typing import SupportsIndex, TypeGuard
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fdpp_jax.models import CausalLM, DecoderConfig, Tokenizer, load_tokenizer
+from fdpp_jax.models import CausalLM, DecoderConfig, KVCache, Tokenizer, load_tokenizer
 from fdpp_jax.models.tokenizer import has_tokenizer
 
 # A text, texts, token ids of one or several prompts, or a right-padded array [B, T].
@@ -21,16 +26,57 @@ _TOKENIZERS: "weakref.WeakKeyDictionary[CausalLM, Tokenizer]" = weakref.WeakKeyD
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptCache:
+    """What `generate` keeps of a batch for the next call. That call copies what it needs: a cache serves many calls.
+
+    Attributes:
+      kv: Keys and values of each row's first kv.lengths[b] tokens. It lies on the device for as long as it is held.
+      tokens: The tokens of each row: prompts and what continued them. Those that kv lacks are the first of the next
+        prefill, such as the last one that was drawn, which has not been through the model.
+    """
+
+    kv: KVCache = dataclasses.field(repr=False)
+    tokens: list[list[int]]
+
+    def matched(self, prompts: Sequence[Sequence[int]]) -> "tuple[PromptCache, list[list[int]]]":
+        """The cache cut to what prompts [B] begin with, and what is left of them, at least a token each.
+
+        With both, a call of `generate` gives what it would give of the whole prompts.
+
+        Raises:
+          ValueError: There are not as many prompts as rows, or one is empty.
+        """
+        if len(prompts) != len(self.tokens) or not all(prompts):
+            raise ValueError(f"expected {len(self.tokens)} prompts of at least one token, got {prompts!r:.200}")
+        rows = zip(prompts, self.tokens, np.asarray(self.kv.lengths), strict=True)
+        counts = [_num_alike(prompt[:-1], tokens[:length]) for prompt, tokens, length in rows]
+        pairs = list(zip(prompts, counts, strict=True))
+        kv = dataclasses.replace(self.kv, lengths=jnp.asarray(counts, jnp.int32))
+        kept, rest = [list(prompt[:n]) for prompt, n in pairs], [list(prompt[n:]) for prompt, n in pairs]
+        return PromptCache(kv, kept), rest
+
+
+def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in alike)
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompts:
     """Checked prompts.
 
     Attributes:
-      tokens: [B, T] int32, zeros behind each prompt; T is a power of two, or the model's limit.
+      tokens: [B, T] int32 to prefill, zeros behind each prompt; T is a power of two, or the model's limit.
       lengths: [B] int32 tokens of each prompt.
+      cached: [B] int32 tokens before them that a cache holds.
+      width: Slots for the longest row, cached tokens included: a power of two, or the model's limit.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    cached: np.ndarray
+    width: int
 
     def rows(self) -> list[list[int]]:
         """The tokens of each prompt."""
@@ -66,14 +112,27 @@ def tokenizer_of(model: CausalLM) -> Tokenizer | None:
     return _TOKENIZERS[model]
 
 
-def encoded(prompts: str | Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of one text or several.
+def needed_tokenizer(model: CausalLM) -> Tokenizer:
+    """The tokenizer beside the model's checkpoint.
+
+    Raises:
+      ValueError: There is none, or it is malformed.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        where = "was not loaded from a checkpoint" if model.checkpoint is None else f"has none in {model.checkpoint}"
+        raise ValueError(f"texts need a tokenizer, and the model {where}: pass tokens, or tokenizer=")
+    return tokenizer
+
+
+def encoded(prompts: str | Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> list[list[int]]:
+    """The tokens of one text or several; without special tokens where they go on with a text.
 
     Raises:
       ValueError: No text, or one without tokens.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
-    rows = [tokenizer.encode(text) for text in texts]
+    rows = [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"expected prompts of at least one token, got none for prompt {i}, {texts[i]!r}")
@@ -81,7 +140,12 @@ def encoded(prompts: str | Sequence[str], tokenizer: Tokenizer) -> list[list[int
 
 
 def check_prompts(
-    config: DecoderConfig, prompts: PromptsLike, prompt_lengths: object = None, *, max_new_tokens: SupportsIndex
+    config: DecoderConfig,
+    prompts: PromptsLike,
+    prompt_lengths: object = None,
+    *,
+    max_new_tokens: SupportsIndex,
+    cache: PromptCache | None = None,
 ) -> Prompts:
     """Prompts of tokens, padded for the model.
 
@@ -90,26 +154,42 @@ def check_prompts(
       prompts: Token ids: a padded array [B, T], or a list of each prompt's.
       prompt_lengths: [B] integers of a padded array; None: T for every row.
       max_new_tokens: How many more the model must have positions for.
+      cache: What stands before them. Its tokens that it has no keys of go in front of the prompts.
 
     Raises:
       ValueError: They don't fit each other or the model.
     """
     max_new_tokens = positive_int("max_new_tokens", max_new_tokens)
     tokens, lengths = _padded(prompts, prompt_lengths)
-    longest, limit = int(lengths.max()), config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt of {longest} tokens and {max_new_tokens=} need {longest + max_new_tokens} positions, "
-            f"the model has {limit} (max_position_embeddings)"
-        )
     live = np.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]
     unknown = tokens[live & ((tokens < 0) | (tokens >= config.vocab_size))]
     if unknown.size:
         raise ValueError(f"tokens must be within 0..{config.vocab_size - 1}, got {int(unknown[0])}")
-    bucket = min(max(_MIN_BUCKET, 1 << (longest - 1).bit_length()), limit)
-    padded = np.zeros((len(lengths), bucket), np.int32)
+    cached = np.zeros_like(lengths)
+    if cache is not None:
+        if len(cache.tokens) != len(lengths):
+            raise ValueError(f"expected as many prompts as the cache has rows, {len(cache.tokens)}, got {len(lengths)}")
+        cached = np.asarray(cache.kv.lengths)
+        waiting = [row[length:] for row, length in zip(cache.tokens, cached, strict=True)]
+        tokens, lengths = _padded(
+            [before + row[:length].tolist() for before, row, length in zip(waiting, tokens, lengths, strict=True)], None
+        )
+    longest, total, limit = int(lengths.max()), int((cached + lengths).max()), config.max_position_embeddings
+    if total + max_new_tokens > limit:
+        behind = "" if cache is None else " with the cache's"
+        raise ValueError(
+            f"prompt of {total} tokens{behind} and {max_new_tokens=} need {total + max_new_tokens} positions, "
+            f"the model has {limit} (max_position_embeddings)"
+        )
+    live = np.arange(tokens.shape[1]) < lengths[:, None]
+    padded = np.zeros((len(lengths), _bucket(longest, limit)), np.int32)
     padded[:, :longest] = np.where(live, tokens, 0)[:, :longest]
-    return Prompts(padded, lengths.astype(np.int32))
+    return Prompts(padded, lengths.astype(np.int32), cached.astype(np.int32), _bucket(total, limit))
+
+
+def _bucket(num_tokens: int, limit: int) -> int:
+    """A power of two, so that few programs serve all prompts, or the limit."""
+    return min(max(_MIN_BUCKET, 1 << (num_tokens - 1).bit_length()), limit)
 
 
 def positive_int(name: str, value: SupportsIndex) -> int:

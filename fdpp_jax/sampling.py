@@ -6,6 +6,7 @@ top_p compiles nothing. top_k is the exception, since it is the size of an array
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,38 @@ def as_number(name: str, value: object) -> float:
     if isinstance(value, np.number | np.ndarray | jax.Array) and np.size(value) == 1 and np.isrealobj(value):
         return float(np.asarray(value).item())
     raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def checked_eos(eos_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a row.
+
+    Raises:
+      ValueError: They are no token ids of the vocabulary.
+    """
+    ids = np.asarray(eos_ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"eos_ids must be a sequence of token ids, got {eos_ids!r}")
+    bad_ids = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+    if bad_ids:
+        raise ValueError(f"eos_ids must be within 0..{vocab_size - 1}, got {bad_ids}")
+    return tuple(ids.tolist())
+
+
+def checked_key(key: jax.Array | None) -> jax.Array:
+    """The PRNG key of the sampling, of the new kind; None: that of seed 0.
+
+    Raises:
+      ValueError: It is no key.
+    """
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, jax.Array) and key.shape == () and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    default = jax.eval_shape(jax.random.PRNGKey, 0)
+    if isinstance(key, jax.Array) and (key.shape, key.dtype) == (default.shape, default.dtype):
+        return jax.random.wrap_key_data(key)
+    got = f"{key.dtype} of shape {key.shape}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+    raise ValueError(f"key must be a PRNG key such as jax.random.key(7), got {got}")
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

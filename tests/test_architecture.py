@@ -21,6 +21,7 @@ LEVELS = (
     ("cli",),
     ("bench",),
     ("generation",),
+    ("results",),
     ("decode_loop", "prompts"),
     ("sampling", "calibration"),
     ("score_stats",),

@@ -30,12 +30,14 @@ def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
         structure,
         capacity,
         softmax is not None and softmax.is_bound,
+        16,
         weights,
         prompts,
         lengths,
         Sampling(),
         eos_ids,
         jax.random.key(0),
+        None,
     )
     loop, _ = decode_loop.prefill(*prefill)
     return structure, 8, 4, weights, loop, jnp.int32(8), Sampling(), eos_ids, softmax

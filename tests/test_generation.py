@@ -272,12 +272,18 @@ def test_stream_yields_what_generate_returns(model):
 @pytest.mark.parametrize("num_prompts", [1, 2])
 def test_generation_under_the_user_s_settings(model, setting, num_prompts):
     options = dict(max_new_tokens=4, eos_ids=[63], softmax=UnifiedMax.bound())
-    expected = generate(model, PROMPTS[:num_prompts], **options).token_lists
+
+    def two_turns():
+        first = generate(model, PROMPTS[:num_prompts], **options, return_cache=True)
+        second = generate(model, PROMPTS[:num_prompts], **options, cache=first.cache, prefill_chunk_size=4)
+        return first.token_lists, second.token_lists
+
+    expected = two_turns()
     before = getattr(jax.config, setting)
     decode_loop._compile.cache_clear()  # a program compiled before would run as it is
     jax.config.update(setting, True if setting == "jax_enable_x64" else "strict")
     try:
-        assert generate(model, PROMPTS[:num_prompts], **options).token_lists == expected
+        assert two_turns() == expected
     finally:
         jax.config.update(setting, before)
 

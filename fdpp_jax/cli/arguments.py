@@ -76,6 +76,20 @@ def given(text: str) -> str:
     return text
 
 
+def utf8(content: bytes, name: str) -> str:
+    """The text of a prompt or a message.
+
+    Raises:
+      ValueError: It is not UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 in {name}, got byte 0x{content[error.start]:02x} at position {error.start}"
+        ) from None
+
+
 def output_file(text: str) -> str:
     """A file that can be written; the user learns that before the work, not after it."""
     if reason := unwritable_because(pathlib.Path(text)):

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fdpp_jax.cli.arguments import Commands, add_checkpoint, add_command
+from fdpp_jax.cli.arguments import Commands, add_checkpoint, add_command, utf8
+from fdpp_jax.cli.chat import Conversation, chat_tokens, messages
 from fdpp_jax.cli.checkpoints import checkpoint_directory, default_dtype, keep_compiled
 from fdpp_jax.cli.output import kernels_line, plan_records, print_json, print_plans, report
 
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from fdpp_jax.cli.output import NamedPlan
-    from fdpp_jax.generation import GenerationResult, StreamChunk
     from fdpp_jax.models import CausalLM, SamplingDefaults, Tokenizer
     from fdpp_jax.plans.device import Device
+    from fdpp_jax.prompts import PromptCache
+    from fdpp_jax.results import GenerationResult, StreamChunk
     from fdpp_jax.unified_max import UnifiedMax
 
 _EXAMPLES = """\
@@ -104,7 +106,14 @@ class _Session:
     softmax: "UnifiedMax | None"
     why: str  # that softmax
 
-    def stream(self, prompts: list[list[int]], turn: int = 0) -> "Generator[StreamChunk, None, GenerationResult]":
+    def stream(
+        self,
+        prompts: list[list[int]],
+        turn: int = 0,
+        *,
+        cache: "PromptCache | None" = None,
+        return_cache: bool = False,
+    ) -> "Generator[StreamChunk, None, GenerationResult]":
         """Generates; turns of a conversation draw other numbers."""
         import jax
 
@@ -120,6 +129,8 @@ class _Session:
             softmax=self.softmax,
             chunk_size=_STREAM_CHUNK,
             tokenizer=self.tokenizer,
+            cache=cache,
+            return_cache=return_cache,
         )
 
     def plans(self, result: "GenerationResult") -> "list[NamedPlan]":
@@ -198,22 +209,13 @@ def prompt_text(source: str | pathlib.Path) -> str:
         return _file_text(source.read_bytes(), str(source))
     if source == _STDIN:
         return _file_text(sys.stdin.buffer.read(), "stdin")
-    return _utf8(os.fsencode(source), "--prompt")
+    return utf8(os.fsencode(source), "--prompt")
 
 
 def _file_text(content: bytes, name: str) -> str:
     """What a file says, without what editors write around it: a byte order mark, and the last line's break."""
     content = content.removeprefix(codecs.BOM_UTF8)
-    return _utf8(content.removesuffix(b"\n").removesuffix(b"\r") if content.endswith(b"\n") else content, name)
-
-
-def _utf8(content: bytes, name: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"expected UTF-8 in {name}, got byte 0x{content[error.start]:02x} at position {error.start}"
-        ) from None
+    return utf8(content.removesuffix(b"\n").removesuffix(b"\r") if content.endswith(b"\n") else content, name)
 
 
 def seed_key(seed: int) -> Any:
@@ -235,20 +237,14 @@ def seed_key(seed: int) -> Any:
 def _prompt_tokens(args: argparse.Namespace, text: str, directory: pathlib.Path, tokenizer: "Tokenizer") -> list[int]:
     """The tokens of one prompt."""
     if args.chat:
-        return _chat_tokens(directory, tokenizer, [*_system(args), {"role": "user", "content": text}])
+        return chat_tokens(directory, tokenizer, [*_system(args), {"role": "user", "content": text}])
     from fdpp_jax.prompts import encoded
 
     return encoded(text, tokenizer)[0]
 
 
 def _system(args: argparse.Namespace) -> list[dict[str, str]]:
-    return [] if args.system is None else [{"role": "system", "content": _utf8(os.fsencode(args.system), "--system")}]
-
-
-def _chat_tokens(directory: pathlib.Path, tokenizer: "Tokenizer", messages: list[dict[str, str]]) -> list[int]:
-    from fdpp_jax import models
-
-    return tokenizer.encode(models.chat_text(directory, messages), add_special_tokens=False)
+    return [] if args.system is None else [{"role": "system", "content": utf8(os.fsencode(args.system), "--system")}]
 
 
 def _sampling(args: argparse.Namespace, directory: pathlib.Path) -> "SamplingDefaults":
@@ -281,35 +277,14 @@ def _complete(session: _Session, texts: list[str], prompts: list[list[int]]) -> 
 
 def _converse(session: _Session) -> None:
     """Answers one message after the other, until there are no more."""
-    messages = _system(session.args)
-    for turn, text in enumerate(_messages()):
-        messages.append({"role": "user", "content": text})
-        prompt = _chat_tokens(session.directory, session.tokenizer, messages)
+    conversation = Conversation(session.directory, session.tokenizer, _system(session.args))
+    for turn, text in enumerate(messages()):
+        prompts, cache = conversation.asked(text)
         with _reported_warnings():
-            result = print_stream(session.stream([prompt], turn), 1)
+            result = print_stream(session.stream(prompts, turn, cache=cache, return_cache=True), 1)
+        conversation.answered(result)
         if session.args.verbose or (turn == 0 and not session.args.quiet):
             _report(session, result, session.plans(result))
-        messages.append({"role": "assistant", "content": result.texts[0] if result.texts else ""})
-
-
-def _messages() -> Iterator[str]:
-    """Lines that the user types, or that another program writes."""
-    has_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if has_terminal:
-        import readline  # noqa: F401  lets a line be edited
-
-        report("a conversation: Ctrl-D ends it")
-    while True:
-        try:
-            line = input("> " if has_terminal else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            got = f"byte 0x{error.object[error.start]:02x}"
-            raise ValueError(f"expected UTF-8 in the message, got {got} at position {error.start}") from None
-        line = line.removeprefix("\ufeff")  # a byte order mark, where a file is piped in
-        if line.strip():
-            yield _utf8(os.fsencode(line), "the message")
 
 
 @contextlib.contextmanager
@@ -402,10 +377,12 @@ def _report(session: _Session, result: "GenerationResult", plans: "list[NamedPla
 def speed_line(result: "GenerationResult") -> str:
     """Tokens per second, and what came before."""
     num_prompt, num_new = sum(map(len, result.prompts)), int(result.lengths.sum()) - len(result.lengths)
+    num_cached = int(result.cached_tokens.sum())
+    cached = f", behind {num_cached} in the cache" if num_cached else ""
     steps = f", {result.decode_seconds / result.decode_steps * 1e3:.2f} ms a step" if result.decode_steps else ""
     return (
         f"decode: {_rate(num_new, result.decode_seconds)}{steps}; prefill: "
-        f"{_rate(num_prompt, result.prefill_seconds)}; compilation: {result.compile_seconds:.1f} s"
+        f"{_rate(num_prompt, result.prefill_seconds)}{cached}; compilation: {result.compile_seconds:.1f} s"
     )
 
 

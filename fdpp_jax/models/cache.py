@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from fdpp_jax import unified_max
 from fdpp_jax.models.config import DecoderConfig
 
 
@@ -20,7 +21,7 @@ class KVCache:
       values: As keys.
       lengths: [B] int32 live tokens of each row.
       key_max_norms: One [B, K] float32 array a layer, max |k| over the live keys as stored, for UnifiedMax.bound();
-        empty where no one asked for them.
+        more than that where lengths were set back. Empty where no one asked for them.
     """
 
     keys: tuple[jax.Array, ...]
@@ -56,6 +57,21 @@ class KVCache:
             key_max_norms=tuple(jnp.zeros((batch, shape[2]), jnp.float32) for _ in layers if with_key_norms),
         )
 
+    def resized(self, capacity: int, *, with_key_norms: bool = False) -> "KVCache":
+        """A copy with another capacity; slots that are new hold zeros.
+
+        Raises:
+          ValueError: It has fewer slots than this one.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"expected a capacity of at least the cache's {self.capacity}, got {capacity}")
+
+        def copied(x: jax.Array) -> jax.Array:
+            return write_prompt(jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype), x)
+
+        norms = [unified_max.max_norm(keys, self.lengths) for keys in self.keys if with_key_norms]
+        return KVCache(tuple(map(copied, self.keys)), tuple(map(copied, self.values)), self.lengths, tuple(norms))
+
     @property
     def batch(self) -> int:
         """Rows, B."""
@@ -70,6 +86,20 @@ class KVCache:
 def write_prompt(cache: jax.Array, fresh: jax.Array) -> jax.Array:
     """Writes fresh [B, T, K, H] to the first T slots of one layer's cache [B, S, K, H]."""
     return jax.lax.dynamic_update_slice(cache, fresh.astype(cache.dtype), (0, 0, 0, 0))
+
+
+def write_piece(cache: jax.Array, fresh: jax.Array, starts: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Writes the first lengths[b] of fresh [B, T, K, H] to one layer's cache [B, S, K, H], from slot starts[b] on.
+
+    All other slots stay as they are, whatever T is. The caller sees to starts[b] + lengths[b] <= S.
+    """
+    tokens = jnp.arange(fresh.shape[1], dtype=starts.dtype)
+    # What is padding gets a slot beyond the last, each another one: dropped, and still unique and sorted.
+    first = jnp.where(tokens < lengths[:, None], starts[:, None], cache.shape[1])
+    rows = jnp.arange(cache.shape[0], dtype=starts.dtype)[:, None]
+    return cache.at[rows, first + tokens].set(
+        fresh.astype(cache.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
 
 
 def write_token(cache: jax.Array, fresh: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -132,6 +132,14 @@ class DecoderConfig(abc.ABC):
         del layer
         return {}
 
+    def prefill_options(self, layer: int, num_keys: int) -> AttentionArguments:
+        """`attention_options` of a prefill over num_keys keys, without a window that hides none of them."""
+        options = self.attention_options(layer)
+        window = options.get("local_window_size")
+        if window is not None and window[0] >= num_keys - 1:
+            del options["local_window_size"]  # cuDNN knows no windows
+        return options
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):

@@ -15,8 +15,10 @@ from fdpp_jax import ops, unified_max
 from fdpp_jax.models.cache import KVCache, write_prompt
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.layers import Embedding, LayerNorm, RMSNorm
-from fdpp_jax.models.step_cache import StepCache
+from fdpp_jax.models.plans import PrefillPlan, plan_prefill
+from fdpp_jax.models.step_cache import PieceCache, StepCache
 from fdpp_jax.ops.layer import FusedLayers, plan_layer
+from fdpp_jax.plans import device as devices
 from fdpp_jax.plans.backend import LayerPlan
 from fdpp_jax.plans.calls import HeadWeights, LayerCache, LayerWeights
 from fdpp_jax.plans.shapes import MatmulImplementation
@@ -138,38 +140,119 @@ class CausalLM(nnx.Module):
         _check_tokens(tokens, ndim=2)
         return self.head(self.hidden_states(tokens, _positions(tokens), self._causal_attend))
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Runs the prompts and fills the cache with them, from slot 0.
+    def prefill(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        cache: KVCache,
+        *,
+        softmax: UnifiedMax | None = None,
+        prefill_chunk_size: int | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the prompts and fills the cache with them, from slot 0 whatever it held.
 
         Args:
           tokens: [B, T] integers, right-padded.
           lengths: [B] integers in 1..T, the live tokens of each row.
           cache: Of capacity T or more; donate it.
+          softmax: None for exact online softmax, or the policy, which counts where a kernel computes attention.
+          prefill_chunk_size: Tokens of a row that run at once; see `extend`. None: 2,048, or the whole prompt where
+            cuDNN computes that and no kernel computes attention over a cache.
 
         Returns:
           Logits [B, V] float32 of each row's last live token, and the cache with these lengths.
 
         Raises:
-          ValueError: T exceeds the capacity, or the batch sizes differ.
+          ValueError: T exceeds the capacity, the batch sizes differ, or prefill_chunk_size is not positive.
         """
         _check_tokens(tokens, ndim=2)
         _check_batch(cache, tokens=tokens, lengths=lengths)
-        if tokens.shape[1] > cache.capacity:
-            raise ValueError(f"a prompt of {tokens.shape[1]} tokens does not fit a cache of capacity {cache.capacity}")
-        keys, values, norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
+        batch, length = tokens.shape
+        if length > cache.capacity:
+            raise ValueError(f"a prompt of {length} tokens does not fit a cache of capacity {cache.capacity}")
+        plan = self.prefill_plan(batch, length, cache.capacity, softmax, prefill_chunk_size)
+        if plan.reads_cache:
+            norms = tuple(map(jnp.zeros_like, cache.key_max_norms))
+            cache = KVCache(cache.keys, cache.values, jnp.zeros_like(cache.lengths), norms)
+            return self.extend(tokens, lengths, cache, softmax=softmax, prefill_chunk_size=plan.chunk_size)
+        policy = softmax if plan.takes_unified_max else None
+        keys, values, key_max_norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             keys[layer] = write_prompt(keys[layer], key)
             values[layer] = write_prompt(values[layer], value)
-            if norms:
-                norms[layer] = unified_max.max_norm(key.astype(keys[layer].dtype), lengths)
+            if key_max_norms:
+                key_max_norms[layer] = unified_max.max_norm(key.astype(keys[layer].dtype), lengths)
             # Padding stands on the right, so the causal mask already hides it from every live query.
-            return self._causal_attend(layer, query, key, value)
+            return self._causal_attend(
+                layer, query, key, value, policy, key_max_norms[layer] if key_max_norms else None
+            )
 
-        hidden = self.hidden_states(tokens, _positions(tokens), attend)  # [B, T, D]
-        last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B, D]
-        return self.head(hidden), KVCache(tuple(keys), tuple(values), lengths.astype(jnp.int32), tuple(norms))
+        hidden = _last(self.hidden_states(tokens, _positions(tokens), attend), lengths)
+        cache = KVCache(tuple(keys), tuple(values), lengths.astype(jnp.int32), tuple(key_max_norms))
+        return self.head(hidden), cache
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        cache: KVCache,
+        *,
+        softmax: UnifiedMax | None = None,
+        prefill_chunk_size: int | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs more tokens of each row, behind those that the cache holds.
+
+        More tokens than a piece has are one loop over pieces, so that activations and scores take the memory of a
+        piece. Beside the tokens, only the cache grows with T.
+
+        Args:
+          tokens: [B, T] integers, right-padded.
+          lengths: [B] integers in 0..T, the live tokens of each row. A row without any stays as it is, and its logits
+            mean nothing.
+          cache: With room for them in every row (not checked here, lengths are traced); donate it.
+          softmax: As in `prefill`.
+          prefill_chunk_size: Tokens of a row in a piece. None: 2,048.
+
+        Returns:
+          Logits [B, V] float32 of each row's last live token, and the cache with these tokens.
+
+        Raises:
+          ValueError: The batch sizes differ, or prefill_chunk_size is not positive.
+        """
+        _check_tokens(tokens, ndim=2)
+        _check_batch(cache, tokens=tokens, lengths=lengths)
+        batch, length = tokens.shape
+        plan = self.prefill_plan(batch, length, cache.capacity, softmax, prefill_chunk_size, is_behind_cache=True)
+        size, policy = plan.chunk_size, softmax if plan.takes_unified_max else None
+        lengths = lengths.astype(jnp.int32)
+        if size == length:
+            hidden, cache = self._extended(tokens, lengths, cache, policy)
+            return self.head(hidden), cache
+        tokens = jnp.pad(tokens, ((0, 0), (0, -length % size)))
+        most = lengths.max()
+
+        def is_left(carry: tuple[jax.Array, jax.Array, KVCache]) -> jax.Array:
+            return carry[0] < most
+
+        def run_piece(carry: tuple[jax.Array, jax.Array, KVCache]) -> tuple[jax.Array, jax.Array, KVCache]:
+            first, hidden, cache = carry
+            piece = jax.lax.dynamic_slice_in_dim(tokens, first, size, axis=1)
+            live = jnp.clip(lengths - first, 0, size)
+            new, cache = self._extended(piece, live, cache, policy)
+            return first + size, jnp.where(live[:, None] > 0, new, hidden), cache
+
+        nothing = jnp.zeros((batch, self.config.hidden_size), self.dtype)
+        _, hidden, cache = jax.lax.while_loop(is_left, run_piece, (jnp.int32(0), nothing, cache))
+        return self.head(hidden), cache
+
+    def _extended(
+        self, tokens: jax.Array, lengths: jax.Array, cache: KVCache, softmax: UnifiedMax | None
+    ) -> tuple[jax.Array, KVCache]:
+        """What the head reads of each row's last live token [B, D], and the cache with these tokens, [B, T]."""
+        piece = PieceCache(self.config, cache, lengths, softmax)
+        positions = piece.starts[:, None] + _positions(tokens).astype(jnp.int32)  # [B, T]
+        return _last(self.hidden_states(tokens, positions, piece.attend), lengths), piece.grown()
 
     def decode(
         self,
@@ -212,6 +295,29 @@ class CausalLM(nnx.Module):
         """Whether a decode step of `batch` rows runs fused layers on the device that JAX runs on now."""
         return plan_layer(self.config.layer_shape(batch, self.dtype))
 
+    def prefill_plan(
+        self,
+        batch: int,
+        length: int,
+        capacity: int,
+        softmax: UnifiedMax | None = None,
+        prefill_chunk_size: int | None = None,
+        *,
+        is_behind_cache: bool = False,
+    ) -> PrefillPlan:
+        """How `prefill` of tokens [B, T] runs on the device that JAX runs on now, or behind a cache `extend`."""
+        return plan_prefill(
+            self.config,
+            batch=batch,
+            length=length,
+            capacity=capacity,
+            has_unified_max=softmax is not None,
+            is_behind_cache=is_behind_cache,
+            chunk_size=prefill_chunk_size,
+            device=devices.planned(),
+            dtype=self.dtype,
+        )
+
     def decode_logits(self, tokens: jax.Array, step: StepCache) -> jax.Array:
         """[B, V] float32 behind one new token per row, tokens [B]; by fused layers where the plan has them."""
         plan = self.layer_plan(tokens.shape[0])
@@ -253,16 +359,34 @@ class CausalLM(nnx.Module):
             hidden, result = fused.after_attention(attended, hidden, weights[i], following, next_cache)
         return self.head(self.final_norm(hidden)) if result is None else result
 
-    def _causal_attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        options = self.config.attention_options(layer)
-        window = options.get("local_window_size")
-        if window is not None and window[0] >= query.shape[1] - 1:
-            del options["local_window_size"]  # it hides nothing, and cuDNN knows no windows
-        return ops.dot_product_attention(query, key, value, is_causal=True, **options)
+    def _causal_attend(
+        self,
+        layer: int,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        softmax: UnifiedMax | None = None,
+        key_max_norm: jax.Array | None = None,
+    ) -> jax.Array:
+        return ops.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            key_max_norm=key_max_norm,
+            softmax=None if softmax is None else softmax.for_layer(layer, self.config.num_hidden_layers),
+            **self.config.prefill_options(layer, query.shape[1]),
+        )
 
 
 def _positions(tokens: jax.Array) -> jax.Array:
     return jnp.arange(tokens.shape[1])[None]  # [1, T]
+
+
+def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Of hidden [B, T, D] that of each row's last live token, [B, D]."""
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
 def _check_tokens(tokens: jax.Array, *, ndim: int) -> None:

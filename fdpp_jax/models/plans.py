@@ -1,4 +1,4 @@
-"""Which kernels one decode step of a model runs, for any device and without a checkpoint."""
+"""Which kernels one decode step of a model runs, and how a prefill does, for any device and without a checkpoint."""
 
 import dataclasses
 
@@ -10,6 +10,10 @@ from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
+
+# Tokens of a row that a prefill runs at once: enough rows for a matmul to be bound by the tensor cores on any GPU, and
+# few enough for activations to be small beside the weights (0.2 GB a row of a 7B LLaMA).
+PREFILL_CHUNK_SIZE = 2048
 
 
 def model_plans(
@@ -85,6 +89,103 @@ def model_plans(
         ("layer", layer_shape, layer_plan),
         *behind,
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPlan:
+    """How a prefill runs.
+
+    Attributes:
+      chunk_size: Tokens of a row that run at once.
+      reads_cache: Whether they attend to the cache; if not, they are whole prompts, which attend to themselves.
+      takes_unified_max: Whether a unified max is asked for, and a kernel that knows it computes attention.
+    """
+
+    chunk_size: int
+    reads_cache: bool
+    takes_unified_max: bool
+
+
+def plan_prefill(
+    config: DecoderConfig,
+    *,
+    batch: int,
+    length: int,
+    capacity: int,
+    has_unified_max: bool,
+    is_behind_cache: bool,
+    chunk_size: int | None,
+    device: Device | str,
+    dtype: jax.typing.DTypeLike = "bfloat16",
+) -> PrefillPlan:
+    """How a prefill runs, from the model's shapes.
+
+    Args:
+      config: The model's shapes.
+      batch: Rows, B.
+      length: Tokens of a row, T.
+      capacity: Slots of the KV cache, S.
+      has_unified_max: Whether softmax has a unified max.
+      is_behind_cache: Whether the cache may hold tokens that they follow.
+      chunk_size: Tokens of a row to run at once. None: PREFILL_CHUNK_SIZE, or the whole prompt where cuDNN computes
+        that and no kernel computes attention over a cache.
+      device: A Device, or the name of a known one.
+      dtype: dtype of activations and cache.
+
+    Raises:
+      ValueError: chunk_size is not positive.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}")
+
+    def attention(query_length: int, *, reads_cache: bool) -> list[AttentionPlan]:
+        slots = capacity if reads_cache else None
+        layers = range(config.num_hidden_layers)
+        shapes = {prefill_shape(config, layer, batch, query_length, slots, dtype, has_unified_max) for layer in layers}
+        return [heuristics.plan_attention(shape, device) for shape in shapes]
+
+    if chunk_size is None:
+        chunk_size = PREFILL_CHUNK_SIZE
+        if length > chunk_size and not is_behind_cache:
+            in_pieces = attention(chunk_size, reads_cache=True)
+            whole = attention(length, reads_cache=False)
+            if any(plan.algorithm == "reference" for plan in in_pieces) and any(p.algorithm == "cudnn" for p in whole):
+                chunk_size = length
+    chunk_size = min(chunk_size, length)
+    reads_cache = is_behind_cache or chunk_size < length
+    takes_unified_max = has_unified_max and any(
+        plan.backend != "xla" for plan in attention(chunk_size, reads_cache=reads_cache)
+    )
+    return PrefillPlan(chunk_size, reads_cache, takes_unified_max)
+
+
+def prefill_shape(
+    config: DecoderConfig,
+    layer: int,
+    batch: int,
+    query_length: int,
+    capacity: int | None,
+    dtype: jax.typing.DTypeLike,
+    has_unified_max: bool,
+) -> AttentionShape:
+    """A layer's attention in a prefill, over a cache of that capacity, or None: over the queries' own keys."""
+    num_keys = query_length if capacity is None else capacity
+    options = config.prefill_options(layer, num_keys)
+    return AttentionShape(
+        batch=batch,
+        query_length=query_length,
+        capacity=num_keys,
+        num_query_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(dtype).name,
+        is_causal=True,
+        local_window_size=options.get("local_window_size"),
+        logits_soft_cap=options.get("logits_soft_cap"),
+        has_lengths=capacity is not None,
+        has_query_offset=capacity is not None,
+        is_online=not has_unified_max,
+    )
 
 
 def _name(shape: AttentionShape, all_shapes: list[AttentionShape]) -> str:

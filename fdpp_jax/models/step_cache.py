@@ -1,4 +1,4 @@
-"""The KV cache while a decode step grows it by one token, layer by layer."""
+"""The KV cache while it grows layer by layer: by the token of a decode step, or by a piece of a prefill."""
 
 import math
 from typing import Any, Literal
@@ -6,11 +6,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax import ops, unified_max
-from fdpp_jax.models.cache import KVCache, write_token
-from fdpp_jax.models.config import DecoderConfig
+from fdpp_jax import heuristics, ops, unified_max
+from fdpp_jax.models.cache import KVCache, write_piece, write_token
+from fdpp_jax.models.config import AttentionArguments, DecoderConfig
+from fdpp_jax.models.plans import prefill_shape
+from fdpp_jax.plans import device as devices
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.unified_max import UnifiedMax
+
+# Keys of a row to which a piece of a prefill attends at once in plain XLA: scores as large as a whole piece has.
+BLOCK_KEYS = 2048
 
 
 class StepCache:
@@ -96,4 +101,75 @@ class StepCache:
 
     def grown(self) -> KVCache:
         """The cache one token longer."""
+        return KVCache(tuple(self._keys), tuple(self._values), self._lengths, tuple(self._norms))
+
+
+class PieceCache:
+    """A cache in a piece of a prefill: a layer's new keys and values are put there, then its queries attend.
+
+    Attributes:
+      starts: [B] int32 where the new tokens go.
+    """
+
+    def __init__(self, config: DecoderConfig, cache: KVCache, lengths: jax.Array, softmax: UnifiedMax | None):
+        self._config, self._softmax = config, softmax
+        self._keys, self._values, self._norms = list(cache.keys), list(cache.values), list(cache.key_max_norms)
+        self.starts, self._new_lengths, self._lengths = cache.lengths, lengths, cache.lengths + lengths
+
+    def attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Puts key and value [B, T, K, H] there; attention of query [B, T, N, H] over all keys up to its own."""
+        keys = write_piece(self._keys[layer], key, self.starts, self._new_lengths)
+        values = write_piece(self._values[layer], value, self.starts, self._new_lengths)
+        self._keys[layer], self._values[layer] = keys, values
+        if self._norms:
+            new = unified_max.max_norm(key.astype(keys.dtype), self._new_lengths)
+            self._norms[layer] = jnp.maximum(self._norms[layer], new)
+        softmax, (batch, length), capacity = self._softmax, query.shape[:2], keys.shape[1]
+        options = self._config.prefill_options(layer, capacity)
+        if capacity > BLOCK_KEYS:
+            shape = prefill_shape(self._config, layer, batch, length, capacity, query.dtype, softmax is not None)
+            if heuristics.plan_attention(shape, devices.planned()).algorithm == "reference":
+                return self._attend_in_blocks(query, keys, values, options)
+        return ops.dot_product_attention(
+            query,
+            keys,
+            values,
+            is_causal=True,
+            query_offset=self.starts,
+            key_value_seq_lengths=self._lengths,
+            key_max_norm=self._norms[layer] if self._norms else None,
+            softmax=None if softmax is None else softmax.for_layer(layer, self._config.num_hidden_layers),
+            **options,
+        )
+
+    def _attend_in_blocks(
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, options: AttentionArguments
+    ) -> jax.Array:
+        """Attention by plain XLA, which holds all scores: so over a block of the live keys at a time, merged."""
+        last, most = keys.shape[1] - BLOCK_KEYS, self._lengths.max()
+
+        def add_block(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            first, before, log_before = carry
+            slot = jnp.minimum(first, last)  # what the last block has in common with the one before, it leaves out
+            key, value = (jax.lax.dynamic_slice_in_dim(x, slot, BLOCK_KEYS, axis=1) for x in (keys, values))
+            new, log_new = ops.dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                query_offset=self.starts - slot,
+                key_value_seq_starts=jnp.full_like(self.starts, first - slot),
+                key_value_seq_lengths=jnp.clip(self._lengths - slot, 0, BLOCK_KEYS),
+                return_residual=True,
+                **options,
+            )
+            out, log_sum = ops.merge_attention_states(before, log_before, new.astype(jnp.float32), log_new)
+            return first + BLOCK_KEYS, out, log_sum
+
+        nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        _, out, _ = jax.lax.while_loop(lambda carry: carry[0] < most, add_block, (jnp.zeros_like(most), *nothing))
+        return out.astype(query.dtype)
+
+    def grown(self) -> KVCache:
+        """The cache with the new tokens."""
         return KVCache(tuple(self._keys), tuple(self._values), self._lengths, tuple(self._norms))

@@ -1,4 +1,4 @@
-"""The text of tokens as they come: what is given out is never taken back."""
+"""The text of tokens as they come, of one row or of a batch: what is given out is never taken back."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -55,3 +55,30 @@ class TextStream:
         kept = self._ids[-_KEPT_TOKENS:]
         if text := self._decode(kept):
             self._ids, self._num_given = kept, len(text)
+
+
+class TextRows:
+    """The text of each row of a batch whose rows end one after the other.
+
+    Args:
+      streams: One for each row.
+    """
+
+    def __init__(self, streams: Sequence[TextStream]):
+        self._streams = streams
+        self._done = [0] * len(streams)
+        self._num_tokens = 0
+
+    def push(self, rows: Sequence[Sequence[int]], lengths: Sequence[int], is_over: bool) -> list[str]:
+        """What more tokens, as many of each row, add to it; of a row `lengths` count in all.
+
+        With its last token a row's text is whole: where fewer count than there are, or where all is over.
+        """
+        self._num_tokens += len(rows[0])
+        texts = []
+        for i, (stream, tokens, length) in enumerate(zip(self._streams, rows, lengths, strict=True)):
+            text = stream.push(tokens[: length - self._done[i]])
+            has_ended = is_over or length < self._num_tokens
+            texts.append(text + stream.finish() if has_ended else text)
+            self._done[i] = length
+        return texts

@@ -1,5 +1,6 @@
 """`fdpp-jax generate`: texts, the report, conversations, and which softmax decodes."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -85,11 +86,16 @@ def test_speed_counts_decoded_tokens_only():
         compile_seconds=2.0,
         cache_capacity=64,
         prompts=[[0] * 10, [0] * 5],
+        cached_tokens=np.array([0, 0]),
         tokenizer=lambda: None,
     )
     assert generate.speed_line(result) == (
         "decode: 9 tokens in 0.250 s, 36.0 tokens/s, 35.71 ms a step; prefill: 15 tokens in 0.500 s, 30.0 tokens/s; "
         "compilation: 2.0 s"
+    )
+    result = dataclasses.replace(result, cached_tokens=np.array([20, 3]))
+    assert "; prefill: 15 tokens in 0.500 s, 30.0 tokens/s, behind 23 in the cache; compil" in generate.speed_line(
+        result
     )
 
 
@@ -240,6 +246,21 @@ def test_chat_without_a_prompt_is_a_conversation(capsys, checkpoint, chatting, m
     out, err = _generate(capsys, chatting, "--chat", "--system", "a", "--max-new-tokens", "8")
     assert out == f"{first}\n{second}\n"
     assert err.count("decode: ") == 1
+
+
+def test_a_turn_prefills_what_is_new(capsys, chatting, monkeypatch):
+    """The template puts what it likes between an answer and the next message, or writes all anew."""
+    kept = "{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}a="
+    without_answers = kept.replace("{% for m in messages %}", "{% for m in messages if m.role != 'assistant' %}")
+    for template, cached, new in ((kept, 6 + 7, 1 + 1 + 6 + 2), (without_answers, 4, 6 + 2)):
+        (chatting / "chat_template.jinja").write_text(template)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("b\nlmn\n"))
+        _, err = _generate(capsys, chatting, "--chat", "--max-new-tokens", "8", "--verbose")
+        first, second = [line for line in err.splitlines() if "prefill: " in line]
+        assert "prefill: 6 tokens in" in first
+        assert "in the cache" not in first
+        assert f"prefill: {new} tokens in" in second
+        assert f", behind {cached} in the cache;" in second
 
 
 def test_each_turn_of_a_conversation_draws_anew(capsys, chatting, monkeypatch):

@@ -12,7 +12,7 @@ from flax import nnx
 from fdpp_jax import UnifiedMax, models
 from fdpp_jax.decode_loop import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig
-from fdpp_jax.models.cache import write_prompt, write_token
+from fdpp_jax.models.cache import write_piece, write_prompt, write_token
 
 CONFIG = LlamaConfig(
     vocab_size=40,
@@ -156,6 +156,41 @@ def test_write_token_touches_one_slot_a_row(lengths: list[int]) -> None:
     for row, length in enumerate(lengths):
         expected[row, length] = fresh[row, 0]
     np.testing.assert_array_equal(write_token(jnp.asarray(cache), fresh, jnp.array(lengths)), expected)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths"), [([0], [3]), ([2, 0, 4], [2, 3, 0]), ([5, 4, 2], [0, 1, 3]), ([0, 0, 0], [0, 0, 0])]
+)
+def test_write_piece_touches_the_live_tokens_slots(starts: list[int], lengths: list[int]) -> None:
+    """Also where the padding would reach beyond the last slot."""
+    rng = np.random.default_rng(0)
+    cache = rng.standard_normal((len(lengths), 5, 2, 8)).astype(np.float32)
+    fresh = rng.standard_normal((len(lengths), 3, 2, 8)).astype(np.float32)
+    expected = cache.copy()
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        expected[row, start : start + length] = fresh[row, :length]
+    written = jax.jit(write_piece)(cache, fresh, jnp.array(starts), jnp.array(lengths))
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_a_resized_cache_is_a_copy() -> None:
+    cache = KVCache.create(CONFIG, 2, 5, jnp.float32)
+    keys = tuple(jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(cache.keys))
+    cache = KVCache(keys, keys, jnp.array([4, 1]))
+    for capacity in (5, 8):
+        copy = jax.jit(KVCache.resized, static_argnums=1, static_argnames="with_key_norms")(
+            cache, capacity, with_key_norms=True
+        )
+        assert copy.capacity == capacity
+        for x, y in zip(copy.keys + copy.values, cache.keys + cache.values, strict=True):
+            np.testing.assert_array_equal(x[:, :5], y)
+            assert not x[:, 5:].any()
+            assert x.unsafe_buffer_pointer() != y.unsafe_buffer_pointer()
+        for norms, expected in zip(copy.key_max_norms, true_norms(cache, cache.lengths), strict=True):
+            np.testing.assert_allclose(norms, expected, rtol=1e-6)
+    assert cache.resized(6).key_max_norms == ()
+    with pytest.raises(ValueError, match="expected a capacity of at least the cache's 5, got 4"):
+        cache.resized(4)
 
 
 def test_write_prompt_fills_the_first_slots() -> None:

@@ -37,7 +37,13 @@ def test_greedy_tokens_of_a_batch_of_unequal_lengths(name: str) -> None:
     steps = expected["greedy"].shape[1]
     assert steps == 64
     softmax = UnifiedMax.bound()  # which has norms in the cache besides
-    result = fdpp_jax.generate(
-        model, expected["tokens"], expected["prompt_lengths"], max_new_tokens=steps, softmax=softmax
-    )
-    np.testing.assert_array_equal(result.tokens, expected["greedy"])
+    arguments = dict(max_new_tokens=steps, softmax=softmax)
+    for prefill_chunk_size in (None, 5):
+        result = fdpp_jax.generate(
+            model,
+            expected["tokens"],
+            expected["prompt_lengths"],
+            prefill_chunk_size=prefill_chunk_size,
+            **arguments,
+        )
+        np.testing.assert_array_equal(result.tokens, expected["greedy"])
