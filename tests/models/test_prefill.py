@@ -1,5 +1,6 @@
 """Prefill in pieces and behind a cache: the numbers of the whole prompt, in place, in memory that a piece takes."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdpp_jax import UnifiedMax, models, target
+from fdpp_jax import UnifiedMax, dot_product_attention, models, target
 from fdpp_jax.models import PRESETS, KVCache, LlamaConfig, step_cache
 from fdpp_jax.models.plans import PREFILL_CHUNK_SIZE, PrefillPlan, plan_prefill
 from fdpp_jax.ops import reference
@@ -259,3 +260,31 @@ def test_a_policy_counts_where_a_kernel_computes_the_prompt(softmax: Any, length
         traced = jax.jit(run).trace(weights, empty(model, 2, 64), softmax)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert set(re.findall(r"(prefill|decode)_attention_unified", text)) == names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softmax", [None, UnifiedMax(0.0), UnifiedMax.bound()])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("llama-3-8b", {}), ("mistral-7b-v0.1", {"sliding_window": 100}), ("gemma-2-2b", {"sliding_window": 100})],
+)
+def test_pieces_on_the_gpu_are_the_whole_prompt(name: str, changes: dict[str, Any], softmax: Any) -> None:
+    """Pieces of 128 tokens, and 20 and 10 tokens behind a cache, against plain XLA on the whole prompts."""
+    config = dataclasses.replace(PRESETS[name], num_hidden_layers=2, layer_types=(), vocab_size=512, **changes)
+    model = models.random_model(config, jnp.bfloat16)
+    tokens, lengths = np.random.default_rng(0).integers(0, 512, (2, 300)), np.array([300, 137])
+
+    def attend(layer: int, *arrays: jax.Array) -> jax.Array:
+        options = config.attention_options(layer)
+        out: jax.Array = dot_product_attention(*arrays, is_causal=True, implementation="xla", **options)
+        return out
+
+    hidden = nnx.jit(lambda model: model.hidden_states(tokens, np.arange(300)[None], attend, "xla"))(model)
+    exact = np.asarray(model.head(hidden[np.arange(2), lengths - 1]))
+    pieces, _ = prefill(model, tokens, lengths, empty(model, 2, 320), softmax=softmax, prefill_chunk_size=128)
+    begun = lengths - np.array([20, 10])
+    rest = np.stack([np.roll(row, -n)[:32] for row, n in zip(tokens, begun, strict=True)])
+    _, cache = prefill(model, tokens, begun, empty(model, 2, 320), softmax=softmax)
+    behind, _ = extend(model, rest, lengths - begun, cache, softmax=softmax)
+    for logits in (pieces, behind):
+        assert np.sqrt(np.square(logits - exact).mean()) < 0.02 * np.std(exact)
