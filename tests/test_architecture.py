@@ -241,11 +241,10 @@ def test_public_names_are_there_and_nothing_else():
 def test_a_misspelt_public_name_is_an_error_to_type_checkers():
     code = "from fdpp_jax import dot_product_attention, generate; import fdpp_jax; fdpp_jax.models.load"
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--config-file=", "-c"]
-    right = subprocess.run([*command, code], capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
-    assert right.returncode == 0, right.stdout
-    wrong = code.replace("attention,", "attenton,")
-    result = subprocess.run([*command, wrong], capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
+    code += "; from fdpp_jax import dot_product_attenton"
+    result = subprocess.run([*command, code], capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
     assert 'has no attribute "dot_product_attenton"' in result.stdout
+    assert "Found 1 error " in result.stdout  # the other names are right
 
 
 def test_rooms_that_are_public_need_no_import_of_their_own():

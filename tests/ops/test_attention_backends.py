@@ -12,7 +12,7 @@ import pytest
 
 from fdpp_jax.ops.running import module_of
 from fdpp_jax.plans import device
-from fdpp_jax.plans.backends import BACKENDS, with_kernels
+from fdpp_jax.plans.backends import BACKENDS, by_name, with_kernels
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
 
 pytestmark = [
@@ -103,15 +103,19 @@ TAKEN = backend_case.taken("attention", SHAPES)
 
 def run(backend, name, phi, arrays=None, *, returns_residual=False, **arguments):
     """The backend's answer, as it plans the case, to the case's arrays or others of their shapes."""
-    case = CASES[name]
-    options = dataclasses.replace(case.options, return_residual=returns_residual)
-    plan = backend.attention.plan(SHAPES[name], backend_case.device_of(backend), "")
-    arrays = case.arrays() if arrays is None else arrays
+    arrays = CASES[name].arrays() if arrays is None else arrays
     arrays = arrays._replace(phi=None if phi is None else jnp.asarray(phi, jnp.float32))
-    call = functools.partial(
-        module_of(plan).attention, options=options, plan=plan, **arguments, **backend_case.options_of(backend)
-    )
-    return jax.jit(call)(arrays)
+    return _jitted(backend.name, name, returns_residual, **arguments)(arrays)
+
+
+@functools.cache
+def _jitted(backend, name, returns_residual, **arguments):
+    """Compiled once for all tests of a case: interpreted, that takes longer than the run."""
+    backend = by_name(backend)
+    options = dataclasses.replace(CASES[name].options, return_residual=returns_residual)
+    plan = backend.attention.plan(SHAPES[name], backend_case.device_of(backend), "")
+    call = functools.partial(module_of(plan).attention, options=options, plan=plan)
+    return jax.jit(functools.partial(call, **arguments, **backend_case.options_of(backend)))
 
 
 def expected_of(name, arrays=None):
@@ -123,8 +127,25 @@ def expected_of(name, arrays=None):
     return oracle.attention_and_log_sum(**arrays, **options)
 
 
-@pytest.mark.parametrize(("backend", "name"), TAKEN)
-@pytest.mark.parametrize("phi", [None, 1.0], ids=["online", "unified"])
+# A kernel that is interpreted takes seconds: of online softmax these on a CPU, all on a GPU and of plain XLA.
+ONLINE = ["GQA", "draft", "sinks", "starts, pages of a draft", "float8 by token, pages", "long queries"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "phi"),
+    [
+        pytest.param(
+            *param.values,
+            phi,
+            id=f"{param.id}, {'online' if phi is None else 'unified'}",
+            marks=param.marks
+            if phi or param.values[1] in ONLINE or not param.values[0].architectures
+            else pytest.mark.gpu,
+        )
+        for param in TAKEN
+        for phi in (None, 1.0)
+    ],
+)
 def test_agrees_with_float64(backend, name, phi):
     out = run(backend, name, phi)
     assert out.dtype == CASES[name].dtype

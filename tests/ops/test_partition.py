@@ -168,8 +168,9 @@ def test_starts_and_residual_are_sharded_as_the_query(hopper, kind):
         assert oracle.relative_error(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("num_kv_heads", [8, 4, 1])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "kind"), [(8, AxisType.Auto), (4, AxisType.Auto), (1, AxisType.Auto), (4, AxisType.Explicit)]
+)
 def test_bias_and_mask_are_sharded_where_they_are_whole(hopper, kind, num_kv_heads):
     """An axis of size 1 is on every device."""
     query, key, value, lengths = attention_arrays(num_kv_heads=num_kv_heads)

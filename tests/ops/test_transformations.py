@@ -279,8 +279,7 @@ def config(**values):
 
 
 MODES = {
-    "rank promotion": lambda: config(jax_numpy_rank_promotion="raise"),
-    "strict promotion": lambda: config(jax_numpy_dtype_promotion="strict"),
+    "no promotion": lambda: config(jax_numpy_rank_promotion="raise", jax_numpy_dtype_promotion="strict"),
     "leaks": jax.checking_leaks,
     "nans": lambda: config(jax_debug_nans=True),
     "transfers": lambda: jax.transfer_guard("disallow"),

@@ -207,14 +207,18 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     check(case, inputs, (repaired[0], NextAttention(repaired[1], keys, values), counters))
 
 
-@pytest.mark.parametrize("vocab_size", [None, 256])
 @pytest.mark.parametrize(
-    "case",
+    ("case", "vocab_size"),
     [
-        pytest.param(SMALL, marks=pytest.mark.gpu),  # on the CPU: tests/models/test_decoder.py
-        SPLIT,
-        pytest.param(planned(3, *LLAMA_2_7B), marks=pytest.mark.gpu),
-        pytest.param(planned(32, *LLAMA_3_8B), marks=pytest.mark.gpu),
+        (SMALL, None),
+        (SPLIT, 256),
+        pytest.param(SMALL, 256, marks=pytest.mark.gpu),  # on the CPU: tests/models/test_decoder.py
+        pytest.param(SPLIT, None, marks=pytest.mark.gpu),
+        *(
+            pytest.param(planned(*sizes), vocab_size, marks=pytest.mark.gpu)
+            for sizes in ((3, *LLAMA_2_7B), (32, *LLAMA_3_8B))
+            for vocab_size in (None, 256)
+        ),
     ],
 )
 def test_behind_the_last_layer_are_logits(case, vocab_size):

@@ -1,5 +1,7 @@
 """gemv against float64, interpreted on the CPU and as it is on a GPU."""
 
+import itertools
+
 import pytest
 from matmul_case import ON_GPU, WEIGHTS, check, check_lowers_for_cuda, check_races, in_both_orders
 
@@ -20,8 +22,14 @@ RAGGED = [  # k, n, (block_n, block_k, stages, split_k)
 
 
 @in_both_orders
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("k", "n", "tiles"), RAGGED)
+@pytest.mark.parametrize(
+    ("k", "n", "tiles", "dtype"),
+    [
+        pytest.param(*ragged, dtype, marks=() if dtype == on_cpu else pytest.mark.gpu)
+        for ragged, on_cpu in zip(RAGGED, itertools.cycle(["bfloat16", "float16"]))
+        for dtype in ("bfloat16", "float16")
+    ],
+)
 def test_gemv_ragged_sizes(k, n, tiles, dtype, w_order):
     check(gemv, 1, k, n, dtype, w_order, GemvConfig(*tiles), out_dtype=dtype)
 
