@@ -6,16 +6,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax import heuristics, ops, unified_max
+from fdpp_jax import ops, unified_max
 from fdpp_jax.models.cache import KVCache, write_piece, write_token
-from fdpp_jax.models.config import AttentionArguments, DecoderConfig
-from fdpp_jax.models.plans import prefill_shape
-from fdpp_jax.plans import device as devices
+from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.unified_max import UnifiedMax
-
-# Keys of a row to which a piece of a prefill attends at once in plain XLA: scores as large as a whole piece has.
-BLOCK_KEYS = 2048
 
 
 class StepCache:
@@ -124,12 +119,7 @@ class PieceCache:
         if self._norms:
             new = unified_max.max_norm(key.astype(keys.dtype), self._new_lengths)
             self._norms[layer] = jnp.maximum(self._norms[layer], new)
-        softmax, (batch, length), capacity = self._softmax, query.shape[:2], keys.shape[1]
-        options = self._config.prefill_options(layer, capacity)
-        if capacity > BLOCK_KEYS:
-            shape = prefill_shape(self._config, layer, batch, length, capacity, query.dtype, softmax is not None)
-            if heuristics.plan_attention(shape, devices.planned()).algorithm == "reference":
-                return self._attend_in_blocks(query, keys, values, options)
+        softmax = self._softmax
         return ops.dot_product_attention(
             query,
             keys,
@@ -139,36 +129,8 @@ class PieceCache:
             key_value_seq_lengths=self._lengths,
             key_max_norm=self._norms[layer] if self._norms else None,
             softmax=None if softmax is None else softmax.for_layer(layer, self._config.num_hidden_layers),
-            **options,
+            **self._config.prefill_options(layer, keys.shape[1]),
         )
-
-    def _attend_in_blocks(
-        self, query: jax.Array, keys: jax.Array, values: jax.Array, options: AttentionArguments
-    ) -> jax.Array:
-        """Attention by plain XLA, which holds all scores: so over a block of the live keys at a time, merged."""
-        last, most = keys.shape[1] - BLOCK_KEYS, self._lengths.max()
-
-        def add_block(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            first, before, log_before = carry
-            slot = jnp.minimum(first, last)  # what the last block has in common with the one before, it leaves out
-            key, value = (jax.lax.dynamic_slice_in_dim(x, slot, BLOCK_KEYS, axis=1) for x in (keys, values))
-            new, log_new = ops.dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=True,
-                query_offset=self.starts - slot,
-                key_value_seq_starts=jnp.full_like(self.starts, first - slot),
-                key_value_seq_lengths=jnp.clip(self._lengths - slot, 0, BLOCK_KEYS),
-                return_residual=True,
-                **options,
-            )
-            out, log_sum = ops.merge_attention_states(before, log_before, new.astype(jnp.float32), log_new)
-            return first + BLOCK_KEYS, out, log_sum
-
-        nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-        _, out, _ = jax.lax.while_loop(lambda carry: carry[0] < most, add_block, (jnp.zeros_like(most), *nothing))
-        return out.astype(query.dtype)
 
     def grown(self) -> KVCache:
         """The cache with the new tokens."""
