@@ -14,6 +14,7 @@ from fdpp_jax.plans.xla import refuse_cudnn
 MIN_QUERY_LENGTH = 17  # the decode kernel takes fewer
 ROWS = 64  # queries per warpgroup: the rows of a wgmma
 CONSUMERS = 2  # warpgroups that compute
+_L2_SHARE = 0.5  # for keys and values that are read by several CTAs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,13 @@ class PrefillAttentionConfig:
       block_kv: Keys per block, a multiple of 64.
       num_stages: Stages of the ring of key and value blocks.
       packs_group: Whether the query heads of a key/value head are rows of one CTA, query by query.
+      heads_together: Heads (of any sequence) whose CTAs start in turns, those with most keys first.
     """
 
     block_kv: int
     num_stages: int
     packs_group: bool = False
+    heads_together: int = 1
 
     @property
     def block_q(self) -> int:
@@ -54,13 +57,16 @@ def num_narrow_stages(head_dim: int) -> int:
 def prefill_attention_config(shape: AttentionShape, device: Device) -> PrefillAttentionConfig:
     """Blocks by rule: as wide as the registers hold, and as many as the shared memory does.
 
-    Heads are packed where a CTA for each would fill no more than half of its rows, and the device has no SM for each.
+    As many heads run together as have keys and values in a share of the L2. Heads are packed where a CTA for each would
+    fill no more than half of its rows, and the device has no SM for each.
     """
     num_ctas = shape.batch * shape.num_query_heads * cdiv(shape.query_length, ROWS * CONSUMERS)
     packs = shape.group_size > 1 and 2 * shape.query_length <= ROWS * CONSUMERS and num_ctas > device.num_sms
-    if shape.head_dim > 128:
-        return PrefillAttentionConfig(64, 2, packs)
-    return PrefillAttentionConfig(128, 4 if shape.head_dim <= 64 else 2, packs)
+    kv_bytes = 2 * shape.capacity * shape.head_dim * shape.kv_itemsize  # per key/value head
+    num_kv_heads = max(1, int(_L2_SHARE * device.l2_bytes) // max(kv_bytes, 1))
+    together = num_kv_heads if packs else num_kv_heads * shape.group_size
+    block_kv, num_stages = (64, 2) if shape.head_dim > 128 else (128, 4 if shape.head_dim <= 64 else 2)
+    return PrefillAttentionConfig(block_kv, num_stages, packs, together)
 
 
 def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefill") -> str | None:

@@ -11,7 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
 from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS
-from fdpp_jax.plans.shapes import cdiv
 
 
 class Block(NamedTuple):
@@ -47,10 +46,8 @@ def bounds(position: Any, start: Any, length: Any, facts: Facts) -> tuple[Any, A
 def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
     """The CTA's."""
     config = facts.config
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    # The last queries first: with a causal mask they have most keys to read.
-    index = cdiv(facts.num_rows, config.block_q) - 1 - lax.axis_index("block")
-    first_row = index * config.block_q
+    batch, head, number = _place(lax.axis_index("cta"), facts)
+    first_row = number * config.block_q
     length = facts.capacity if gmem.lengths is None else jnp.minimum(gmem.lengths[batch], facts.capacity)
     start = 0 if gmem.starts is None else jnp.maximum(gmem.starts[batch], 0)
     offset = 0 if gmem.offset is None else gmem.offset[batch]
@@ -65,6 +62,22 @@ def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
     outer = jnp.clip(lax.div(jnp.maximum(jnp.int32(inner_high), 0), width), inner, end)
     kv_head = lax.div(head, jnp.int32(facts.row_heads_per_kv_head))
     return Block(batch, head, kv_head, first_row, offset, length, start, low, high, begin, inner, outer, end)
+
+
+def _place(index: jax.Array, facts: Facts) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sequence, head and block of rows of a CTA.
+
+    `heads_together` heads come after each other. Of these the last rows are first: with a causal mask they have most
+    keys to read, and what ends last should be short.
+    """
+    num_blocks, num_heads = jnp.int32(facts.num_blocks), facts.batch * facts.row_heads
+    together = min(facts.config.heads_together, num_heads)
+    section = lax.div(index, together * num_blocks)
+    index -= section * (together * num_blocks)
+    num_here = jnp.minimum(together, num_heads - section * together)
+    head = section * together + lax.rem(index, num_here)
+    row_heads = jnp.int32(facts.row_heads)
+    return lax.div(head, row_heads), lax.rem(head, row_heads), num_blocks - 1 - lax.div(index, num_here)
 
 
 def query_of(row: jax.Array, facts: Facts) -> jax.Array:

@@ -35,7 +35,7 @@ from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
 from fdpp_jax.pallas.prefill_attention.rows import consume
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS, PrefillAttentionConfig, num_narrow_stages
-from fdpp_jax.plans.shapes import cdiv, round_up
+from fdpp_jax.plans.shapes import round_up
 
 # Per thread, of the loader and of a consumer; 168 each before. Widening takes registers of the loader.
 _REGISTERS, _REGISTERS_WIDENING = (40, 232), (88, 208)
@@ -72,8 +72,9 @@ def prefill_attention(
     facts = Facts(
         config=config,
         options=options,
+        batch=batch,
         num_rows=query_length * pack,
-        num_heads=num_heads,
+        row_heads=num_heads // pack,
         pack=pack,
         row_heads_per_kv_head=group // pack,
         padded_dim=round_up(head_dim, 64),
@@ -82,10 +83,10 @@ def prefill_attention(
         is_interpreted=interpret is not None,
     )
     operands = _operands(arrays, facts)
-    row_heads, num_blocks = num_heads // pack, cdiv(facts.num_rows, config.block_q)
+    row_heads = facts.row_heads
     results: dict[str, Any] = dict(out=jax.ShapeDtypeStruct(operands["q"].shape, arrays.query.dtype))
     if options.return_residual:
-        results["log_sum"] = jax.ShapeDtypeStruct((batch, row_heads, num_blocks * config.block_q), jnp.float32)
+        results["log_sum"] = jax.ShapeDtypeStruct((batch, row_heads, facts.num_blocks * config.block_q), jnp.float32)
 
     def body(*refs: jax.Ref, **smem: jax.Ref) -> None:
         gmem = GlobalRefs(**dict(zip((*operands, *results), refs, strict=True)))
@@ -95,8 +96,8 @@ def prefill_attention(
         body,
         out_type=list(results.values()),
         scratch_types=_scratch(arrays, facts),
-        grid=(batch, row_heads, num_blocks),
-        grid_names=("batch", "head", "block"),
+        grid=(batch * row_heads * facts.num_blocks,),
+        grid_names=("cta",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -120,7 +121,7 @@ def _operands(arrays: AttentionArrays, facts: Facts) -> dict[str, Any]:
     """The kernel's operands, by the names of their refs in `GlobalRefs`."""
     query, key, value = arrays.query, arrays.key, arrays.value
     batch, query_length, num_heads, head_dim = query.shape
-    pack, row_heads = facts.pack, num_heads // facts.pack
+    pack, row_heads = facts.pack, facts.row_heads
 
     def padded(x: jax.Array) -> jax.Array:  # TMA takes tiles of 8 rows; lengths that are multiples of 8 save this copy
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x

@@ -7,6 +7,7 @@ import jax
 from fdpp_jax.pallas.parts import ring
 from fdpp_jax.plans.calls import AttentionOptions
 from fdpp_jax.plans.hopper_prefill import PrefillAttentionConfig
+from fdpp_jax.plans.shapes import cdiv
 
 
 class GlobalRefs(NamedTuple):
@@ -59,14 +60,20 @@ class Facts(NamedTuple):
 
     config: PrefillAttentionConfig
     options: AttentionOptions
+    batch: int
     num_rows: int  # R
-    num_heads: int
+    row_heads: int  # M
     pack: int
     row_heads_per_kv_head: int
     padded_dim: int
     capacity: int
     recompute: bool
     is_interpreted: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of rows per head."""
+        return cdiv(self.num_rows, self.config.block_q)
 
     @property
     def has_positions(self) -> bool:
