@@ -14,7 +14,8 @@ from fdpp_jax.plans.xla import refuse_cudnn
 MIN_QUERY_LENGTH = 17  # the decode kernel takes fewer
 ROWS = 64  # queries per warpgroup: the rows of a wgmma
 CONSUMERS = 2  # warpgroups that compute
-_L2_SHARE = 0.5  # for keys and values that are read by several CTAs
+_L2_SHARE = 0.5  # for keys and values of the heads whose CTAs run together
+_WAVES = 3  # of their CTAs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,27 @@ def num_narrow_stages(head_dim: int) -> int:
 def prefill_attention_config(shape: AttentionShape, device: Device) -> PrefillAttentionConfig:
     """Blocks by rule: as wide as the registers hold, and as many as the shared memory does.
 
-    As many heads run together as have keys and values in a share of the L2. Heads are packed where a CTA for each would
-    fill no more than half of its rows, and the device has no SM for each.
+    Heads are packed where a CTA for each would fill no more than half of its rows, and the device has no SM for each.
     """
     num_ctas = shape.batch * shape.num_query_heads * cdiv(shape.query_length, ROWS * CONSUMERS)
     packs = shape.group_size > 1 and 2 * shape.query_length <= ROWS * CONSUMERS and num_ctas > device.num_sms
-    kv_bytes = 2 * shape.capacity * shape.head_dim * shape.kv_itemsize  # per key/value head
-    num_kv_heads = max(1, int(_L2_SHARE * device.l2_bytes) // max(kv_bytes, 1))
-    together = num_kv_heads if packs else num_kv_heads * shape.group_size
     block_kv, num_stages = (64, 2) if shape.head_dim > 128 else (128, 4 if shape.head_dim <= 64 else 2)
-    return PrefillAttentionConfig(block_kv, num_stages, packs, together)
+    return PrefillAttentionConfig(block_kv, num_stages, packs, _heads_together(shape, device, packs))
+
+
+def _heads_together(shape: AttentionShape, device: Device, packs: bool) -> int:
+    """As many heads as have keys and values in a share of the L2, and CTAs for some waves.
+
+    One alone where its CTAs take half of the SMs: the last of them is short, whatever the others do.
+    """
+    group, num_rows = (1, shape.live_rows) if packs else (shape.group_size, shape.query_length)
+    num_blocks = cdiv(num_rows, ROWS * CONSUMERS)
+    if 2 * num_blocks > device.num_sms:
+        return 1
+    kv_bytes = 2 * shape.capacity * shape.head_dim * shape.kv_itemsize  # per key/value head
+    in_l2 = int(_L2_SHARE * device.l2_bytes) // max(kv_bytes, 1)
+    in_waves = cdiv(_WAVES * device.num_sms, group * max(num_blocks, 1))
+    return group * max(1, min(in_l2, in_waves))
 
 
 def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefill") -> str | None:

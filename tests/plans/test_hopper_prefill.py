@@ -47,6 +47,19 @@ def test_heads_are_packed_where_ctas_would_be_half_empty_and_wait_for_sms(batch,
     assert plan.reason == f"128 {rows} per CTA: {num_ctas} on 132 SMs"
 
 
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [
+        (dict(query_length=4096, capacity=4096, num_query_heads=32, num_kv_heads=32, head_dim=128), 12),  # 2 MiB a head
+        (dict(query_length=16384, capacity=16384, num_query_heads=32, num_kv_heads=32, head_dim=128), 1),
+        (dict(query_length=1024, capacity=1024, batch=8, num_query_heads=32, num_kv_heads=8, head_dim=128), 52),
+        ({}, 6),  # 8 MiB per key/value head of two
+    ],
+)
+def test_heads_run_together_as_far_as_the_l2_holds_their_keys(shape, heads):
+    assert plan_attention(dataclasses.replace(GEMMA, **shape), H200).config.heads_together == heads
+
+
 def test_cudnn_stays_where_it_is_as_fast():
     plain = dataclasses.replace(GEMMA, logits_soft_cap=None)
     online = dataclasses.replace(plain, is_online=True)
