@@ -112,7 +112,7 @@ def check(case, phi, seed=0):
 
 
 CASES = {
-    "causal": Case(),
+    "causal": Case(config=PrefillAttentionConfig(64, 2, heads_together=2)),
     "whole": Case(is_causal=False, query_length=40, capacity=200, num_kv_heads=2, dtype="float16"),
     "chunk": Case(batch=2, query_length=40, capacity=200, lengths=(150, 77), offset=(110, 37), has_sinks=True),
     "window": Case(query_length=140, capacity=140, local_window_size=(50, 0)),
@@ -142,7 +142,7 @@ CASES = {
         num_kv_heads=2,
         has_sinks=True,
         offset=(70, -10),
-        config=PrefillAttentionConfig(64, 2, packs_group=True),
+        config=PrefillAttentionConfig(64, 2, packs_group=True, heads_together=3),
     ),
     "no keys": Case(batch=2, query_length=17, capacity=64, lengths=(0, 9), offset=(0, -20), has_sinks=True),
 }
@@ -193,7 +193,9 @@ def random_cases(seed):
         page_size=maybe(0.4, int(rng.choice([16, 32, 64, 128, 256]))),
         kv_dtype=kv_dtype,
         scales=scales,
-        config=PrefillAttentionConfig(64 if head_dim > 128 else int(rng.choice([64, 128])), 2, packs_group),
+        config=PrefillAttentionConfig(
+            64 if head_dim > 128 else int(rng.choice([64, 128])), 2, packs_group, int(rng.choice([1, 2, 3, 100]))
+        ),
     )
     has_lengths, has_starts, has_offset = rng.random(3) < (0.5, 0.3, 0.6)
 
