@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from attention_kernels import HEAD_DIM, KERNELS, Case, Run, reference, relative_error
@@ -37,7 +37,7 @@ needs torch with CUDA; FlashInfer is optional (pip install flashinfer-python). F
 are first used, which needs nvcc and takes minutes, unless flashinfer-jit-cache is installed too.
 """
 
-TIMEOUT_HELP = "seconds that a peer may take for one step, compiling included (default: 900)"
+TIMEOUT_HELP = "seconds that a peer may take for one step, compiling included (default: %(default)g)"
 _PROGRAM_BYTES = 2 << 30
 _MAX_CALLS = 64
 _PAST_L2 = 4
@@ -292,35 +292,69 @@ def say(text: str, stream: Any = None) -> None:
     stream.flush()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the script; 2 where nothing can be measured."""
+def table_parser(description: str, examples: str, kernels: Iterable[str], timeout: float) -> argparse.ArgumentParser:
+    """The flags of a script that times kernels on a table of shapes."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="TEXT", default="", help="shapes whose label holds TEXT (B, N/K, S, ...)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="shapes whose label holds TEXT (B, N/K, ...)")
     parser.add_argument(
-        "--peers", metavar="TEXT", default="", help=f"kernels whose name holds TEXT: {'; '.join(KERNELS)}"
+        "--peers", metavar="TEXT", default="", help=f"kernels whose name holds TEXT: {'; '.join(kernels)}"
     )
     parser.add_argument(
         "--json", metavar="FILE", help="write the numbers, with device, versions and date, after each shape"
     )
-    parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help=TIMEOUT_HELP)
-    args = parser.parse_args(argv)
+    parser.add_argument("--timeout", type=float, default=timeout, metavar="S", help=TIMEOUT_HELP)
+    return parser
+
+
+def chosen[C](args: argparse.Namespace, table: Iterable[C], kernels: Iterable[str]) -> tuple[list[C], list[str]]:
+    """The shapes and the names of the kernels to time.
+
+    Raises:
+      FailedError: Nothing can be timed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise FailedError("torch is not installed")
+    cases = [case for case in table if args.only in case.label]  # type: ignore[attr-defined]
+    names = [name for name in kernels if args.peers in name]
+    if not names:
+        raise FailedError(f"no kernel's name holds {args.peers!r}")
+    if not cases:
+        raise FailedError(f"no shape's label holds {args.only!r}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise FailedError("torch finds no CUDA device")
+    return cases, names
+
+
+def keep(record: dict[str, Any], line: str, records: list[dict[str, Any]]) -> None:
+    """Shows a shape's line and what failed, and adds its record to the others."""
+    say(line)
+    for name, reason in record["failures"].items():
+        say(f"  {name}: {reason}")
+    records.append(record)
+
+
+def save(path: str | None, result: dict[str, Any]) -> None:
+    """Writes the numbers, if asked for."""
+    if path is not None:
+        pathlib.Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; 2 where nothing can be measured."""
+    args = table_parser(__doc__ or "", _EXAMPLES, KERNELS, timeout=900.0).parse_args(argv)
 
     def fail(why: str) -> int:
         say(f"attention_peers: error: {why}", sys.stderr)
         return 2
 
-    if importlib.util.find_spec("torch") is None:
-        return fail("torch is not installed")
-    cases = [case for case in TABLE if args.only in case.label]
-    names = [name for name in KERNELS if args.peers in name]
-    if not cases or not names:
-        return fail(f"no shape's label holds {args.only!r}" if names else f"no kernel's name holds {args.peers!r}")
-    import torch
-
-    if not torch.cuda.is_available():
-        return fail("torch finds no CUDA device")
+    try:
+        cases, names = chosen(args, TABLE, KERNELS)
+    except FailedError as why:
+        return fail(str(why))
     result = {**provenance(), "attention_peers": []}
     with contextlib.ExitStack() as processes:
         floor = processes.enter_context(PeerProcess(_Floor, args.timeout))
@@ -332,12 +366,8 @@ def main(argv: list[str] | None = None) -> int:
                 record = measure(case, floor, peers)
             except FailedError as why:
                 return fail(f"the read floor of {case.label}: {why}")
-            say(_line(record))
-            for name, reason in record["failures"].items():
-                say(f"  {name}: {reason}")
-            result["attention_peers"].append(record)
-            if args.json is not None:
-                pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            keep(record, _line(record), result["attention_peers"])
+            save(args.json, result)
     return 0
 
 

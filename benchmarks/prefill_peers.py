@@ -5,19 +5,16 @@ kernels of a shape take turns; times are medians. A kernel that is not installed
 answers wrongly is a reported cell. Absolute times drift between processes: jax.nn's cuDNN is in both tables.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
-import pathlib
 import statistics
 import sys
 import time
 from typing import Any
 
-from attention_peers import TIMEOUT_HELP, provenance, say
+from attention_peers import chosen, keep, provenance, save, say, table_parser
 from peer_process import FailedError, PeerProcess
 from prefill_kernels import KERNELS, Case
 
@@ -85,36 +82,16 @@ def _jax_versions() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; 2 where nothing can be measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", metavar="TEXT", default="", help="shapes whose label holds TEXT (B, N/K, T, ...)")
-    parser.add_argument(
-        "--peers", metavar="TEXT", default="", help=f"kernels whose name holds TEXT: {'; '.join(KERNELS)}"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the numbers, with device, versions and date, after each shape"
-    )
-    parser.add_argument("--timeout", type=float, default=100.0, metavar="S", help=TIMEOUT_HELP.replace("900", "100"))
+    parser = table_parser(__doc__ or "", _EXAMPLES, KERNELS, timeout=100.0)
     parser.add_argument(
         "--budget", type=float, default=270.0, metavar="S", help="begin no shape after so many seconds (default: 270)"
     )
     args = parser.parse_args(argv)
-
-    def fail(why: str) -> int:
+    try:
+        cases, names = chosen(args, TABLE, KERNELS)
+    except FailedError as why:
         say(f"prefill_peers: error: {why}", sys.stderr)
         return 2
-
-    if importlib.util.find_spec("torch") is None:
-        return fail("torch is not installed")
-    cases = [case for case in TABLE if args.only in case.label]
-    names = [name for name in KERNELS if args.peers in name]
-    if not cases or not names:
-        return fail(f"no shape's label holds {args.only!r}" if names else f"no kernel's name holds {args.peers!r}")
-    import torch
-
-    if not torch.cuda.is_available():
-        return fail("torch finds no CUDA device")
     result = provenance()
     result["versions"] |= _jax_versions()
     result["prefill_peers"] = []
@@ -126,12 +103,8 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"{case.label} | left out: the budget of {args.budget:g} s is spent")
                 continue
             record = measure(case, peers)
-            say(_line(record))
-            for name, reason in record["failures"].items():
-                say(f"  {name}: {reason}")
-            result["prefill_peers"].append(record)
-            if args.json is not None:
-                pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            keep(record, _line(record), result["prefill_peers"])
+            save(args.json, result)
     return 0
 
 
