@@ -149,7 +149,7 @@ def plan_prefill(
         if length > chunk_size and not is_behind_cache:
             in_pieces = attention(chunk_size, reads_cache=True)
             whole = attention(length, reads_cache=False)
-            if any(plan.algorithm == "reference" for plan in in_pieces) and any(p.algorithm == "cudnn" for p in whole):
+            if any(plan.backend == "xla" for plan in in_pieces) and any(plan.algorithm == "cudnn" for plan in whole):
                 chunk_size = length
     chunk_size = min(chunk_size, length)
     reads_cache = is_behind_cache or chunk_size < length
