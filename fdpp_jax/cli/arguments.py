@@ -39,14 +39,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def add_model_shapes(parser: argparse.ArgumentParser, default: str) -> None:
-    """--model of a command that needs no weights."""
+def add_model_shapes(parser: argparse._ActionsContainer, default: str | None) -> None:
+    """--model of a command that needs no weights; default None: without it the command is about no model."""
+    default_text = "none" if default is None else f"the preset {default}"
     parser.add_argument(
         "--model",
         type=model,
         metavar="PRESET-OR-DIR",
         help='preset such as llama-2-7b, "tiny", or a directory with a config.json, which goes before a preset of its '
-        f"name (default: the preset {default})",
+        f"name (default: {default_text})",
     )
 
 

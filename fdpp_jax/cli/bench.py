@@ -1,6 +1,7 @@
 """`fdpp-jax bench decode | attention | prefill | matmul`: from flags to one bench."""
 
 import argparse
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fdpp_jax.bench.attention import AttentionCase, Lengths
     from fdpp_jax.bench.prefill import PrefillCase
     from fdpp_jax.bench.report import BenchReport
+    from fdpp_jax.models import DecoderConfig
     from fdpp_jax.plans.device import Device
 
 _DECODE_EXAMPLES = """\
@@ -39,6 +41,8 @@ _PREFILL_EXAMPLES = """\
   fdpp-jax bench prefill --quick --only "H 256"      of it the shapes that hold this text, the unified max only
   fdpp-jax bench prefill --query-length 512 --capacity 32768 --num-kv-heads 8       one shape, a line a kernel
   fdpp-jax bench prefill --query-length 8192 --window 4096 --soft-cap 50 --json record.json
+  fdpp-jax bench prefill --model gemma-2-9b --query-length 8192      milliseconds of a whole prefill, random weights
+  fdpp-jax bench prefill --model tiny                the bundled tiny model: sensible on a CPU too
 """
 _MATMUL_EXAMPLES = "  fdpp-jax bench matmul --m 8 --k 4096 --n 12288\n"
 # One shape of attention, where any of its flags is given.
@@ -49,6 +53,8 @@ _PREFILL_FLAGS = (
     *_DEFAULT_PREFILL,
     *("capacity", "head_dim", "dtype", "is_causal", "window", "soft_cap", "lengths", "page_size", "kv_dtype"),
 )
+# Those that a model leaves open.
+_MODEL_PREFILL_FLAGS = ("batch", "query_length")
 
 
 def add(commands: Commands) -> None:
@@ -67,7 +73,7 @@ def add(commands: Commands) -> None:
     attention = add_command(kinds, "attention", _run_attention, summary, _ATTENTION_EXAMPLES)
     _add_attention_flags(attention)
 
-    summary = "microseconds of prefill attention, of one shape or a table of them, beside cuDNN's and the peak"
+    summary = "microseconds of prefill attention, of one shape or a table, or milliseconds of a model's prefill"
     prefill = add_command(kinds, "prefill", _run_prefill, summary, _PREFILL_EXAMPLES)
     _add_prefill_flags(prefill)
 
@@ -123,6 +129,13 @@ def _add_prefill_flags(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--lengths", type=int, metavar="N", help="N live keys per sequence, given as an array (default: all, not given)"
     )
+    model = parser.add_argument_group(
+        "a whole prefill of a model (with --batch and --query-length, by default the model's positions, at most 8192)"
+    )
+    add_model_shapes(model, default=None)
+    model.add_argument(
+        "--prefill-chunk-size", type=int, metavar="T", help="tokens of a row that run at once (default: as planned)"
+    )
 
 
 def _add_shape_flags(parser: argparse.ArgumentParser, *, capacity: str) -> argparse._ArgumentGroup:
@@ -164,18 +177,26 @@ def _run_decode(args: argparse.Namespace) -> None:
     from fdpp_jax.plans import device
 
     running = device.current()
-    model = args.model or BUNDLED
-    config = model_config(model)
-    if not running.is_gpu and model != BUNDLED:
-        raise ValueError(
-            f"bench decode --model {model} needs a GPU, this is {running.kind}; the bundled model, without --model, "
-            "does not"
-        )
+    config = _model_shapes(args.model or BUNDLED, "decode", "without --model", running)
     from fdpp_jax.bench.decode import bench_decode
 
     keep_compiled()
     _warn_off_gpu(running)
     _print_report(bench_decode(config, batch=args.batch, context=args.context, steps=args.steps), args.json)
+
+
+def _model_shapes(model: str | pathlib.Path, bench: str, bundled: str, running: "Device") -> "DecoderConfig":
+    """The shapes of the model to time; `bundled` says how the bundled one is asked for.
+
+    Raises:
+      ValueError: There is no such model, or it is too large for what JAX runs on.
+    """
+    config = model_config(model)
+    if not running.is_gpu and model != BUNDLED:
+        raise ValueError(
+            f"bench {bench} --model {model} needs a GPU, this is {running.kind}; the bundled model, {bundled}, does not"
+        )
+    return config
 
 
 def _run_attention(args: argparse.Namespace) -> None:
@@ -203,6 +224,11 @@ def _run_prefill(args: argparse.Namespace) -> None:
     from fdpp_jax.plans import device
 
     running = device.current()
+    if args.model is not None:
+        _run_model_prefill(args, running)
+        return
+    if args.prefill_chunk_size is not None:
+        raise ValueError("--prefill-chunk-size belongs to --model")
     given = _given_shape(args, _PREFILL_FLAGS, "prefill", running)
     from fdpp_jax.bench import prefill
 
@@ -214,6 +240,29 @@ def _run_prefill(args: argparse.Namespace) -> None:
         cases = _cases_with(args.only, prefill.TABLE)
         report = prefill.bench_prefill_table(cases, quick=args.quick, record_path=args.json)
     _print_report(report, args.json)
+
+
+def _run_model_prefill(args: argparse.Namespace, running: "Device") -> None:
+    """Without `keep_compiled`: the report has the seconds of compilation."""
+    others = [name for name in (*_PREFILL_FLAGS, "only") if name not in _MODEL_PREFILL_FLAGS]
+    if refused := [_flag(name) for name in others if getattr(args, name) is not None]:
+        raise ValueError(f"--model, a whole prefill, takes its shapes from the model; got {', '.join(refused)}")
+    config = _model_shapes(args.model, "prefill", "--model tiny", running)
+    from fdpp_jax.bench import prefill_model
+
+    _warn_off_gpu(running)
+    report = prefill_model.bench_model_prefill(
+        config,
+        batch=1 if args.batch is None else args.batch,
+        query_length=args.query_length,
+        prefill_chunk_size=args.prefill_chunk_size,
+        quick=args.quick,
+    )
+    _print_report(report, args.json)
+
+
+def _flag(name: str) -> str:
+    return "--not-causal" if name == "is_causal" else "--" + name.replace("_", "-")
 
 
 def _given_shape(args: argparse.Namespace, flags: Sequence[str], bench: str, running: "Device") -> dict[str, Any]:

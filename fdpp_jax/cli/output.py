@@ -48,7 +48,7 @@ def print_table(
 
 
 def print_plans(plans: "Sequence[NamedPlan]", title: str, *, file: TextIO | None = None) -> None:
-    """Prints a line per kernel of a step, as `models.model_plans` lists them; to stdout, unless a file is given."""
+    """Prints a line per kernel, as `models.model_plans` lists those of a step; to stdout, unless a file is given."""
     print_table(
         title,
         ("kernel", "shape", "runs", "config", "why"),
@@ -91,7 +91,8 @@ def _shape_text(shape: "Shape") -> str:
     heads = f"{shape.num_query_heads}/{shape.num_kv_heads}"
     if isinstance(shape, LayerShape):
         return f"B {shape.batch}, D {shape.hidden_size}, F {shape.intermediate_size}, N/K {heads}, H {shape.head_dim}"
-    return f"B {shape.batch}, N/K {heads}, S {shape.capacity}, H {shape.head_dim}"
+    queries = f"T {shape.query_length}, " if shape.query_length > 1 else ""
+    return f"B {shape.batch}, N/K {heads}, {queries}S {shape.capacity}, H {shape.head_dim}"
 
 
 def _runs_text(plan: "Plan") -> str:

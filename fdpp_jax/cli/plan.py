@@ -1,6 +1,7 @@
-"""`fdpp-jax plan`: which kernels a decode step would run on a device, and why."""
+"""`fdpp-jax plan`: which kernels a decode step and a prefill would run on a device, and why."""
 
 import argparse
+from typing import Any
 
 from fdpp_jax.cli.arguments import Commands, add_batch, add_command, add_dtype, add_model_shapes
 from fdpp_jax.cli.checkpoints import model_config
@@ -16,11 +17,13 @@ _DEFAULT_MODEL = "llama-2-7b"
 
 def add(commands: Commands) -> None:
     """Adds the command's parser."""
-    summary = "show which kernels a decode step would run on a device, and why; needs no GPU and no checkpoint"
+    summary = "show which kernels a decode step and a prefill would run, and why; needs no GPU and no checkpoint"
     parser = add_command(commands, "plan", run, summary, _EXAMPLES)
     add_model_shapes(parser, default=_DEFAULT_MODEL)
     add_batch(parser)
-    parser.add_argument("--context", type=int, default=4096, help="slots of the KV cache (default: 4096)")
+    parser.add_argument(
+        "--context", type=int, default=4096, help="slots of the KV cache, and tokens of the prefill (default: 4096)"
+    )
     parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")
     add_dtype(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -34,10 +37,14 @@ def run(args: argparse.Namespace) -> None:
     from fdpp_jax.plans import device
 
     target = device.by_name(args.device) if args.device is not None else device.current()
-    plans = models.model_plans(config, batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
+    sizes: dict[str, Any] = dict(batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
+    plans = [*models.model_plans(config, **sizes), *models.prefill_plans(config, length=args.context, **sizes)]
     if args.json:
         settings = {"model": str(model), "device": target.kind, "batch": args.batch, "context": args.context}
         print_json({**settings, "dtype": args.dtype, "kernels": plan_records(plans)})
         return
-    title = f"One decode step of {model} on {target.kind}: batch {args.batch}, context {args.context}, {args.dtype}"
+    title = (
+        f"{model} on {target.kind}: one decode step, and a prefill of {args.context} tokens in pieces of T; "
+        f"batch {args.batch}, context {args.context}, {args.dtype}"
+    )
     print_plans(plans, title)

@@ -7,7 +7,7 @@ from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.families import FAMILIES, PRESETS, causal_lm, config_from_hf
 from fdpp_jax.models.llama import LlamaForCausalLM
 from fdpp_jax.models.loading import bundled_path, load, random_model, resolve
-from fdpp_jax.models.plans import model_plans
+from fdpp_jax.models.plans import model_plans, prefill_plans
 from fdpp_jax.models.rotary import RopeScaling
 from fdpp_jax.models.text_stream import TextStream
 from fdpp_jax.models.tokenizer import Tokenizer, load_tokenizer
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "model_plans",
+    "prefill_plans",
     "random_model",
     "resolve",
     "sampling_defaults",

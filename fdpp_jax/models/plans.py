@@ -160,6 +160,48 @@ def plan_prefill(
     return PrefillPlan(chunk_size, reads_cache, takes_unified_max)
 
 
+def prefill_plans(
+    config: DecoderConfig,
+    *,
+    batch: int,
+    length: int,
+    capacity: int,
+    device: Device | str,
+    dtype: jax.typing.DTypeLike = "bfloat16",
+    has_unified_max: bool = True,
+    chunk_size: int | None = None,
+) -> list[tuple[str, AttentionShape, AttentionPlan]]:
+    """The plan of every kind of attention in a prefill of a new cache; the arguments are those of `plan_prefill`.
+
+    Returns:
+      (name, shape, plan) of a piece's attention: the shape's queries are the piece's tokens. Where layers differ, each
+      kind is there once, under a name that tells its window.
+
+    Raises:
+      ValueError: chunk_size is not positive, or the device is unknown.
+    """
+    plan = plan_prefill(
+        config,
+        batch=batch,
+        length=length,
+        capacity=capacity,
+        has_unified_max=has_unified_max,
+        is_behind_cache=False,
+        chunk_size=chunk_size,
+        device=device,
+        dtype=dtype,
+    )
+    slots, is_unified = capacity if plan.reads_cache else None, plan.takes_unified_max
+    layers = range(config.num_hidden_layers)
+    shapes = dict.fromkeys(
+        prefill_shape(config, layer, batch, plan.chunk_size, slots, dtype, is_unified) for layer in layers
+    )
+    return [
+        (_name(shape, list(shapes), "prefill attention"), shape, heuristics.plan_attention(shape, device))
+        for shape in shapes
+    ]
+
+
 def prefill_shape(
     config: DecoderConfig,
     layer: int,
@@ -189,7 +231,7 @@ def prefill_shape(
     )
 
 
-def _name(shape: AttentionShape, all_shapes: list[AttentionShape]) -> str:
+def _name(shape: AttentionShape, all_shapes: list[AttentionShape], what: str = "attention") -> str:
     if len(all_shapes) == 1 or shape.local_window_size is None:
-        return "attention"
-    return f"attention (window {shape.local_window_size[0] + 1})"
+        return what
+    return f"{what} (window {shape.local_window_size[0] + 1})"

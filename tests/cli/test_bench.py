@@ -7,7 +7,9 @@ from cli_case import run
 
 from fdpp_jax.bench import attention as bench_attention
 from fdpp_jax.bench import prefill as bench_prefill
+from fdpp_jax.bench import prefill_model as bench_prefill_model
 from fdpp_jax.bench.report import BenchReport
+from fdpp_jax.models import PRESETS
 from fdpp_jax.plans import device
 
 
@@ -22,6 +24,7 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
     ("flags", "message"),
     [
         ("decode --model nosuch", "unknown model 'nosuch'"),
+        ("prefill --model tiny --batch 0", "expected a batch and a query_length of at least 1, got batch=0"),
         ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
     ],
 )
@@ -93,6 +96,16 @@ def test_bench_attention_of_the_table(capsys, monkeypatch):
         (["--not-causal", "--only", "window"], "--only picks shapes of the table"),
         (["--lengths", "5000"], "lengths must lie in query_length=4096..capacity=4096, got 5000"),
         (["--window", "0"], "window must be a positive number of keys, got 0"),
+        (["--prefill-chunk-size", "64"], "--prefill-chunk-size belongs to --model"),
+        (
+            ["--model", "tiny", "--batch", "2", "--head-dim", "64", "--not-causal", "--only", "x"],
+            "--model, a whole prefill, takes its shapes from the model; got --head-dim, --not-causal, --only",
+        ),
+        (
+            ["--model", "llama-2-7b"],
+            "bench prefill --model llama-2-7b needs a GPU, this is cpu; the bundled model, --model tiny, does not",
+        ),
+        (["--model", "nosuch"], "unknown model 'nosuch'"),
     ],
 )
 def test_bench_prefill_refuses(capsys, monkeypatch, argv, message):
@@ -132,3 +145,25 @@ def test_bench_prefill_of_one_shape_and_of_the_table(capsys, monkeypatch):
     )
     assert called[0] == (one, True)
     assert called[1][0] == [case for case in bench_prefill.TABLE if case.shape.local_window_size]
+
+
+def test_bench_prefill_of_a_model(capsys, monkeypatch, tmp_path):
+    called = []
+
+    def bench(config, **options):
+        called.append((config, options))
+        return BenchReport("title", ("prefill",), (("ours",),), {"prefill": 1})
+
+    monkeypatch.setattr(bench_prefill_model, "bench_model_prefill", bench)
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+    path = tmp_path / "record.json"
+    flags = "--model gemma-2-9b --batch 2 --query-length 4096 --prefill-chunk-size 512 --quick"
+    code, out, _ = run(capsys, "bench", "prefill", *flags.split(), "--json", str(path))
+    assert code == 0
+    assert "ours" in out
+    assert json.loads(path.read_text()) == {"prefill": 1}
+    assert run(capsys, "bench", "prefill", "--model", "tiny")[0] == 0
+    given = dict(batch=2, query_length=4096, prefill_chunk_size=512, quick=True)
+    assert called[0] == (PRESETS["gemma-2-9b"], given)
+    assert called[1][0].max_position_embeddings == 512
+    assert called[1][1] == dict(batch=1, query_length=None, prefill_chunk_size=None, quick=False)

@@ -25,6 +25,22 @@ def test_plan_on_hopper_takes_the_kernels(capsys):
     assert re.search(r"block_kv \d+, num_splits \d+", " ".join(out.split()))
 
 
+def test_plan_of_a_prefill(capsys):
+    code, out, _ = run(capsys, "plan", "--model", "gemma-2-9b", "--context", "8192", "--device", "H200")
+    assert code == 0
+    lines = " ".join(out.replace("\u2502", " ").split())
+    assert "one decode step, and a prefill of 8192 tokens" in lines
+    assert "T 2048, S 8192" in lines
+    code, out, _ = run(capsys, "plan", "--model", "gemma-2-9b", "--context", "8192", "--device", "H200", "--json")
+    assert code == 0
+    windowed, full = json.loads(out)["kernels"][-2:]
+    assert [windowed["kernel"], full["kernel"]] == ["prefill attention (window 4096)", "prefill attention"]
+    for record in (windowed, full):
+        assert (record["backend"], record["algorithm"]) == ("mosaic_gpu", "prefill")
+        assert (record["shape"]["query_length"], record["shape"]["capacity"]) == (2048, 8192)
+        assert record["reason"]
+
+
 def test_plan_of_a_directory(capsys, tmp_path):
     (tmp_path / "config.json").write_text(
         '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 64, '

@@ -15,7 +15,7 @@ from flax import nnx
 
 from fdpp_jax import UnifiedMax, dot_product_attention, models, target
 from fdpp_jax.models import PRESETS, KVCache, LlamaConfig
-from fdpp_jax.models.plans import PREFILL_CHUNK_SIZE, PrefillPlan, plan_prefill
+from fdpp_jax.models.plans import PREFILL_CHUNK_SIZE, PrefillPlan, plan_prefill, prefill_plans
 from fdpp_jax.ops import blockwise, reference
 from fdpp_jax.pallas import run as pallas_run
 from fdpp_jax.plans import xla
@@ -201,6 +201,29 @@ def test_how_a_prefill_runs(device: str, length: int, options: dict[str, Any], e
     arguments |= dict(chunk_size=None, device=device) | options
     assert plan_prefill(PRESETS["llama-3-8b"], length=length, **arguments) == expected
     assert PREFILL_CHUNK_SIZE == 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "length", "expected"),
+    [
+        ("llama-3-8b", "H200", 2048, [("prefill attention", 2048, 2048, "prefill")]),
+        ("llama-3-8b", "H200", 8192, [("prefill attention", 2048, 8256, "prefill")]),
+        ("llama-3-8b", "A100", 8192, [("prefill attention", 8192, 8192, "cudnn")]),
+        (
+            "gemma-2-9b",
+            "H200",
+            8192,
+            [
+                ("prefill attention (window 4096)", 2048, 8256, "prefill"),
+                ("prefill attention", 2048, 8256, "prefill"),
+            ],
+        ),
+    ],
+)
+def test_plans_of_a_prefill_are_those_of_a_piece(name: str, device: str, length: int, expected: Any) -> None:
+    plans = prefill_plans(PRESETS[name], batch=1, length=length, capacity=8256, device=device)
+    assert [(name, shape.query_length, shape.capacity, plan.algorithm) for name, shape, plan in plans] == expected
+    assert all(shape.is_online == (plan.algorithm == "cudnn") for _, shape, plan in plans)
 
 
 @pytest.fixture
