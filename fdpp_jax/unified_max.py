@@ -145,6 +145,6 @@ def max_norm(
         live = jnp.arange(norm.shape[1])[None] < lengths[:, None]  # [B, S]
         norm = jnp.where(live[:, :, None], norm, 0.0)
     if starts is not None:
-        live = jnp.arange(norm.shape[1]) >= starts[:, None]  # [B, S]
+        live = jnp.arange(norm.shape[1])[None] >= starts[:, None]  # [B, S]
         norm = jnp.where(live[:, :, None], norm, 0.0)
     return norm.max(axis=1, initial=0.0)

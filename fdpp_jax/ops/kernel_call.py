@@ -101,7 +101,7 @@ class AttentionFunction:
         is_small = self.is_online and not (_is_known(shape) and shape.query_length > MAX_SPLIT_QUERIES)
         if plan.backend == "xla" and (plan.algorithm == "cudnn" or is_small):
             return call(*operands)  # as XLA maps it
-        call_with_rule = jax.custom_batching.custom_vmap(call)
+        call_with_rule, num_results = jax.custom_batching.custom_vmap(call), len(self.types(*operands))
 
         @call_with_rule.def_vmap
         def folded(axis_size: int, is_mapped: list[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
@@ -111,6 +111,11 @@ class AttentionFunction:
                 function = dataclasses.replace(self, names=tuple(given), implementation=implementation)
                 return function(device, *given.values())
 
+            if jax.export.is_symbolic_dim(axis_size):
+                if self.implementation not in (None, "xla"):
+                    raise NotImplementedError(f"implementation={self.implementation!r} takes no symbolic sizes")
+                plain = functools.partial(self, None)
+                return jax.vmap(plain, [0 if mapped else None for mapped in is_mapped])(*operands), [True] * num_results
             many = dataclasses.replace(shape, batch=axis_size * shape.batch)
             if plan.backend == "xla" and self.is_online and not has_large_scores(many):
                 outs = jax.vmap(call, [0 if mapped else None for mapped in is_mapped])(*operands)  # as XLA maps it
@@ -142,7 +147,7 @@ class AttentionFunction:
             return plan_without_cudnn(shape, why)
         if self.implementation in (None, "xla"):
             return AttentionPlan("xla", "reference", None, "float32 reference: no kernel takes symbolic sizes")
-        raise NotImplementedError(f"implementation={self.implementation!r} cannot run this call: symbolic sizes")
+        raise NotImplementedError(f"implementation={self.implementation!r} takes no symbolic sizes")
 
     def _run(self, arrays: AttentionArrays, key_max_norm: jax.Array | None, plan: AttentionPlan) -> Any:
         shape = self.shape(arrays)
@@ -153,7 +158,12 @@ class AttentionFunction:
             recompute = recompute_of(plan, self.recompute)
             arrays = self._with_phi(arrays, shape, plan, key_max_norm)
             return _with_recompute(self.options, plan, recompute, arrays)
-        if plan.algorithm == "cudnn" or self.is_online or shape.query_length > MAX_SPLIT_QUERIES:
+        if (
+            plan.algorithm == "cudnn"
+            or self.is_online
+            or not _is_known(shape)
+            or shape.query_length > MAX_SPLIT_QUERIES
+        ):
             if plan.algorithm == "cudnn" and self.saves:  # so that XLA finds the gradient's forward pass done
                 return _cudnn_vjp(online, self.options, plan)[0]
             return module_of(plan).attention(online, self.options, plan)

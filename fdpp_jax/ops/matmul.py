@@ -113,7 +113,10 @@ class MatmulFunction:
 
         @jax.custom_batching.custom_vmap
         def call(x: jax.Array, w: jax.Array) -> list[jax.Array]:
-            plan = heuristics.plan_matmul(self._shape(x, w), device, self.implementation)
+            shape = self._shape(x, w)
+            if not _is_known(shape):  # behind vmap over a symbolic axis
+                return [self._reference(x, w)]
+            plan = heuristics.plan_matmul(shape, device, self.implementation)
             return [module_of(plan).matmul(x, w, plan, out_dtype=self.out_dtype, w_order=self.w_order)]
 
         @call.def_vmap

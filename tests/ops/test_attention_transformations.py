@@ -110,7 +110,7 @@ MAPPED_ON_HOPPER = {  # what is mapped, features, the kernel's query [B, T, N]; 
     "draft, everything": (EVERYTHING | {"query_offset"}, DRAFT, (12, 4, 8), None),
     "draft, live queries": ({"query_seq_lengths"}, DRAFT, (4, 4, 24), None),
     "prompt, queries": ({"query"}, PROMPT, (4, 20, 24), None),
-    "prompt, everything": (EVERYTHING | {"query_offset"}, PROMPT, (12, 20, 8), 2),
+    "prompt, everything": (EVERYTHING | {"query_offset"}, PROMPT, (12, 20, 8), 1),
     "sinks": ({"sinks"}, {}, (4, 1, 24), None),
     "rows of phi": ({"phi"}, dict(phi=np.linspace(-90.0, 1.0, NUM_HEADS)), (4, 1, 24), None),
     "phi of each row": ({"phi"}, dict(phi=np.linspace(-90.0, 1.0, 4 * NUM_HEADS).reshape(4, -1)), (4, 1, 24), None),

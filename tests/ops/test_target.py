@@ -106,6 +106,44 @@ def test_symbolic_batches_are_xla_s(name):
     assert matmul.call(bf16(0, 5, 256), bf16(1, 256, 128)).shape == (5, 128)
 
 
+@pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0), UnifiedMax.bound()], ids=["online", "unified", "bound"])
+@pytest.mark.parametrize("mapped", [None, (0, 0, 0), (0, None, None)], ids=["T and S", "vmap", "beams"])
+def test_any_symbolic_size_is_xla_s(softmax, mapped):
+    size, capacity = jax.export.symbolic_shape("n, s")
+    query, key, value, _ = attention_arrays()
+    if mapped is None:
+        shapes = [(*query.shape[:1], size, *query.shape[2:]), *2 * [(*key.shape[:1], capacity, *key.shape[2:])]]
+    else:
+        shapes = [
+            x.shape if axis is None else (size, *x.shape) for x, axis in zip((query, key, value), mapped, strict=True)
+        ]
+    shapes = [jax.ShapeDtypeStruct(shape, query.dtype) for shape in shapes]
+
+    def call(*arrays):
+        run = lambda *arrays: fdpp_jax.dot_product_attention(*arrays, softmax=softmax)  # noqa: E731
+        return (run if mapped is None else jax.vmap(run, mapped))(*arrays)
+
+    with fdpp_jax.target("H200"):
+        exported = jax.export.export(jax.jit(call), platforms=("cpu", "cuda"))(*shapes)
+    axes = mapped or (None, None, None)
+    arrays = zip((query, key, value), axes, strict=True)
+    given = [x if axis is None else jnp.stack([x, 2 * x]) for x, axis in arrays]
+    assert "mosaic_gpu" not in exported.mlir_module()
+    assert oracle.relative_error(exported.call(*given), jax.jit(call)(*given)) < oracle.TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("w_is_mapped", [False, True])
+def test_a_matmul_mapped_over_a_symbolic_axis_is_xla_s(w_is_mapped):
+    (size,) = jax.export.symbolic_shape("n")
+    x, w = bf16(0, 3, 256), bf16(1, 3, 256, 128) if w_is_mapped else bf16(1, 256, 128)
+    call = jax.jit(jax.vmap(fdpp_jax.flat_matmul, (0, 0 if w_is_mapped else None)))
+    shapes = [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)]
+    shapes.append(jax.ShapeDtypeStruct((size, *w.shape[1:]) if w_is_mapped else w.shape, w.dtype))
+    with fdpp_jax.target("H200"):
+        exported = jax.export.export(call, platforms=("cpu", "cuda"))(*shapes)
+    assert oracle.relative_error(exported.call(x, w), call(x, w)) < oracle.TOLERANCE["bfloat16"]
+
+
 @pytest.mark.parametrize("batch", [4, "batch"])
 @pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0), UnifiedMax.bound()], ids=["online", "unified", "bound"])
 def test_exports_have_starts_bias_and_both_results(batch, softmax):

@@ -304,6 +304,7 @@ def test_strict_modes(calls, mode):
         outs += [attend(*arrays, softmax, sinks=sinks, key_max_norm=norms) for softmax in (UnifiedMax.bound("cond"),)]
         outs += [attend(*arrays, None, local_window_size=4, logits_soft_cap=2.0, query_offset=lengths)]
         outs += [attend(*arrays, bias=bias, mask=mask, key_value_seq_starts=starts)]
+        outs += [attend(*arrays, UnifiedMax.bound(), key_value_seq_starts=starts)]
         outs += fdpp_jax.dot_product_attention(*arrays[:3], key_value_seq_starts=starts, return_residual=True)
         outs += [fdpp_jax.flat_matmul(x, w)]
         if mode != "transfers":
