@@ -367,6 +367,72 @@ def test_shards_within_shard_map(hopper, axis_names):
     assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
 
 
+_RESTS = {
+    "keys": (("a",), ("a", "b"), ("a", "b")),
+    "head dim": (("a", None, None, "b"), ("a", None, None, "b"), ("a", None, None, "b")),
+    "queries": (("a", "b"), ("a",), ("a",)),
+    "heads of the cache": (("a", None, None, "b"), ("a", None, "b"), ("a", None, "b")),
+    "sequences of the cache": (("a",), (("a", "b"),), (("a", "b"),)),
+}
+
+
+@pytest.mark.parametrize("specs", _RESTS.values(), ids=_RESTS)
+@pytest.mark.parametrize("manual", ["a", "b"])
+def test_attention_beside_manual_axes_is_right_however_its_arrays_lie(hopper, specs, manual):
+    """Axes that must be whole are sharded over the mesh axis that is not manual."""
+    over = mesh(sizes=(2, 2))
+    arrays = bf16(0, 4, 2, 8, 64), bf16(1, 4, 32, 4, 64), bf16(2, 4, 32, 4, 64)
+    names = {"a": manual, "b": "b" if manual == "a" else "a", ("a", "b"): ("a", "b") if manual == "a" else ("b", "a")}
+    sharded = [put(over, x, *(names.get(s) for s in spec)) for x, spec in zip(arrays, specs, strict=True)]
+    is_causal = specs == _RESTS["queries"]
+    attend = functools.partial(fdpp_jax.dot_product_attention, is_causal=is_causal, softmax=UnifiedMax())
+    call = jax.shard_map(attend, mesh=over, in_specs=P(manual), out_specs=P(manual), axis_names={manual})
+    expected = jax.nn.dot_product_attention(*arrays, is_causal=is_causal)
+    assert oracle.relative_error(jax.jit(call)(*sharded), expected) < TOLERANCE
+    assert hopper
+
+
+@pytest.mark.parametrize("page_spec", [("b",), (None, "b"), (None, None, "b")], ids=["pool", "page", "heads"])
+def test_pages_beside_manual_axes(hopper, page_spec):
+    over = mesh(sizes=(2, 2))
+    query, key, value, lengths = attention_arrays()
+    pages, table = [x.reshape(8, 16, 4, 64) for x in (key, value)], jnp.arange(8).reshape(4, 2)
+
+    def call(query, key, value, lengths, table):
+        return attend(query, key, value, lengths, page_table=table)
+
+    specs = P("a"), P(), P(), P("a"), P("a")
+    sharded = [put(over, x, "a") for x in (query, lengths, table)]
+    sharded[1:1] = [put(over, x, *page_spec) for x in pages]
+    call = jax.shard_map(call, mesh=over, in_specs=specs, out_specs=P("a"), axis_names={"a"})
+    out = jax.jit(call)(*sharded)
+    assert hopper
+    assert oracle.relative_error(out, expected_of(query, key, value, lengths)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("x_spec", "w_spec"), [(("a", "b"), ("b",)), (("a",), ("b",)), (("a", "b"), (None, "b"))])
+def test_matmul_beside_manual_axes(hopper, x_spec, w_spec):
+    over = mesh()
+    x, w = bf16(0, 4, 256), bf16(1, 256, 128)
+    call = jax.shard_map(fdpp_jax.flat_matmul, mesh=over, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"})
+    out = jax.jit(call)(put(over, x, *x_spec), put(over, w, *w_spec))
+    assert hopper
+    assert oracle.relative_error(out, jnp.dot(x, w)) < 2 * TOLERANCE
+
+
+def test_two_axes_beside_a_manual_one(hopper):
+    """Of one size, so that the compiler's shardings do not tell which is which."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, got {jax.device_count()}")
+    over = jax.make_mesh((2, 2, 2), ("x", "a", "y"), axis_types=(AxisType.Auto,) * 3)
+    arrays = attention_arrays()
+    specs = (("a", "y"), None, "x"), ("a", "x", "y"), ("a", None, "x", "y"), ("a",)
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, specs, strict=True)]
+    call = jax.shard_map(attend, mesh=over, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
+    assert oracle.relative_error(jax.jit(call)(*sharded), expected_of(*arrays)) < TOLERANCE
+    assert hopper
+
+
 def test_results_vary_as_the_operands_do(hopper):
     """Loop carries, branches and gradients; and a result that varies is not taken for one that does not."""
     over = mesh()
