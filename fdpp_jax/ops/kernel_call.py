@@ -261,6 +261,10 @@ def attention(
     Returns:
       [B, T, N, H], and with a residual the rows' log-sum-exp [B, T, N].
     """
+    mesh = jax.typeof(arrays.query).sharding.mesh
+    if arrays.phi is not None and not arrays.phi.ndim and mesh.manual_axes and mesh.explicit_axes:
+        # Of this mesh JAX's shard_map saves no scalar for a gradient.
+        arrays = arrays._replace(phi=jnp.broadcast_to(arrays.phi, (arrays.query.shape[0], arrays.query.shape[2])))
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     if key_max_norm is not None and softmax is not None and softmax.is_bound:
         given["key_max_norm"] = key_max_norm

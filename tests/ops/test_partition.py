@@ -433,6 +433,43 @@ def test_two_axes_beside_a_manual_one(hopper):
     assert hopper
 
 
+@pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0)], ids=["online", "unified"])
+@pytest.mark.parametrize("manual", ["a", "b"])
+def test_attention_where_explicit_axes_are_beside_manual_ones(hopper, manual, softmax):
+    other = "b" if manual == "a" else "a"
+    over = mesh(AxisType.Explicit, sizes=(2, 2))
+    arrays = attention_arrays()
+    plain = functools.partial(attend, softmax=softmax, implementation="xla")
+
+    def loss(call):
+        return lambda query, *rest: (call(query, *rest).astype(jnp.float32) ** 2).sum()
+
+    expected = jax.jit(jax.grad(loss(plain), argnums=(0, 1, 2)))(*arrays)
+    with jax.set_mesh(over):
+        sharded = [put(over, x, manual, *([None, other] if x.ndim > 1 else [])) for x in arrays]
+        for op in (functools.partial(attend, softmax=softmax), jax.vmap(functools.partial(attend, softmax=softmax))):
+            call = jax.jit(jax.shard_map(op, in_specs=P(manual), out_specs=P(manual), axis_names={manual}))
+            assert oracle.relative_error(call(*sharded), expected_of(*arrays)) < TOLERANCE
+            assert jax.eval_shape(call, *sharded).sharding.spec == P(manual, None, other, None)
+            grads = jax.jit(jax.grad(loss(call), argnums=(0, 1, 2)))(*sharded)
+            for ours, theirs in zip(grads, expected, strict=True):
+                assert oracle.relative_error(ours, theirs) < 2 * TOLERANCE
+    assert hopper[0][0] == (2, 1, 4, 64)
+
+
+def test_matmul_where_explicit_axes_are_beside_manual_ones(hopper):
+    over = mesh(AxisType.Explicit, sizes=(2, 2))
+    x, w = bf16(0, 4, 256), bf16(1, 256, 128)
+    specs = (("a",), (None, "b")), (("a", "b"), ("b",))
+    with jax.set_mesh(over):
+        for x_spec, w_spec in specs:
+            call = jax.shard_map(fdpp_jax.flat_matmul, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"})
+            out = jax.jit(call)(put(over, x, *x_spec), put(over, w, *w_spec))
+            assert out.sharding.spec == P("a", "b" if w_spec[0] is None else None)
+            assert oracle.relative_error(out, jnp.dot(x, w)) < 2 * TOLERANCE
+    assert hopper[0] == ((2, 256), (256, 64))
+
+
 def test_results_vary_as_the_operands_do(hopper):
     """Loop carries, branches and gradients; and a result that varies is not taken for one that does not."""
     over = mesh()
