@@ -339,9 +339,19 @@ def _may_have_shards(shape: AttentionShape, device: Device, implementation: str 
     """Whether a kernel or cuDNN, neither of which XLA can partition, may compute a shard of a call."""
     if not device.is_gpu or not _is_known(shape):
         return False
-    smallest = dataclasses.replace(shape, batch=1, num_query_heads=shape.group_size, num_kv_heads=1)
     named = implementation if implementation == "xla" else None
-    plans = (heuristics.plan_attention(one, device, named) for one in (shape, smallest))
+    group = shape.group_size
+    if shape.num_kv_heads == 1:  # which every device has, with a share of its group
+        shards = [
+            dataclasses.replace(shape, batch=batch, num_query_heads=heads)
+            for batch, heads in partition.shares(shape.batch, group)
+        ]
+    else:
+        shards = [
+            dataclasses.replace(shape, batch=batch, num_query_heads=heads * group, num_kv_heads=heads)
+            for batch, heads in partition.shares(shape.batch, shape.num_kv_heads)
+        ]
+    plans = (heuristics.plan_attention(one, device, named) for one in shards)
     return any(plan.backend != "xla" or plan.algorithm == "cudnn" for plan in plans)
 
 

@@ -5,9 +5,10 @@ On one device and within a fully manual `jax.shard_map` nothing is added to a pr
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,6 +124,16 @@ def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
         entries.append(tuple(name for name in names if name not in used) or None)
         used.update(names)
     return PartitionSpec(*entries)
+
+
+def shares(*sizes: int) -> Iterator[tuple[int, ...]]:
+    """What a device may have of axes of these sizes, each of which may be sharded; the whole axes come first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = jax.device_count() if mesh.empty else mesh.size
+    divisors = [i for i in range(1, count + 1) if count % i == 0]
+    for ways in itertools.product(divisors, repeat=len(sizes)):
+        if count % math.prod(ways) == 0 and not any(size % i for size, i in zip(sizes, ways, strict=True)):
+            yield tuple(size // i for size, i in zip(sizes, ways, strict=True))
 
 
 def _beside_manual_axes(mesh: AbstractMesh) -> AbstractMesh | None:
