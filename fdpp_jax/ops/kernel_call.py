@@ -271,6 +271,10 @@ def attention(
     Returns:
       [B, T, N, H], and with a residual the rows' log-sum-exp [B, T, N].
     """
+    mesh = jax.typeof(arrays.query).sharding.mesh
+    if arrays.phi is not None and not arrays.phi.ndim and mesh.manual_axes and mesh.explicit_axes:
+        # Of this mesh JAX's shard_map saves no scalar for a gradient.
+        arrays = arrays._replace(phi=jnp.broadcast_to(arrays.phi, (arrays.query.shape[0], arrays.query.shape[2])))
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     if key_max_norm is not None and softmax is not None and softmax.is_bound:
         given["key_max_norm"] = key_max_norm
@@ -345,9 +349,19 @@ def _may_have_shards(shape: AttentionShape, device: Device, implementation: str 
     """Whether a kernel or cuDNN, neither of which XLA can partition, may compute a shard of a call."""
     if not device.is_gpu or not _is_known(shape):
         return False
-    smallest = dataclasses.replace(shape, batch=1, num_query_heads=shape.group_size, num_kv_heads=1)
     named = implementation if implementation == "xla" else None
-    plans = (heuristics.plan_attention(one, device, named) for one in (shape, smallest))
+    group = shape.group_size
+    if shape.num_kv_heads == 1:  # which every device has, with a share of its group
+        shards = [
+            dataclasses.replace(shape, batch=batch, num_query_heads=heads)
+            for batch, heads in partition.shares(shape.batch, group)
+        ]
+    else:
+        shards = [
+            dataclasses.replace(shape, batch=batch, num_query_heads=heads * group, num_kv_heads=heads)
+            for batch, heads in partition.shares(shape.batch, shape.num_kv_heads)
+        ]
+    plans = (heuristics.plan_attention(one, device, named) for one in shards)
     return any(plan.backend != "xla" or plan.algorithm == "cudnn" for plan in plans)
 
 

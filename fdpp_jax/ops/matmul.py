@@ -153,8 +153,8 @@ class MatmulFunction:
         """Whether a kernel, which XLA cannot partition, may compute a shard of a call."""
         if not device.is_gpu or self.implementation == "xla" or not _is_known(shape):
             return False
-        fewest_rows = dataclasses.replace(shape, m=max(1, shape.m // jax.device_count()))
-        return any(heuristics.plan_matmul(one, device).backend != "xla" for one in (shape, fewest_rows))
+        shards = (dataclasses.replace(shape, m=m, k=k, n=n) for m, k, n in partition.shares(shape.m, shape.k, shape.n))
+        return any(heuristics.plan_matmul(one, device).backend != "xla" for one in shards)
 
     def _rule(self, x: jax.Array) -> partition.Rule:
         rows = " ".join(f"m{i}" for i in range(x.ndim - 1))

@@ -5,14 +5,15 @@ On one device and within a fully manual `jax.shard_map` nothing is added to a pr
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fdpp_jax.ops import planned
 from fdpp_jax.ops.planned import Function
@@ -54,13 +55,13 @@ class Rule:
 
 def bind(function: Function, rule: Rule, device: Device, *operands: jax.Array) -> list[jax.Array]:
     """`planned.bind` that is partitioned by a rule: each device plans and computes its shard."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes and rule.summed is not None:  # the other axes have no names to sum over
+    rest = _beside_manual_axes(jax.sharding.get_abstract_mesh())
+    if rest is not None and rule.summed is not None:  # its axes have no names to sum over
         rule = dataclasses.replace(rule, summed=None, whole=(*rule.whole, rule.summed))
 
     @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> list[jax.Array]:
-        outs: list[jax.Array] = _partitioned(function, rule, device)(*operands)
+        outs: list[jax.Array] = _partitioned(function, rule, device, rest)(*operands)
         return outs
 
     @call.def_vmap
@@ -110,7 +111,8 @@ def in_auto_axes(
     shardings = [
         NamedSharding(mesh, _without_repeats(spec)) for spec in specs(*(jax.typeof(x).sharding.spec for x in operands))
     ]
-    found: list[jax.Array] = jax.sharding.auto_axes(call, out_sharding=shardings)(*operands)
+    explicit = jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=shardings)
+    found: list[jax.Array] = explicit(*operands)
     return found
 
 
@@ -124,30 +126,46 @@ def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def shares(*sizes: int) -> Iterator[tuple[int, ...]]:
+    """What a device may have of axes of these sizes, each of which may be sharded; the whole axes come first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = jax.device_count() if mesh.empty else mesh.size
+    divisors = [i for i in range(1, count + 1) if count % i == 0]
+    for ways in itertools.product(divisors, repeat=len(sizes)):
+        if count % math.prod(ways) == 0 and not any(size % i for size, i in zip(sizes, ways, strict=True)):
+            yield tuple(size // i for size, i in zip(sizes, ways, strict=True))
+
+
+def _beside_manual_axes(mesh: AbstractMesh) -> AbstractMesh | None:
+    """The axes that a `jax.shard_map` over some axes of a mesh leaves to the compiler; None where it leaves none."""
+    rest = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    return AbstractMesh(tuple(rest.values()), tuple(rest)) if mesh.manual_axes and rest else None
+
+
 @functools.cache
-def _partitioned(function: Function, rule: Rule, device: Device) -> Any:
+def _partitioned(function: Function, rule: Rule, device: Device, rest: AbstractMesh | None) -> Any:
     @custom_partitioning
     def call(*operands: jax.Array) -> list[jax.Array]:
         return planned.bind(function, device, *operands)
 
     def partition(mesh: jax.sharding.Mesh, operands: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in operands], [x.sharding for x in results]
-        summed: Axes = None
-        if not mesh.empty:  # else the axes have no names; Shardy has kept to the rule
-            axes = _axes_of_factors(rule, mesh, operands, results)
-            summed = axes.get(rule.summed or "")
-            shardings = tuple(
-                [NamedSharding(mesh, _spec(text, axes)) for text in texts] for texts in (rule.operands, rule.results)
-            )  # type: ignore[assignment]
+        # Beside manual axes, and without a mesh, XLA's own shardings come, of those axes alone.
+        over = rest or (AbstractMesh((), ()) if mesh.empty else mesh)
+        axes = _axes_of_factors(rule, over, operands, results)
+        summed = axes.get(rule.summed or "")
+
+        def shardings(texts: Sequence[str]) -> list[NamedSharding]:
+            return [NamedSharding(over, _spec(text, axes)) for text in texts]
 
         def shard(*operands: jax.Array) -> list[jax.Array]:
             return planned.bind(_Summed(function, summed) if summed else function, device, *operands)
 
-        return mesh, shard, shardings[1], tuple(shardings[0])
+        return mesh, shard, shardings(rule.results), tuple(shardings(rule.operands))
 
     text = f"{', '.join(rule.operands)} -> {', '.join(rule.results)}"
     call.def_partition(
         partition,
+        decode_shardings=rest is None,
         sharding_rule=text,
         need_replication_factors=tuple(factor for factor in rule.factors if factor in rule.whole),
         reduction_factors=() if rule.summed is None else (rule.summed,),
@@ -172,12 +190,10 @@ def _axes_of_factors(rule: Rule, mesh: Any, operands: Any, results: Any) -> dict
             if len(term) == 1:
                 sizes.setdefault(term[0], size)
     for text, x in everything:
-        spec = (*x.sharding.spec, *(None,) * (len(x.shape) - len(x.sharding.spec)))
-        for term, entry in zip(_terms(text), spec, strict=True):
+        for term, names in zip(_terms(text), _names(x, mesh), strict=True):
             factor = term[0]  # of a pair the major one
-            if factor in rule.whole or factor in axes or entry is None:
+            if factor in rule.whole or factor in axes:
                 continue
-            names = entry if isinstance(entry, tuple) else (entry,)
             names = tuple(name for name in names if name not in used)
             while names and sizes[factor] % math.prod(mesh.shape[name] for name in names):
                 names = names[:-1]
@@ -185,6 +201,31 @@ def _axes_of_factors(rule: Rule, mesh: Any, operands: Any, results: Any) -> dict
                 axes[factor] = names
                 used.update(names)
     return axes
+
+
+def _names(x: Any, mesh: Any) -> list[tuple[str, ...]]:
+    """For each axis of an operand or a result the mesh axes that it is sharded over.
+
+    XLA's own sharding has no names. Those of mesh axes of the sizes are taken: another choice is as right, as what is
+    sharded otherwise is moved.
+    """
+    if isinstance(x.sharding, NamedSharding):
+        spec = (*x.sharding.spec, *(None,) * (len(x.shape) - len(x.sharding.spec)))
+        return [entry if isinstance(entry, tuple) else () if entry is None else (entry,) for entry in spec]
+    try:
+        shard = x.sharding.shard_shape(x.shape)
+    except ValueError:  # a last shard is smaller
+        return [()] * len(x.shape)
+    found, left = [], dict(mesh.shape)
+    for size, part in zip(x.shape, shard, strict=True):
+        names: tuple[str, ...] = ()
+        ways = size // part if part else 1
+        for name, devices in tuple(left.items()):
+            if devices > 1 and ways % devices == 0:
+                ways //= left.pop(name)
+                names = *names, name
+        found.append(names)
+    return found
 
 
 def _spec(text: str, axes: Mapping[str, Axes]) -> PartitionSpec:

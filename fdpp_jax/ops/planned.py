@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec as P
 
 from fdpp_jax.plans import device as devices
 from fdpp_jax.plans.calls import lower_without_mesh, type_like
@@ -217,12 +218,19 @@ def _planned_jvp(
 ad.primitive_jvps[_planned_p] = _planned_jvp
 
 
+def _as_the_mesh_is(x: jax.Array) -> jax.Array:
+    """x without explicit axes where the mesh has none: what a shard_map saves for its gradient has them again."""
+    is_explicit = jax.typeof(x).sharding.mesh.explicit_axes and not jax.sharding.get_abstract_mesh().explicit_axes
+    return jax.sharding.reshard(x, P()) if is_explicit else x
+
+
 def _planned_transpose(grads: Sequence[Any], *operands: Any, function: Function, device: Device) -> list[Any]:
     """Of a tangent, which is linear in its last operands; of anything mapped, by its plain form."""
     linear = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
     if all(isinstance(grad, ad.Zero) for grad in grads):
         return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in operands]
-    grads = [ad.instantiate_zeros(grad) for grad in grads]
+    grads = [_as_the_mesh_is(ad.instantiate_zeros(grad)) for grad in grads]
+    operands = tuple(x if ad.is_undefined_primal(x) else _as_the_mesh_is(x) for x in operands)
     if isinstance(function, Tangent) and len(linear) == len(function.moved):
         fixed = operands[: -len(linear)]
         gradient = Cotangent(function.function, function.moved, len(grads))

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fdpp_jax
-from fdpp_jax import UnifiedMax
+from fdpp_jax import UnifiedMax, heuristics
 from fdpp_jax.ops import partition, xla
 from fdpp_jax.ops.kernel_call import AttentionFunction
 from fdpp_jax.plans import device as devices
@@ -58,6 +58,16 @@ def test_attention_of_shards_needs_no_communication(hopper, sizes, batch, heads,
     (call,) = hopper
     assert (call[0][0], call[0][2], call[1][2]) == shard
     assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
+
+
+def test_a_share_of_a_large_group_has_a_kernel(hopper):
+    """All 128 queries of the one key/value head are more than the kernel's rows."""
+    arrays = attention_arrays(num_heads=128, num_kv_heads=1)
+    over = mesh()
+    sharded = [put(over, x, *spec) for x, spec in zip(arrays, (("a", None, "b"), ("a",), ("a",), ("a",)), strict=True)]
+    out = jax.jit(attend)(*sharded)
+    assert hopper[-1][0] == (2, 1, 32, 64)
+    assert oracle.relative_error(out, expected_of(*arrays)) < TOLERANCE
 
 
 def test_more_shards_than_key_value_heads_gather_no_cache(hopper):
@@ -325,6 +335,26 @@ def test_leading_axes_are_sharded_too(hopper):
     assert oracle.relative_error(compiled(*sharded), jnp.dot(x, w)) < 2 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("x_spec", "w_spec", "shard"),
+    [(("a",), (None, "b"), ((2, 256), (256, 32))), (("a", "b"), ("b",), ((2, 64), (64, 128)))],
+    ids=["N", "K"],
+)
+def test_a_shard_has_a_kernel_where_the_whole_call_has_none(hopper, monkeypatch, x_spec, w_spec, shard):
+    (_, k), (_, n) = shard
+    plan = heuristics.plan_matmul
+
+    def plan_of_few(shape, device, implementation=None):
+        return plan(shape, device, implementation if (shape.k, shape.n) == (k, n) else "xla")
+
+    monkeypatch.setattr(heuristics, "plan_matmul", plan_of_few)
+    over = mesh()
+    x, w = bf16(0, 4, 256), bf16(1, 256, 128)
+    out = jax.jit(fdpp_jax.flat_matmul)(put(over, x, *x_spec), put(over, w, *w_spec))
+    assert hopper == [shard]
+    assert oracle.relative_error(out, jnp.dot(x, w)) < 2 * TOLERANCE
+
+
 # ---- explicit axes
 
 
@@ -348,70 +378,3 @@ def test_results_are_typed_on_explicit_meshes(hopper):
         assert oracle.relative_error(out, jnp.dot(np.asarray(x), np.asarray(w))) < 2 * TOLERANCE
         x, w = put(over, bf16(0, 4, 256), None, "b"), put(over, bf16(1, 256, 128), "b")
         assert jax.jit(fdpp_jax.flat_matmul)(x, w).sharding.spec == P(None, None)
-
-
-# ---- shard_map
-
-
-@pytest.mark.parametrize("axis_names", [{"a", "b"}, {"a"}], ids=["manual", "one axis manual"])
-def test_shards_within_shard_map(hopper, axis_names):
-    over = mesh()
-    arrays = attention_arrays()
-    heads = "b" if "b" in axis_names else None
-    specs = P("a", None, heads), P("a", None, heads), P("a", None, heads), P("a")
-    call = jax.shard_map(attend, mesh=over, in_specs=specs, out_specs=specs[0], axis_names=axis_names)
-    sharded = [put(over, x, "a", *([None, "b"] if x.ndim > 1 else [])) for x in arrays]
-    compiled = jax.jit(call).lower(*sharded).compile()
-    assert not collectives(compiled)
-    assert hopper[-1][0] == (2, 1, 2, 64)
-    assert oracle.relative_error(compiled(*sharded), expected_of(*arrays)) < TOLERANCE
-
-
-def test_results_vary_as_the_operands_do(hopper):
-    """Loop carries, branches and gradients; and a result that varies is not taken for one that does not."""
-    over = mesh()
-    query, key, value, lengths = attention_arrays()
-    w = bf16(3, 64, 64) / 8
-    spec = P("a", None, "b")
-
-    def body(query, key, value, lengths, w):
-        def step(_, carry):
-            out = attend(carry, key, value, lengths)
-            return fdpp_jax.flat_matmul(out, w)
-
-        out = jax.lax.fori_loop(0, 2, step, query)
-        return jax.lax.cond(lengths.sum() > 0, lambda: attend(out, key, value, lengths), lambda: out)
-
-    specs = (spec, spec, spec, P("a"), P())
-    call = jax.shard_map(body, mesh=over, in_specs=specs, out_specs=spec)
-    out = jax.jit(call)(query, key, value, lengths, w)
-    assert jnp.isfinite(out).all()
-    grads = jax.jit(jax.grad(lambda *x: call(*x[:3], lengths, x[3]).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)))
-    plain = jax.grad(lambda *x: body(*x[:3], lengths, x[3]).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3))
-    for ours, theirs in zip(grads(query, key, value, w), plain(query, key, value, w), strict=True):
-        assert oracle.relative_error(ours, theirs) < 0.1
-    with pytest.raises(ValueError, match="out_specs"):
-        jax.jit(jax.shard_map(body, mesh=over, in_specs=specs, out_specs=P()))(query, key, value, lengths, w)
-
-
-def test_keys_over_devices_are_merged_by_their_residuals(hopper):
-    """Each device attends to its share of the keys, and merges the results of all."""
-    over = mesh()
-    query, key, value, lengths = attention_arrays()
-
-    def body(query, key, value, lengths):
-        share = key.shape[1]
-        live = jnp.clip(lengths - jax.lax.axis_index("b") * share, 0, share)
-        out, log_sum = with_starts_and_residual(query, key, value, live, jnp.zeros_like(live))
-        outs, log_sums = (jax.lax.all_gather(x, "b") for x in (out, log_sum))
-        merged = outs[0], log_sums[0]
-        for state in zip(outs[1:], log_sums[1:], strict=True):
-            merged = fdpp_jax.merge_attention_states(*merged, *state)
-        return merged[0]
-
-    specs = P("a"), P("a", "b"), P("a", "b"), P("a")
-    call = jax.shard_map(body, mesh=over, in_specs=specs, out_specs=P("a", "b"))
-    out = jax.jit(call)(query, key, value, lengths)
-    assert hopper[-1] == ((2, 1, 8, 64), (2, 8, 4, 64))
-    for device in range(4):  # all have the same
-        assert oracle.relative_error(out[:, device, None], expected_of(query, key, value, lengths)) < TOLERANCE
