@@ -146,7 +146,7 @@ def quantised(x, dtype, scales):
     NaN stays NaN, in the scales of tokens too, but is 99 of int8.
     """
     top = np.abs(np.asarray(x, np.float64)).max(axis=3)  # [B, S, K]
-    top = np.nanmax(top, axis=(0, 1)) if scales == "head" else top
+    top = np.nanmax(top, axis=(0, 1), initial=1e-6) if scales == "head" else top  # all may be NaN
     dtype = jnp.dtype(dtype)
     scale = top / (127 if dtype == jnp.int8 else 448)
     units = np.asarray(x, np.float64) / scale[..., None]

@@ -283,6 +283,7 @@ def test_log_sum_of_rows_outside_the_window(case):
     case = RECOMPUTED[case]
     inputs, _, phi, leaves_window = _failing(case)
     expected = case.expected(inputs)[1]
+    expected = np.where(np.isneginf(expected), inputs.get("sinks", -np.inf), expected)
     _, log_sum = case.run(inputs, phi, recompute=True, return_residual=True)
     check_log_sum(case, inputs, log_sum, expected)
     for config in (case.config, dataclasses.replace(case.config, combine="launch")):
