@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from attention_kernels import HEAD_DIM, KERNELS, Case, Run, reference, relative_error
@@ -210,6 +210,37 @@ class _Floor:
         return {way: graph.sample() * 1e6 * self._bytes_ratio for way, graph in self._graphs.items()}
 
 
+class Turns:
+    """Peers that take turns at one case, each for as long as it does not fail."""
+
+    def __init__(self, peers: Mapping[str, PeerProcess], case: Any) -> None:
+        """Prepares all of them for the case."""
+        self._peers = peers
+        self._samples: dict[str, list[float]] = {name: [] for name in peers}
+        self._failures: dict[str, str] = {}
+        for name in peers:
+            self._call(name, "prepare", case)
+
+    def sample(self) -> None:
+        """One turn of each."""
+        for name in list(self._samples):
+            time_us = self._call(name, "sample")
+            if name in self._samples:
+                self._samples[name].append(time_us)
+
+    def record(self) -> dict[str, Any]:
+        """Of each peer the median, or why there is none."""
+        medians = {name: statistics.median(times) for name, times in self._samples.items()}
+        return {"time_us": {name: medians.get(name) for name in self._peers}, "failures": self._failures}
+
+    def _call(self, name: str, method: str, *arguments: Any) -> Any:
+        try:
+            return self._peers[name].call(method, *arguments)
+        except FailedError as why:
+            self._failures[name] = str(why)
+            del self._samples[name]
+
+
 def measure(case: Case, floor: PeerProcess, peers: dict[str, PeerProcess]) -> dict[str, Any]:
     """The record of one shape: of each peer the time, or why there is none.
 
@@ -219,34 +250,15 @@ def measure(case: Case, floor: PeerProcess, peers: dict[str, PeerProcess]) -> di
     record = dataclasses.asdict(case) | {"label": case.label, "bytes": case.live_bytes}
     if case.kv_dtype == "int8":
         return record | {"time_us": {}, "failures": dict.fromkeys(peers, "no int8 cache")}
-    samples: dict[str, list[float]] = {name: [] for name in peers}
-    failures: dict[str, str] = {}
-
-    def call(name: str, method: str, *arguments: Any) -> Any:
-        try:
-            return peers[name].call(method, *arguments)
-        except FailedError as why:
-            failures[name] = str(why)
-            del samples[name]
-
     floor.call("prepare", case)
-    for name in peers:
-        call(name, "prepare", case)
+    turns = Turns(peers, case)
     floor.call("warm_up")
     floors: list[dict[str, float]] = []
     for _ in range(_ROUNDS):
         floors.append(floor.call("sample"))
-        for name in list(samples):
-            time_us = call(name, "sample")
-            if name in samples:
-                samples[name].append(time_us)
+        turns.sample()
     floors_us = {way: statistics.median(ways[way] for ways in floors) for way in floors[0]}
-    return record | {
-        "read_floor_us": min(floors_us.values()),
-        "floors_us": floors_us,
-        "time_us": {name: statistics.median(samples[name]) if name in samples else None for name in peers},
-        "failures": failures,
-    }
+    return record | {"read_floor_us": min(floors_us.values()), "floors_us": floors_us} | turns.record()
 
 
 def _line(record: dict[str, Any]) -> str:

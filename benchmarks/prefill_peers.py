@@ -9,12 +9,11 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import statistics
 import sys
 import time
 from typing import Any
 
-from attention_peers import chosen, keep, provenance, save, say, table_parser
+from attention_peers import Turns, chosen, keep, provenance, save, say, table_parser
 from peer_process import FailedError, PeerProcess
 from prefill_kernels import KERNELS, Case
 
@@ -44,26 +43,10 @@ TABLE = (
 
 def measure(case: Case, peers: dict[str, PeerProcess]) -> dict[str, Any]:
     """The record of one shape: of each peer the time, or why there is none."""
-    samples: dict[str, list[float]] = {name: [] for name in peers}
-    failures: dict[str, str] = {}
-
-    def call(name: str, method: str, *arguments: Any) -> Any:
-        try:
-            return peers[name].call(method, *arguments)
-        except FailedError as why:
-            failures[name] = str(why)
-            del samples[name]
-
-    for name in peers:
-        call(name, "prepare", case)
+    turns = Turns(peers, case)
     for _ in range(_ROUNDS):
-        for name in list(samples):
-            time_us = call(name, "sample")
-            if name in samples:
-                samples[name].append(time_us)
-    times_us = {name: statistics.median(samples[name]) if name in samples else None for name in peers}
-    record = dataclasses.asdict(case) | {"label": case.label, "flops": case.flops}
-    return record | {"time_us": times_us, "failures": failures}
+        turns.sample()
+    return dataclasses.asdict(case) | {"label": case.label, "flops": case.flops} | turns.record()
 
 
 def _line(record: dict[str, Any]) -> str:

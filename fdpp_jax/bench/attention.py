@@ -85,11 +85,15 @@ class AttentionCase:
             parts.append(f"lengths {_SHORTEST_MIXED}..{shape.capacity}")
         elif self.lengths != "full":
             parts.append(f"length {self.lengths}")
-        if shape.page_size is not None:
-            parts.append(f"pages of {shape.page_size}")
-        if shape.scales is not None:
-            parts.append(f"{'fp8' if shape.kv_dtype == 'float8_e4m3fn' else shape.kv_dtype} a {shape.scales}")
-        return ", ".join(parts)
+        return ", ".join([*parts, *cache_labels(shape)])
+
+
+def cache_labels(shape: AttentionShape) -> list[str]:
+    """What is special about the cache of a shape: "pages of 16", "int8 a token"."""
+    labels = [] if shape.page_size is None else [f"pages of {shape.page_size}"]
+    if shape.scales is not None:
+        labels.append(f"{'fp8' if shape.kv_dtype == 'float8_e4m3fn' else shape.kv_dtype} a {shape.scales}")
+    return labels
 
 
 def attention_case(

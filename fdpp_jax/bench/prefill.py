@@ -15,7 +15,7 @@ import numpy as np
 
 from fdpp_jax import heuristics, ops, progress
 from fdpp_jax.bench import report
-from fdpp_jax.bench.attention import PHI, check_sizes, inputs
+from fdpp_jax.bench.attention import PHI, cache_labels, check_sizes, inputs
 from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, time_kernels
 from fdpp_jax.bench.report import BenchReport
 from fdpp_jax.plans import device
@@ -100,11 +100,7 @@ class PrefillCase:
             parts.append(f"soft cap {shape.logits_soft_cap:g}")
         if shape.has_lengths:
             parts.append("lengths")
-        if shape.page_size is not None:
-            parts.append(f"pages of {shape.page_size}")
-        if shape.scales is not None:
-            parts.append(f"{'fp8' if shape.kv_dtype == 'float8_e4m3fn' else shape.kv_dtype} a {shape.scales}")
-        return ", ".join(parts)
+        return ", ".join([*parts, *cache_labels(shape)])
 
 
 def prefill_case(
