@@ -14,11 +14,9 @@ from fdpp_jax.ops import checks, kernel_call, reference
 from fdpp_jax.ops.phi import row_phi
 from fdpp_jax.ops.running import module_of
 from fdpp_jax.plans import device as devices
-from fdpp_jax.plans.backend import AttentionPlan
-from fdpp_jax.plans.backends import by_name
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, attention_shape
 from fdpp_jax.plans.device import Device
-from fdpp_jax.plans.shapes import AttentionImplementation, AttentionShape
+from fdpp_jax.plans.shapes import AttentionImplementation
 from fdpp_jax.unified_max import UnifiedMax
 
 
@@ -219,7 +217,7 @@ def unchecked_decode_attention(
     run = module_of(plan).attention
     if softmax is None and plan.algorithm == "cudnn":
         return run(arrays, options, plan), None
-    arrays = _with_phi(arrays, options, shape, plan, softmax, key_max_norm)
+    arrays = kernel_call.with_phi(arrays, options, shape, plan, softmax, key_max_norm)
     if plan.backend == "xla":  # cuDNN has no phi
         return reference.attention(arrays, options), None
     recompute = None if softmax is None else kernel_call.recompute_of(plan, softmax.recompute)
@@ -229,20 +227,3 @@ def unchecked_decode_attention(
         arrays, options, plan, recompute=recompute, redone=redone, starts_early=starts_early
     )
     return out
-
-
-def _with_phi(
-    arrays: AttentionArrays,
-    options: AttentionOptions,
-    shape: AttentionShape,
-    plan: AttentionPlan,
-    softmax: UnifiedMax | None,
-    key_max_norm: jax.Array | None,
-) -> AttentionArrays:
-    """`arrays` with the phi of the policy, which carries no gradient: the answer does not depend on it."""
-    op = by_name(plan.backend).attention
-    if softmax is None or op is None:
-        return arrays
-    weights_dtype = op.weights_dtype(shape)
-    phi = row_phi(softmax, arrays, options, weights_dtype=weights_dtype, key_max_norm=key_max_norm)
-    return arrays._replace(phi=lax.stop_gradient(phi))

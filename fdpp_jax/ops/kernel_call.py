@@ -152,11 +152,12 @@ class AttentionFunction:
     def _run(self, arrays: AttentionArrays, key_max_norm: jax.Array | None, plan: AttentionPlan) -> Any:
         shape = self.shape(arrays)
         online = arrays._replace(phi=None)
+        policy = None if self.is_online else UnifiedMax(arrays.phi, self.recompute)
         if plan.backend != "xla":
             if arrays.lengths is None:
                 arrays = arrays._replace(lengths=jnp.full((shape.batch,), shape.capacity, jnp.int32))
             recompute = recompute_of(plan, self.recompute)
-            arrays = self._with_phi(arrays, shape, plan, key_max_norm)
+            arrays = with_phi(arrays, self.options, shape, plan, policy, key_max_norm)
             return _with_recompute(self.options, plan, recompute, arrays)
         if (
             plan.algorithm == "cudnn"
@@ -167,19 +168,9 @@ class AttentionFunction:
             if plan.algorithm == "cudnn" and self.saves:  # so that XLA finds the gradient's forward pass done
                 return _cudnn_vjp(online, self.options, plan)[0]
             return module_of(plan).attention(online, self.options, plan)
-        arrays = self._with_phi(arrays, shape, plan, key_max_norm)
+        arrays = with_phi(arrays, self.options, shape, plan, policy, key_max_norm)
         out = reference.attention(arrays, self.options)
         return lax.cond(_has_failed(out), lambda: reference.attention(online, self.options), lambda: out)
-
-    def _with_phi(
-        self, arrays: AttentionArrays, shape: AttentionShape, plan: AttentionPlan, key_max_norm: jax.Array | None
-    ) -> AttentionArrays:
-        op = by_name(plan.backend).attention
-        if self.is_online or op is None:
-            return arrays
-        policy = UnifiedMax(arrays.phi, self.recompute)
-        phi = row_phi(policy, arrays, self.options, weights_dtype=op.weights_dtype(shape), key_max_norm=key_max_norm)
-        return arrays._replace(phi=phi)
 
     def _gradient_plan(self, arrays: AttentionArrays, device: Device) -> AttentionPlan:
         """Whose gradient is taken: behind a prefill kernel, too, cuDNN's where it computes the call."""
@@ -193,22 +184,16 @@ class AttentionFunction:
     ) -> list[jax.Array] | None:
         """cuDNN's own gradients, or gradients in blocks."""
         arrays, _ = self._given(operands)
-        plan, online, names = (
-            self._gradient_plan(arrays, device),
-            arrays._replace(phi=None),
-            [self.names[i] for i in moved],
-        )
+        plan, online = self._gradient_plan(arrays, device), arrays._replace(phi=None)
+        names = [self.names[i] for i in moved]
         if plan.algorithm == "cudnn":
-            found = dict(
-                zip(("query", "key", "value"), _cudnn_vjp(online, self.options, plan)[1](grads[0]), strict=True)
-            )
+            of_arrays = _cudnn_vjp(online, self.options, plan)[1](grads[0])
+            found = dict(zip(("query", "key", "value"), of_arrays, strict=True))
         elif plan.algorithm == "blocks":
             found = blockwise.gradients(online, self.options, names, grads)
         else:
             return None
-        return [
-            found[name] if name in found else jnp.zeros_like(operands[i]) for i, name in zip(moved, names, strict=True)
-        ]
+        return [found[self.names[i]] if self.names[i] in found else jnp.zeros_like(operands[i]) for i in moved]
 
     def bind(self, function: Function, device: Device, *operands: jax.Array) -> list[jax.Array]:
         """Partitioned by sequences and heads where a shard may have a kernel; XLA partitions its own operations."""
@@ -290,6 +275,23 @@ def attention(
         return [(*rows, None), rows] if options.return_residual else [(*rows, None)]
 
     return partition.in_auto_axes(call, specs, alike(list(given.values())))
+
+
+def with_phi(
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    shape: AttentionShape,
+    plan: AttentionPlan,
+    softmax: UnifiedMax | None,
+    key_max_norm: jax.Array | None,
+) -> AttentionArrays:
+    """`arrays` with the phi of the policy, which carries no gradient: the answer does not depend on it."""
+    op = by_name(plan.backend).attention
+    if softmax is None or op is None:
+        return arrays
+    weights_dtype = op.weights_dtype(shape)
+    phi = row_phi(softmax, arrays, options, weights_dtype=weights_dtype, key_max_norm=key_max_norm)
+    return arrays._replace(phi=lax.stop_gradient(phi))
 
 
 def recompute_of(plan: AttentionPlan, asked: Recompute | None) -> Recompute:

@@ -105,16 +105,13 @@ class MatmulFunction:
         x, w = operands
         if device is None:
             return [self._reference(x, w)]
-        shape = self._shape(x, w)
-        if not _is_known(shape):
-            if self.implementation not in (None, "xla"):
-                raise NotImplementedError(f"implementation={self.implementation!r} takes no symbolic sizes")
-            return [self._reference(x, w)]
 
         @jax.custom_batching.custom_vmap
         def call(x: jax.Array, w: jax.Array) -> list[jax.Array]:
             shape = self._shape(x, w)
-            if not _is_known(shape):  # behind vmap over a symbolic axis
+            if not _is_known(shape):
+                if self.implementation not in (None, "xla"):
+                    raise NotImplementedError(f"implementation={self.implementation!r} takes no symbolic sizes")
                 return [self._reference(x, w)]
             plan = heuristics.plan_matmul(shape, device, self.implementation)
             return [module_of(plan).matmul(x, w, plan, out_dtype=self.out_dtype, w_order=self.w_order)]

@@ -47,7 +47,7 @@ class Tangent:
         del device
         fixed, tangents = operands[: -len(self.moved)], operands[-len(self.moved) :]
         primals = tuple(fixed[i] for i in self.moved)
-        return jax.jvp(functools.partial(_plain, self, fixed), primals, tangents)[1]
+        return jax.jvp(functools.partial(_plain, self.function, self.moved, fixed), primals, tangents)[1]
 
     def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
         return self.function.types(*operands[: -len(self.moved)])
@@ -65,7 +65,8 @@ class Cotangent:
         fixed, grads = operands[: -self.num_results], operands[-self.num_results :]
         if device is not None and (own := self.function.gradients(device, self.moved, fixed, grads)) is not None:
             return own
-        return list(jax.vjp(functools.partial(_plain, self, fixed), *(fixed[i] for i in self.moved))[1](list(grads)))
+        plain = functools.partial(_plain, self.function, self.moved, fixed)
+        return list(jax.vjp(plain, *(fixed[i] for i in self.moved))[1](list(grads)))
 
     def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
         return [(operands[i].shape, operands[i].dtype) for i in self.moved]
@@ -109,12 +110,14 @@ class Mapped:
         return [((size, *shape), dtype) for shape, dtype in self.function.types(*one)]
 
 
-def _plain(derivative: Tangent | Cotangent, fixed: Sequence[jax.Array], *moved: jax.Array) -> list[jax.Array]:
-    """The plain form of a function, of the operands that have a derivative."""
-    operands = list(fixed)
-    for i, x in zip(derivative.moved, moved, strict=True):
-        operands[i] = x
-    return derivative.function(None, *operands)
+def _plain(
+    function: Function, moved: Sequence[int], operands: Sequence[jax.Array], *values: jax.Array
+) -> list[jax.Array]:
+    """The plain form of a function, with values in the place of the operands `moved`."""
+    given = list(operands)
+    for i, x in zip(moved, values, strict=True):
+        given[i] = x
+    return function(None, *given)
 
 
 def warn_caller(message: str) -> None:
@@ -205,13 +208,7 @@ def _planned_jvp(
     """Of derivatives: the derivative of their plain form."""
     outs = bind(function, device, *operands)
     moved = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero) and _is_float(x)]
-
-    def plain(*xs: jax.Array) -> list[jax.Array]:
-        given = list(operands)
-        for i, x in zip(moved, xs, strict=True):
-            given[i] = x
-        return function(None, *given)
-
+    plain = functools.partial(_plain, function, moved, operands)
     return outs, jax.jvp(plain, tuple(operands[i] for i in moved), tuple(tangents[i] for i in moved))[1]
 
 
@@ -236,15 +233,8 @@ def _planned_transpose(grads: Sequence[Any], *operands: Any, function: Function,
         gradient = Cotangent(function.function, function.moved, len(grads))
         found = function.function.bind(gradient, device, *fixed, *grads)
     else:
-
-        def plain(*xs: jax.Array) -> list[jax.Array]:
-            given = list(operands)
-            for i, x in zip(linear, xs, strict=True):
-                given[i] = x
-            return function(None, *given)
-
         zeros = [ad.instantiate_zeros(ad.Zero(operands[i].aval)) for i in linear]
-        found = jax.vjp(plain, *zeros)[1](grads)
+        found = jax.vjp(functools.partial(_plain, function, linear, operands), *zeros)[1](grads)
     by_index = dict(zip(linear, found, strict=True))
     return [by_index.get(i) for i in range(len(operands))]
 

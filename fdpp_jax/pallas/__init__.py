@@ -12,21 +12,23 @@
 part                  decode_attention  prefill_attention  flat_matmul  gemv  fused_layer
 ====================  ================  =================  ===========  ====  ===========
 parts.ring                   x                  x               x        x         x
-parts.registers              x
+parts.registers              x                  x                                  x
 parts.handover               x                                  x
 parts.accumulators                                              x                  x
 parts.grid_sync                                                                    x
 parts.overlap                x                                                     x
+parts.cache_tiles            x                  x
 parts.scores                 x                  x
 parts.manual_axes            x                  x               x        x         x
 ====================  ================  =================  ===========  ====  ===========
 
 - `ring`: the ring of TMA stages that a kernel streams through.
-- `registers`: inline PTX, and arrays as registers for it. `handover`, `accumulators` and `grid_sync` use it, too.
+- `registers`: arrays as registers, and inline PTX of them. `handover`, `accumulators` and `grid_sync` use it, too.
 - `handover`: partial sums from a helper to an owner, and its flags.
 - `accumulators`: transposed products, to and from memory.
 - `grid_sync`: CTAs of one launch wait for each other's results.
 - `overlap`: a launch starts while its predecessor ends.
+- `cache_tiles`: keys or values from a contiguous or a paged cache, and 8 bits made 16.
 - `scores`: scores in base 2, and their cap.
 - `manual_axes`: what results vary over within `jax.shard_map`.
 """

@@ -138,9 +138,9 @@ class Backend:
     The module of `run` has these functions, as far as the backend computes the op (`plans.calls` has their arrays):
 
     - attention(arrays, options, plan, *, recompute=None, redone=None, starts_early=False) -> out [B, T, N, H], with
-      `options.return_residual` the pair of out and the rows' log-sum-exp [B, T, N] float32 (NaN where out is, -inf
-      where a row sees no key), with `redone` the pair of this and redone. Lengths are given. Rows outside the safe
-      window are NaN, unless `recompute` is one of `AttentionOp.recomputes` other than "cond".
+      `options.return_residual` the pair of out and the rows' log-sum-exp [B, T, N] float32 (NaN where out is; its sink
+      or -inf where a row sees no key), with `redone` the pair of this and redone. Lengths are given. Rows outside the
+      safe window are NaN, unless `recompute` is one of `AttentionOp.recomputes` other than "cond".
     - matmul(x [..., K], w, plan, *, out_dtype, w_order) -> [..., N].
     - layer_state(shape, plan) -> the state of a decode step; first_layer(x, weights, cache, state, spec, plan) ->
       (NextAttention, state); layer(attended, hidden, weights, following, cache, state, spec, plan) -> (hidden,

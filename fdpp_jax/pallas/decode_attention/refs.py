@@ -1,9 +1,8 @@
 """The refs of `decode_attention`, by memory space. A ref that a call lacks, such as that of its sinks, is None."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts.ring import Barrier
 
@@ -71,14 +70,3 @@ class SharedRefs(NamedTuple):
     def is_narrow(self) -> bool:
         """Whether keys and values have 8 bits."""
         return self.v_wide is not None
-
-
-def load(ref: jax.Ref, layout: Any, *, optimized: bool = True) -> jax.Array:
-    """plgpu.load of a ref with a layout.
-
-    Args:
-      ref: In global or shared memory.
-      layout: Of the registers.
-      optimized: Refuse a load that has bank conflicts.
-    """
-    return plgpu.load(ref, layout=layout, optimized=optimized)  # type: ignore[arg-type]  # the annotation lacks jax.Ref

@@ -17,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fdpp_jax import unified_max
 from fdpp_jax.pallas.decode_attention import sums as partial_sums
 from fdpp_jax.pallas.decode_attention import tiles as kv_tiles
-from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
+from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs
 from fdpp_jax.pallas.decode_attention.shares import Place, Share, bounds
 from fdpp_jax.pallas.decode_attention.sums import ROW, Sums, across, full, laid_out
 from fdpp_jax.pallas.parts import cache_tiles, handover, registers, ring
+from fdpp_jax.pallas.parts.registers import load
 from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST, capped
 
 

@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax import unified_max
-from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
+from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs
 from fdpp_jax.pallas.decode_attention.shares import AttentionFacts, Share, bounds
 from fdpp_jax.pallas.parts import handover
+from fdpp_jax.pallas.parts.registers import load
 from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST
 from fdpp_jax.plans.calls import AttentionArrays
 from fdpp_jax.plans.shapes import cdiv

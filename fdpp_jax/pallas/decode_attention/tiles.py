@@ -12,9 +12,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs, load
+from fdpp_jax.pallas.decode_attention.refs import GlobalRefs, SharedRefs
 from fdpp_jax.pallas.decode_attention.shares import LiveKeys, Place, Share
 from fdpp_jax.pallas.parts import cache_tiles, handover, ring
+from fdpp_jax.pallas.parts.registers import load
 from fdpp_jax.plans.calls import AttentionArrays
 from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
 

@@ -18,6 +18,7 @@ from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Phase
 from fdpp_jax.pallas.fused_layer.refs import GlobalRefs, present
 from fdpp_jax.pallas.parts import accumulators
 from fdpp_jax.pallas.parts.accumulators import LAYOUT, WIDTH
+from fdpp_jax.pallas.parts.registers import load
 
 # finish(y, partner): y [64, rows] float32, a unit's columns in its first WIDTH rows; in partner the partner columns.
 type Finish = Callable[[jax.Array, jax.Array], None]
@@ -70,7 +71,7 @@ class Epilogues:
         """The norm's factor per row [rows], 1 / rms, for a product of rows that were stored times the gain only."""
         facts = self.facts
         sums = self.gmem.middle_squares if phase.name == "gate_up" else self.gmem.last_squares
-        squares = plgpu.load(present(sums), layout=LAYOUT, optimized=False)  # type: ignore[arg-type]
+        squares = load(present(sums), LAYOUT, optimized=False)
         is_sum = plgpu.broadcasted_iota(jnp.int32, squares.shape, 0, layout=LAYOUT) < 2 * facts.hidden_size // WIDTH
         mean = jnp.where(is_sum, squares, 0.0).sum(axis=0) / facts.hidden_size
         return lax.rsqrt(mean + facts.spec.norm.eps)

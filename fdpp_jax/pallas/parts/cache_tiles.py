@@ -16,6 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+from fdpp_jax.pallas.parts.registers import load
+
 SCALE_HEADS = 4  # heads whose scales per token are loaded together: TMA takes 16 bytes at least
 # A thread loads 8 neighbours of an 8-bit tile at a time. 8 lanes take 64 columns of a row. The other lanes take rows at
 # a distance of 4: their swizzles differ, so no two lanes meet in a bank.
@@ -68,7 +70,7 @@ def scale_heads(kv_head: jax.Array) -> pl.Slice:
 
 def load_wide(tile_smem: jax.Ref, layout: Any, dtype: np.dtype) -> jax.Array:
     """An 8-bit tile in registers, in a type of 16 bits, which holds all 8-bit numbers."""
-    narrow = plgpu.load(tile_smem, layout=layout, optimized=False)  # type: ignore[arg-type]  # it lacks jax.Ref
+    narrow = load(tile_smem, layout, optimized=False)
     if narrow.dtype != jnp.int8:
         narrow = narrow.astype(jnp.float16).astype(jnp.float32)  # the only way out of float8_e4m3fn
     return narrow.astype(dtype)

@@ -1,6 +1,6 @@
-"""Inline PTX: arrays in Layout.WGMMA as registers, element by element, and the frame of a block.
+"""Arrays as registers: loads with a layout, and inline PTX, element by element.
 
-Used by both attention kernels, and by the parts `handover`, `accumulators` and `grid_sync`.
+Used by both attention kernels and `fused_layer`, and by the parts `handover`, `accumulators` and `grid_sync`.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,17 @@ THREAD = f"""
   mov.u32 thread, %tid.x;
   and.b32 thread, thread, {WARPGROUP_SIZE - 1};
 """
+
+
+def load(ref: jax.Ref, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """plgpu.load of a ref with a layout.
+
+    Args:
+      ref: In global or shared memory.
+      layout: Of the registers.
+      optimized: Refuse a load that has bank conflicts.
+    """
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # type: ignore[arg-type]  # the annotation lacks jax.Ref
 
 
 def extracted(registers: np.ndarray) -> list[ir.Value]:

@@ -52,7 +52,7 @@ def consume(
     pl.when(warpgroup == 1)(take_turn)
 
     def factors(ref: jax.Ref, slot: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        found = plgpu.load(ref.at[slot], layout=_COLUMN, optimized=False)  # type: ignore[arg-type]  # it lacks jax.Ref
+        found = registers.load(ref.at[slot], _COLUMN, optimized=False)
         return lax.broadcast_in_dim(found, shape, [1])
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...], *, is_masked: bool) -> tuple[jax.Array, ...]:
@@ -123,8 +123,7 @@ def _of_rows(ref: jax.Ref, first_row: jax.Array, block: Block, facts: Facts) -> 
     """phi or sinks in base 2, of the rows' head, or [64] where the rows are of many heads."""
     batch = block.batch if ref.shape[0] > 1 else 0
     if facts.pack > 1:
-        rows = ref.at[batch, block.head, pl.ds(first_row, ROWS)]
-        return plgpu.load(rows, layout=_ROW, optimized=False) * LOG2E  # type: ignore[arg-type]  # it lacks jax.Ref
+        return registers.load(ref.at[batch, block.head, pl.ds(first_row, ROWS)], _ROW, optimized=False) * LOG2E
     return (ref[0] if ref.ndim == 1 else ref[batch, block.head]) * LOG2E
 
 
