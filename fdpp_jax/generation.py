@@ -96,7 +96,7 @@ def generate(
       return_cache: Whether the result has a `cache`, which takes memory of the device for as long as it is held. Behind
         a cache it always has.
       prefill_chunk_size: Tokens of a prompt that run at once: longer ones are prefilled in pieces, so that the memory
-        besides weights and cache does not depend on the prompt. None: 2,048; or all, on a GPU with cuDNN's attention
+        besides weights and cache does not depend on the prompt. None: 4,096; or all, on a GPU with cuDNN's attention
         for a whole prompt and no kernel for pieces.
 
     Returns:

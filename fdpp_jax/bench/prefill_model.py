@@ -19,13 +19,14 @@ from fdpp_jax.bench.prefill import PrefillCase
 from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.decode_loop import Structure, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
-from fdpp_jax.models.plans import PREFILL_CHUNK_SIZE, prefill_plans, prefill_shape
+from fdpp_jax.models.plans import prefill_plans, prefill_shape
 from fdpp_jax.plans import device
 from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.unified_max import UnifiedMax
 
 _LONGEST_DEFAULT = 8192
 _CAPACITY_MULTIPLE = 64
+_PHI_TOKENS = 2048
 _UNIFIED, _ONLINE, _WHOLE = "ours, unified max", "ours, online softmax", "whole prompt, cuDNN"
 
 
@@ -87,7 +88,7 @@ def bench_model_prefill(
     phi = None
     if _UNIFIED in variants:
         progress.say("bench", "scores")
-        phi = _measured_phi(model, tokens[:1, :PREFILL_CHUNK_SIZE])
+        phi = _measured_phi(model, tokens[:1, :_PHI_TOKENS])
     timings = _time(model, tokens, variants, phi)
 
     flops = _flops(config, batch, length, dtype)

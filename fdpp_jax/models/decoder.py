@@ -156,7 +156,7 @@ class CausalLM(nnx.Module):
           lengths: [B] integers in 1..T, the live tokens of each row.
           cache: Of capacity T or more; donate it.
           softmax: None for exact online softmax, or the policy, which counts where a kernel computes attention.
-          prefill_chunk_size: Tokens of a row that run at once; see `extend`. None: 2,048, or the whole prompt where
+          prefill_chunk_size: Tokens of a row that run at once; see `extend`. None: 4,096, or the whole prompt where
             cuDNN computes that and no kernel computes attention over a cache.
 
         Returns:
@@ -212,7 +212,7 @@ class CausalLM(nnx.Module):
             mean nothing.
           cache: With room for them in every row (not checked here, lengths are traced); donate it.
           softmax: As in `prefill`.
-          prefill_chunk_size: Tokens of a row in a piece. None: 2,048.
+          prefill_chunk_size: Tokens of a row in a piece. None: 4,096.
 
         Returns:
           Logits [B, V] float32 of each row's last live token, and the cache with these tokens.

@@ -12,8 +12,8 @@ from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
 # Tokens of a row that a prefill runs at once: enough rows for a matmul to be bound by the tensor cores on any GPU, and
-# few enough for activations to be small beside the weights (0.2 GB a row of a 7B LLaMA).
-PREFILL_CHUNK_SIZE = 2048
+# few enough for activations to be small beside the weights (0.6 GB a row of a 7B LLaMA).
+PREFILL_CHUNK_SIZE = 4096
 
 
 def model_plans(

@@ -108,7 +108,7 @@ def test_on_a_gpu_there_is_a_line_a_softmax_and_one_for_the_whole_prompt(hopper_
         ONLINE: (64, "xla cudnn"),  # which is the whole prompt
     }
     gemma = prefill_model._variants(PRESETS["gemma-2-9b"], 1, 8192, "bfloat16", None, quick=False)
-    assert {name: v.chunk_size for name, v in gemma.items()} == {UNIFIED: 2048, ONLINE: 2048}  # capped: no cuDNN
+    assert {name: v.chunk_size for name, v in gemma.items()} == {UNIFIED: 4096, ONLINE: 4096}  # capped: no cuDNN
 
 
 @pytest.mark.slow

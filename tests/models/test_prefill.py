@@ -183,39 +183,39 @@ def test_bad_input(windowed: models.CausalLM, method: str) -> None:
 @pytest.mark.parametrize(
     ("device", "length", "options", "expected"),
     [
-        ("H200", 2048, {}, PrefillPlan(2048, False, False)),  # whole: cuDNN
-        ("H200", 2048, {"has_unified_max": True}, PrefillPlan(2048, False, True)),
-        ("H200", 2049, {}, PrefillPlan(2048, True, False)),
-        ("H200", 8192, {"has_unified_max": True}, PrefillPlan(2048, True, True)),
+        ("H200", 4096, {}, PrefillPlan(4096, False, False)),  # whole: cuDNN
+        ("H200", 4096, {"has_unified_max": True}, PrefillPlan(4096, False, True)),
+        ("H200", 4097, {}, PrefillPlan(4096, True, False)),
+        ("H200", 8192, {"has_unified_max": True}, PrefillPlan(4096, True, True)),
         ("H200", 8192, {"chunk_size": 512}, PrefillPlan(512, True, False)),
         ("H200", 32, {"has_unified_max": True, "is_behind_cache": True}, PrefillPlan(32, True, True)),
         ("H200", 32, {"dtype": "float32", "has_unified_max": True}, PrefillPlan(32, False, False)),
         ("A100", 8192, {}, PrefillPlan(8192, False, False)),  # cuDNN, which continues nothing
         ("A100", 8192, {"chunk_size": 512, "has_unified_max": True}, PrefillPlan(512, True, False)),
-        ("A100", 8192, {"is_behind_cache": True}, PrefillPlan(2048, True, False)),
-        ("A100", 8192, {"dtype": "float32"}, PrefillPlan(2048, True, False)),
+        ("A100", 8192, {"is_behind_cache": True}, PrefillPlan(4096, True, False)),
+        ("A100", 8192, {"dtype": "float32"}, PrefillPlan(4096, True, False)),
     ],
 )
 def test_how_a_prefill_runs(device: str, length: int, options: dict[str, Any], expected: PrefillPlan) -> None:
     arguments: dict[str, Any] = dict(batch=2, capacity=8256, has_unified_max=False, is_behind_cache=False)
     arguments |= dict(chunk_size=None, device=device) | options
     assert plan_prefill(PRESETS["llama-3-8b"], length=length, **arguments) == expected
-    assert PREFILL_CHUNK_SIZE == 2048
+    assert PREFILL_CHUNK_SIZE == 4096
 
 
 @pytest.mark.parametrize(
     ("name", "device", "length", "expected"),
     [
-        ("llama-3-8b", "H200", 2048, [("prefill attention", 2048, 2048, "prefill")]),
-        ("llama-3-8b", "H200", 8192, [("prefill attention", 2048, 8256, "prefill")]),
+        ("llama-3-8b", "H200", 4096, [("prefill attention", 4096, 4096, "prefill")]),
+        ("llama-3-8b", "H200", 8192, [("prefill attention", 4096, 8256, "prefill")]),
         ("llama-3-8b", "A100", 8192, [("prefill attention", 8192, 8192, "cudnn")]),
         (
             "gemma-2-9b",
             "H200",
             8192,
             [
-                ("prefill attention (window 4096)", 2048, 8256, "prefill"),
-                ("prefill attention", 2048, 8256, "prefill"),
+                ("prefill attention (window 4096)", 4096, 8256, "prefill"),
+                ("prefill attention", 4096, 8256, "prefill"),
             ],
         ),
     ],
