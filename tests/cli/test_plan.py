@@ -30,7 +30,7 @@ def test_plan_of_a_prefill(capsys):
     assert code == 0
     lines = " ".join(out.replace("\u2502", " ").split())
     assert "one decode step, and a prefill of 8192 tokens" in lines
-    assert "T 2048, S 8192" in lines
+    assert "T 4096, S 8192" in lines
     code, out, _ = run(capsys, "plan", "--model", "gemma-2-9b", "--context", "8192", "--device", "H200", "--json")
     assert code == 0
     windowed, full = json.loads(out)["kernels"][-2:]
