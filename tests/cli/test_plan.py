@@ -37,7 +37,7 @@ def test_plan_of_a_prefill(capsys):
     assert [windowed["kernel"], full["kernel"]] == ["prefill attention (window 4096)", "prefill attention"]
     for record in (windowed, full):
         assert (record["backend"], record["algorithm"]) == ("mosaic_gpu", "prefill")
-        assert (record["shape"]["query_length"], record["shape"]["capacity"]) == (2048, 8192)
+        assert (record["shape"]["query_length"], record["shape"]["capacity"]) == (4096, 8192)
         assert record["reason"]
 
 
