@@ -197,13 +197,12 @@ class TorchKernel:
         return self._graph.sample() * 1e6
 
 
-_MOSAIC = "JAX, Mosaic GPU (float16)"  # its example stores float16, whatever it reads
+# JAX: a kernel takes a case, and gives functions of query, key and value to try in turn, the factor on the query that
+# they leave to the caller, and the dtype of the arrays.
+type _JaxKernels = tuple[list[Callable[..., Any]], float, str]
 
-# JAX: a kernel takes a case, and gives functions of query, key and value to try in turn, and the factor on the query
-# that they leave to the caller.
 
-
-def _jax_cudnn(case: Case) -> tuple[list[Callable[..., Any]], float]:
+def _jax_cudnn(case: Case) -> _JaxKernels:
     import jax
 
     case.refuse(window=True)
@@ -211,10 +210,10 @@ def _jax_cudnn(case: Case) -> tuple[list[Callable[..., Any]], float]:
     attend = functools.partial(
         jax.nn.dot_product_attention, is_causal=case.is_causal, local_window_size=window, implementation="cudnn"
     )
-    return [attend], 1.0
+    return [attend], 1.0, "bfloat16"
 
 
-def _jax_mosaic(case: Case) -> tuple[list[Callable[..., Any]], float]:
+def _jax_mosaic(case: Case) -> _JaxKernels:
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     case.refuse(offset=not case.is_causal)
@@ -222,7 +221,8 @@ def _jax_mosaic(case: Case) -> tuple[list[Callable[..., Any]], float]:
         attention_mgpu.TuningConfig(block_q=64, block_kv=block_kv, max_concurrent_steps=2, causal=case.is_causal)
         for block_kv in _MOSAIC_BLOCKS_KV
     )
-    return [functools.partial(attention_mgpu.attention, config=config) for config in configs], case.head_dim**-0.5
+    kernels = [functools.partial(attention_mgpu.attention, config=config) for config in configs]
+    return kernels, case.head_dim**-0.5, "float16"  # it stores float16, whatever it reads
 
 
 def jax_reference(case: Case, query: Any, key: Any, value: Any, scale: float) -> Any:
@@ -257,7 +257,6 @@ class JaxKernel:
     def __init__(self, name: str) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers share the GPU
         self._make = _JAX_KERNELS[name]
-        self._dtype = "float16" if name == _MOSAIC else "bfloat16"
         self._run: Callable[[int], float] | None = None
         self._num_programs = 1
 
@@ -267,11 +266,11 @@ class JaxKernel:
         import jax.numpy as jnp
 
         self._run = None
-        kernels, factor = self._make(case)
+        kernels, factor, dtype = self._make(case)
         keys = jax.random.split(jax.random.key(0), 3)
         shapes = zip(keys, case.shapes, strict=True)
-        query, *kv = (jax.random.normal(key, shape, self._dtype) for key, shape in shapes)
-        query = (query * factor).astype(self._dtype)
+        query, *kv = (jax.random.normal(key, shape, dtype) for key, shape in shapes)
+        query = (query * factor).astype(dtype)
         kernel = jax.jit(_first_that_fits(kernels, query, kv))
         reference = jax.jit(functools.partial(jax_reference, case, scale=case.head_dim**-0.5 / factor))
         check(relative_error(kernel(query, *kv).astype(jnp.float32), reference(query, *kv)), _TOLERANCE)
@@ -329,9 +328,9 @@ _TORCH_KERNELS: dict[str, Callable[[Case], Callable[..., Any]]] = {
     "torch SDPA, flash": functools.partial(_sdpa, backend="FLASH_ATTENTION"),
     "FlashInfer single": _flashinfer_single,
 }
-_JAX_KERNELS: dict[str, Callable[[Case], tuple[list[Callable[..., Any]], float]]] = {
+_JAX_KERNELS: dict[str, Callable[[Case], _JaxKernels]] = {
     "jax.nn, cuDNN": _jax_cudnn,
-    _MOSAIC: _jax_mosaic,
+    "JAX, Mosaic GPU (float16)": _jax_mosaic,
 }
 KERNELS: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(TorchKernel, name) for name in _TORCH_KERNELS},

@@ -165,7 +165,7 @@ def test_a_prefill_kernel_of_jax_is_checked_and_timed(monkeypatch):
             logits_soft_cap=5.0,
         )
 
-    makes = lambda _, factor: ([too_wide, functools.partial(attend, factor=factor)], 0.25)  # noqa: E731
+    makes = lambda _, factor: ([too_wide, functools.partial(attend, factor=factor)], 0.25, "bfloat16")  # noqa: E731
     for factor, is_right in ((1.0, True), (0.5, False)):
         monkeypatch.setitem(kernels._JAX_KERNELS, "stand-in", functools.partial(makes, factor=factor))
         kernel = kernels.JaxKernel("stand-in")
