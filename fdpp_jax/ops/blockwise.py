@@ -44,7 +44,12 @@ def attention(arrays: AttentionArrays, options: AttentionOptions) -> Any:
 
 
 def gradients(
-    arrays: AttentionArrays, options: AttentionOptions, moved: Sequence[str], grads: Sequence[jax.Array]
+    arrays: AttentionArrays,
+    options: AttentionOptions,
+    moved: Sequence[str],
+    grads: Sequence[jax.Array],
+    *,
+    copies: int = 1,
 ) -> dict[str, jax.Array]:
     """Gradients of the arrays named in `moved`, from those of the results.
 
@@ -53,10 +58,11 @@ def gradients(
       options: Its static facts.
       moved: Names of arrays of floating-point numbers.
       grads: Of the output [B, T, N, H], and with return_residual of the log-sum-exp [B, T, N].
+      copies: How many calls vmap computes at once: their blocks are held together.
     """
     cache = {name: getattr(arrays, name) for name in _CACHE if name in moved}
     dense, pull_back = jax.vjp(lambda cache: reference.dense_cache(arrays._replace(**cache)), cache)
-    call = _Call.of(arrays, options, dense)
+    call = _Call.of(arrays, options, dense, copies)
     sums = {"query": jnp.zeros_like(arrays.query)} if "query" in moved else {}
     for name, like in (("key", dense[0]), ("value", dense[1])):
         if {name, f"{name}_scale"} & set(moved):
@@ -167,11 +173,16 @@ class _Call:
 
     @classmethod
     def of(
-        cls, arrays: AttentionArrays, options: AttentionOptions, dense: tuple[jax.Array, jax.Array] | None = None
+        cls,
+        arrays: AttentionArrays,
+        options: AttentionOptions,
+        dense: tuple[jax.Array, jax.Array] | None = None,
+        copies: int = 1,
     ) -> "_Call":
         """The call, of keys and values [B, S, K, H] where they have been made already."""
         key, value = reference.dense_cache(arrays) if dense is None else dense
-        blocks = _block_sizes(arrays.query.shape, key.shape[1])
+        batch, query_length, num_heads, _ = arrays.query.shape
+        blocks = _block_sizes(copies * batch * num_heads, query_length, key.shape[1])
         return cls(arrays, options, key, value, *blocks, _key_spans(arrays, options, key.shape[1], *blocks))
 
     @property
@@ -318,15 +329,30 @@ def _key_spans(
     first, last = (jnp.broadcast_to(x, jnp.broadcast_shapes(first.shape, last.shape)) for x in (first, last))
     sees = first <= last
     sequences = tuple(range(sees.ndim - 1))
-    first = jnp.where(sees, first, capacity).min(axis=sequences) // block_kv
-    return first, jnp.where(sees, last, -1).max(axis=sequences) // block_kv + 1
+    first, last = jnp.where(sees, first, capacity).min(axis=sequences), jnp.where(sees, last, -1).max(axis=sequences)
+    first, last = _of_all_copies(first, last)
+    return first // block_kv, last // block_kv + 1
 
 
-def _block_sizes(query_shape: Sequence[int], capacity: int) -> tuple[int, int]:
-    """Queries and keys of a block: as many as have `_BLOCK_BYTES` of scores."""
-    batch, query_length, num_heads, _ = query_shape
+@jax.custom_batching.custom_vmap
+def _of_all_copies(first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first and the last key of all calls under vmap, so that one loop serves them all."""
+    return first, last
+
+
+@_of_all_copies.def_vmap
+def _of_mapped_copies(
+    axis_size: int, is_mapped: list[bool], first: jax.Array, last: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    del axis_size
+    first, last = first.min(axis=0) if is_mapped[0] else first, last.max(axis=0) if is_mapped[1] else last
+    return _of_all_copies(first, last), (False, False)
+
+
+def _block_sizes(num_heads: int, query_length: int, capacity: int) -> tuple[int, int]:
+    """Queries and keys of a block: as many as have `_BLOCK_BYTES` of scores, of the heads of all sequences."""
     block_q = block_kv = _LARGEST
-    while 4 * batch * num_heads * min(block_q, query_length) * min(block_kv, capacity) > _BLOCK_BYTES:
+    while 4 * num_heads * min(block_q, query_length) * min(block_kv, capacity) > _BLOCK_BYTES:
         if block_kv == _SMALLEST:
             break
         # Keys last: the sums of values are read and written for each block of keys.

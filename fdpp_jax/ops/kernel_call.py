@@ -56,6 +56,7 @@ class AttentionFunction:
       recompute: The policy's.
       implementation: The caller's.
       saves: Whether a gradient follows.
+      copies: How many derivatives vmap computes at once.
     """
 
     options: AttentionOptions
@@ -64,6 +65,7 @@ class AttentionFunction:
     recompute: Recompute | None
     implementation: str | None
     saves: bool = False
+    copies: int = 1
 
     def types(self, *operands: Any) -> list[tuple[tuple[int, ...], Any]]:
         """[B, T, N, H] in the query's dtype, and with a residual the rows' log-sum-exp [B, T, N] float32."""
@@ -75,6 +77,10 @@ class AttentionFunction:
         """The call where its gradient follows."""
         return dataclasses.replace(self, saves=True)
 
+    def times(self, copies: int) -> "AttentionFunction":
+        """The call of which vmap computes so many derivatives at once."""
+        return dataclasses.replace(self, copies=copies * self.copies)
+
     def _given(self, operands: Sequence[jax.Array]) -> tuple[AttentionArrays, jax.Array | None]:
         """The arrays, and the norms of keys."""
         given = dict(zip(self.names, operands, strict=True))
@@ -82,8 +88,9 @@ class AttentionFunction:
         return AttentionArrays(**given), key_max_norm
 
     def shape(self, arrays: AttentionArrays) -> AttentionShape:
-        """The static shape of the call."""
-        return attention_shape(arrays, self.options, is_online=self.is_online)
+        """The static shape of the call, or of all copies of it at once."""
+        shape = attention_shape(arrays, self.options, is_online=self.is_online)
+        return dataclasses.replace(shape, batch=shape.batch * self.copies)
 
     def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
         """By the plan for a device."""
@@ -190,7 +197,7 @@ class AttentionFunction:
             of_arrays = _cudnn_vjp(online, self.options, plan)[1](grads[0])
             found = dict(zip(("query", "key", "value"), of_arrays, strict=True))
         elif plan.algorithm == "blocks":
-            found = blockwise.gradients(online, self.options, names, grads)
+            found = blockwise.gradients(online, self.options, names, grads, copies=self.copies)
         else:
             return None
         return [found[self.names[i]] if self.names[i] in found else jnp.zeros_like(operands[i]) for i in moved]

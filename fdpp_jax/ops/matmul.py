@@ -96,6 +96,11 @@ class MatmulFunction:
         """The call itself: its gradient needs nothing of it."""
         return self
 
+    def times(self, copies: int) -> "MatmulFunction":
+        """The call itself: it holds nothing beside operands and results."""
+        del copies
+        return self
+
     def partial(self) -> "MatmulFunction":
         """The call for a share of K, whose results are added up."""
         return dataclasses.replace(self, out_dtype=jnp.dtype(jnp.float32))

@@ -63,8 +63,11 @@ class Cotangent:
 
     def __call__(self, device: Device | None, *operands: jax.Array) -> list[jax.Array]:
         fixed, grads = operands[: -self.num_results], operands[-self.num_results :]
-        if device is not None and (own := self.function.gradients(device, self.moved, fixed, grads)) is not None:
-            return own
+        if device is not None:
+            if (own := self.function.gradients(device, self.moved, fixed, grads)) is not None:
+                return own
+            # Else XLA computes scores before the results' gradients are there, and keeps those of all layers.
+            fixed, grads = jax.lax.optimization_barrier((fixed, grads))
         plain = functools.partial(_plain, self.function, self.moved, fixed)
         return list(jax.vjp(plain, *(fixed[i] for i in self.moved))[1](list(grads)))
 
@@ -85,6 +88,9 @@ class Differentiable(Function, Protocol):
 
     def saving(self) -> "Differentiable":
         """The function where its gradient follows."""
+
+    def times(self, copies: int) -> "Differentiable":
+        """The function where vmap computes so many derivatives of it at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +201,19 @@ mlir.register_lowering(_planned_p, functools.partial(_planned_lowering, None))
 def _planned_batching(
     operands: Sequence[Any], axes: Sequence[int | None], *, function: Function, device: Device
 ) -> tuple[list[jax.Array], list[int]]:
-    outs = bind(Mapped(function, tuple(axes)), device, *operands)
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    outs = bind(Mapped(_times(function, size), tuple(axes)), device, *operands)
     return outs, [0] * len(outs)
+
+
+def _times(function: Function, copies: int) -> Function:
+    """A function which vmap computes so often; a derivative knows it, for it may have to hold less."""
+    match function:
+        case Tangent() | Cotangent():
+            return dataclasses.replace(function, function=function.function.times(copies))
+        case Mapped():
+            return dataclasses.replace(function, function=_times(function.function, copies))
+    return function
 
 
 batching.primitive_batchers[_planned_p] = _planned_batching
@@ -222,21 +239,46 @@ def _as_the_mesh_is(x: jax.Array) -> jax.Array:
 
 
 def _planned_transpose(grads: Sequence[Any], *operands: Any, function: Function, device: Device) -> list[Any]:
-    """Of a tangent, which is linear in its last operands; of anything mapped, by its plain form."""
+    """Of a tangent, which is linear in its last operands, mapped or not; of anything else by its plain form."""
     linear = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
     if all(isinstance(grad, ad.Zero) for grad in grads):
         return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in operands]
     grads = [_as_the_mesh_is(ad.instantiate_zeros(grad)) for grad in grads]
     operands = tuple(x if ad.is_undefined_primal(x) else _as_the_mesh_is(x) for x in operands)
-    if isinstance(function, Tangent) and len(linear) == len(function.moved):
+    maps: list[Mapped] = []  # outermost first
+    tangent = function
+    while isinstance(tangent, Mapped):
+        maps.append(tangent)
+        tangent = tangent.function
+    if isinstance(tangent, Tangent) and len(linear) == len(tangent.moved):
+        gradient = Cotangent(tangent.function, tangent.moved, len(grads))
         fixed = operands[: -len(linear)]
-        gradient = Cotangent(function.function, function.moved, len(grads))
-        found = function.function.bind(gradient, device, *fixed, *grads)
+        if maps:
+            found = _mapped_gradient(gradient, maps, device, fixed, grads)
+        else:
+            found = tangent.function.bind(gradient, device, *fixed, *grads)
     else:
         zeros = [ad.instantiate_zeros(ad.Zero(operands[i].aval)) for i in linear]
         found = jax.vjp(functools.partial(_plain, function, linear, operands), *zeros)[1](grads)
     by_index = dict(zip(linear, found, strict=True))
     return [by_index.get(i) for i in range(len(operands))]
+
+
+def _mapped_gradient(
+    gradient: Cotangent, maps: Sequence[Mapped], device: Device, fixed: Sequence[jax.Array], grads: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Gradients for the tangents of a mapped tangent, whose maps come outermost first."""
+    function: Function = gradient
+    for mapped in reversed(maps):
+        function = Mapped(function, (*mapped.axes[: len(fixed)], *[0] * len(grads)))
+    found = bind(function, device, *fixed, *grads)
+    for depth, mapped in reversed(list(enumerate(maps))):
+        axes = mapped.axes[len(fixed) :]
+        found = [
+            x.sum(depth) if axis is None else jnp.moveaxis(x, depth, depth + axis)
+            for x, axis in zip(found, axes, strict=True)
+        ]
+    return found
 
 
 ad.primitive_transposes[_planned_p] = _planned_transpose

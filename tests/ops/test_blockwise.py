@@ -33,7 +33,7 @@ def _plan_anew():
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Blocks of 8 queries and 24 keys: many, and last ones that are not whole."""
-    monkeypatch.setattr(blockwise, "_block_sizes", lambda query_shape, capacity: (8, min(24, capacity)))
+    monkeypatch.setattr(blockwise, "_block_sizes", lambda num_heads, query_length, capacity: (8, min(24, capacity)))
     monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 1000)
     _plan_anew()
     yield
@@ -170,15 +170,109 @@ def test_calls_that_vmap_makes_are_one(softmax, monkeypatch):
     assert softmax is not None or _has_all_scores(jax.jit(jax.vmap(attend)).lower(queries).as_text())
 
 
+ARRAYS = "query", "key", "value"
+
+
+def _mapped_loss(attend, axes):
+    """grad of vmap, over several axes the innermost last."""
+    for axis in reversed(axes):
+        attend = jax.vmap(attend, axis)
+    return lambda *arrays: (attend(*arrays) ** 2).sum()
+
+
+def _looped_loss(attend, axes):
+    """The same without vmap."""
+    if not axes:
+        return lambda *arrays: (attend(*arrays) ** 2).sum()
+    axis, *inner = axes
+
+    def loss(*arrays):
+        size = next(x.shape[a] for x, a in zip(arrays, axis, strict=True) if a is not None)
+        one = lambda i: [x if a is None else jnp.take(x, i, a) for x, a in zip(arrays, axis, strict=True)]  # noqa: E731
+        return sum(_looped_loss(attend, inner)(*one(i)) for i in range(size))
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [[(0, 0, 0, 0)], [(2, None, 1, 0)], [(None, 3, None, None)], [(0, 0, None, 0), (1, 0, 2, None)]],
+    ids=["all", "shared key", "key alone", "two maps"],
+)
+def test_the_gradient_of_a_mapped_call(axes, monkeypatch):
+    """In blocks too, though one call alone would be small."""
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 4 * 4 * 8 * 27 * 64)
+    _plan_anew()
+    given, _ = call_arguments(0, query_length=27, has_lengths=False)
+    arrays = [*given, jnp.asarray([41, 27, 33, 64])]
+    for axis in reversed(axes):
+        arrays = [
+            x if a is None else jnp.stack([x, x // 2 if x.ndim == 1 else -x if x.ndim % 2 else x / 2, x], a)
+            for x, a in zip(arrays, axis, strict=True)
+        ]
+
+    def attend(query, key, value, lengths):
+        return op(query, key, value, key_value_seq_lengths=lengths, is_causal=True)
+
+    grads = jax.jit(jax.grad(_mapped_loss(attend, axes), (0, 1, 2)))
+    assert not _has_all_scores(grads.lower(*arrays).as_text())
+    monkeypatch.undo()
+    _plan_anew()
+    expected = jax.grad(_looped_loss(attend, axes), (0, 1, 2))(*arrays)
+    for name, ours, theirs in zip(ARRAYS, grads(*arrays), expected, strict=True):
+        assert oracle.relative_error(ours, theirs) < 2 * oracle.TOLERANCE["float32"], name
+
+
+@pytest.mark.parametrize("lengths", [None, ALL_SEE], ids=["all keys", "lengths"])
+def test_the_mapped_gradient_counts_all_scores(lengths, monkeypatch):
+    """Also of vmap of grad; blocks shrink with the number of calls, and one loop serves all of them."""
+    (query, key, value), _ = call_arguments(0, query_length=27, has_lengths=False)
+    arrays = [jnp.stack([x, x]) for x in (query, key, value)]
+    if lengths is not None:
+        arrays.append(jnp.asarray([lengths, lengths[::-1]]))
+    monkeypatch.setattr(xla, "MAX_SCORE_BYTES", 4 * 4 * 8 * 27 * 64)
+    seen = []
+    monkeypatch.setattr(blockwise, "_block_sizes", lambda *sizes: seen.append(sizes) or (8, 24))
+    _plan_anew()
+    loss = lambda q, k, v, *n: op(q, k, v, key_value_seq_lengths=n[0] if n else None).sum()  # noqa: E731
+    text = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)))).lower(*arrays).as_text()
+    assert not _has_all_scores(text)
+    assert seen == [(2 * 4 * 8, 27, 64)]
+    conditions = [part.split("stablehlo.return")[0] for part in text.split(" cond {")[1:]]
+    assert conditions
+    assert not any("reduce" in condition for condition in conditions)  # whether any of the calls goes on
+
+
+def test_the_reference_is_not_held_until_its_gradient(monkeypatch):
+    """A gradient computes scores again, so that those of all layers are not held at once."""
+    monkeypatch.undo()
+    x = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.float32)
+
+    def held(num_layers):
+        def loss(x):
+            for _ in range(num_layers):
+                x = x + op(x, x, x)
+            return x.sum()
+
+        return jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 4 * 512 * 512
+    assert held(6) - held(2) < scores
+
+
 def test_other_derivatives_say_what_they_hold():
     (query, key, value), _ = call_arguments(0, query_length=27, has_lengths=False)
     attend = lambda query: op(query, key, value)  # noqa: E731
     message = r"holds all scores \[4, 8, 27, 64\] of attention at once, 221184 bytes: derivatives in forward mode"
     with pytest.warns(UserWarning, match=message):
         jax.jit(lambda query: jax.jvp(attend, (query,), (query,))[1]).lower(query)
+    queries = jnp.stack([query] * 3)
+    with pytest.warns(UserWarning, match=r"scores \[12, 8, 27, 64\] of attention at once, 663552 bytes"):
+        jax.jit(jax.vmap(lambda query: jax.jvp(attend, (query,), (query,))[1])).lower(queries)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jax.jit(jax.grad(lambda query: attend(query).sum())).lower(query)
+        jax.jit(jax.grad(lambda query: jax.vmap(attend)(query).sum())).lower(queries)
 
 
 def test_shards_exchange_no_arrays():
@@ -206,10 +300,10 @@ def test_shards_exchange_no_arrays():
 def test_block_sizes(monkeypatch):
     monkeypatch.undo()
     sizes = blockwise._block_sizes
-    assert sizes((1, 300, 8, 64), 5000) == (300, 1024)
-    assert sizes((1, 16384, 32, 128), 16384) == (512, 1024)
-    assert sizes((8, 4096, 32, 128), 4096) == (256, 256)
-    assert sizes((4096, 4096, 32, 128), 4096) == (64, 64)
+    assert sizes(8, 300, 5000) == (300, 1024)
+    assert sizes(32, 16384, 16384) == (512, 1024)
+    assert sizes(8 * 32, 4096, 4096) == (256, 256)
+    assert sizes(4096 * 32, 4096, 4096) == (64, 64)
 
 
 @pytest.mark.gpu
