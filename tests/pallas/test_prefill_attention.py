@@ -1,6 +1,8 @@
 """The prefill kernel against float64: masks, lengths, caches of all kinds, sinks, caps, both directions of failure."""
 
 import dataclasses
+import itertools
+import types
 from unittest import mock
 
 import jax
@@ -12,7 +14,7 @@ from decode_case import ON_GPU, _keep_clocks
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas.prefill_attention import prefill_attention
+from fdpp_jax.pallas.prefill_attention import blocks, prefill_attention
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.hopper import HEAD_DIMS
 from fdpp_jax.plans.hopper_prefill import PrefillAttentionConfig
@@ -152,6 +154,18 @@ CASES = {
 @pytest.mark.parametrize(("name", "phi"), [*((name, 6.0) for name in CASES), ("causal", None), ("chunk", None)])
 def test_against_float64(name, phi):
     check(CASES[name], phi)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 99])
+def test_the_order_of_ctas(together):
+    """Every block of rows once; the heads that are left over first; of each section the last rows first."""
+    config = PrefillAttentionConfig(64, 2, heads_together=together)
+    facts = types.SimpleNamespace(config=config, num_blocks=3, batch=2, row_heads=4)
+    places = [tuple(map(int, blocks._place(jnp.int32(i), facts))) for i in range(24)]
+    assert sorted(places) == list(itertools.product(range(2), range(4), range(3)))
+    numbers = [number for *_, number in places]
+    sections = {1: [1] * 8, 3: [2, 3, 3], 8: [8], 99: [8]}[together]
+    assert numbers == [number for heads in sections for number in (2, 1, 0) for _ in range(heads)]
 
 
 @pytest.mark.parametrize("phi", [90.0, -90.0])

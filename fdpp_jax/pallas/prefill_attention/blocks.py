@@ -67,15 +67,19 @@ def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
 def _place(index: jax.Array, facts: Facts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sequence, head and block of rows of a CTA.
 
-    `heads_together` heads come after each other. Of these the last rows are first: with a causal mask they have most
-    keys to read, and what ends last should be short.
+    `heads_together` heads take turns; those left over come before all others. Of these the last rows are first: with a
+    causal mask they have most keys to read, and what ends last should be short.
     """
     num_blocks, num_heads = jnp.int32(facts.num_blocks), facts.batch * facts.row_heads
     together = min(facts.config.heads_together, num_heads)
+    rest = num_heads % together
+    is_rest = index < rest * num_blocks
+    index -= jnp.where(is_rest, 0, rest * num_blocks)
     section = lax.div(index, together * num_blocks)
     index -= section * (together * num_blocks)
-    num_here = jnp.minimum(together, num_heads - section * together)
-    head = section * together + lax.rem(index, num_here)
+    first_head = jnp.where(is_rest, 0, rest + section * together)
+    num_here = jnp.where(is_rest, max(rest, 1), together)
+    head = first_head + lax.rem(index, num_here)
     row_heads = jnp.int32(facts.row_heads)
     return lax.div(head, row_heads), lax.rem(head, row_heads), num_blocks - 1 - lax.div(index, num_here)
 
