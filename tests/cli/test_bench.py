@@ -40,6 +40,10 @@ def test_a_bench_that_can_only_fail_is_refused_at_once(capsys, flags, message):
         ([], "the table of bench attention needs a GPU, this is cpu; try one small shape"),
         (["--batch", "2", "--only", "32/8"], "--only picks shapes of the table"),
         (["--scale-per", "token"], "--scale-per belongs to --kv-dtype"),
+        (
+            ["--query-length", "100", "--capacity", "50"],
+            "capacity must be at least query_length, got capacity=50 query",
+        ),
         (["--lengths", "5000"], "lengths must lie in query_length=1..capacity=4096, got 5000"),
     ],
 )
@@ -94,6 +98,10 @@ def test_bench_attention_of_the_table(capsys, monkeypatch):
     [
         ([], "the table of bench prefill needs a GPU, this is cpu; try one small shape: --num-heads 4"),
         (["--not-causal", "--only", "window"], "--only picks shapes of the table"),
+        (
+            ["--query-length", "100", "--capacity", "50"],
+            "capacity must be at least query_length, got capacity=50 query",
+        ),
         (["--lengths", "5000"], "lengths must lie in query_length=4096..capacity=4096, got 5000"),
         (["--window", "0"], "window must be a positive number of keys, got 0"),
         (["--prefill-chunk-size", "64"], "--prefill-chunk-size belongs to --model"),
