@@ -5,7 +5,6 @@ They may stand behind what a cache holds.
 
 import dataclasses
 import itertools
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import SupportsIndex, TypeGuard
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache, Tokenizer, load_tokenizer
+from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.tokenizer import has_tokenizer
 
 # A text, texts, token ids of one or several prompts, or a right-padded array [B, T].
@@ -190,21 +190,6 @@ def check_prompts(
 def _bucket(num_tokens: int, limit: int) -> int:
     """A power of two, so that few programs serve all prompts, or the limit."""
     return min(max(_MIN_BUCKET, 1 << (num_tokens - 1).bit_length()), limit)
-
-
-def positive_int(name: str, value: SupportsIndex) -> int:
-    """The argument of that name, an integer of at least 1.
-
-    Raises:
-      ValueError: It is none.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
 
 
 def _padded(prompts: PromptsLike, prompt_lengths: object) -> tuple[np.ndarray, np.ndarray]:
