@@ -152,6 +152,8 @@ def test_a_result_without_a_cache_says_so(model):
         ({"cache": KVCache.create(CONFIG, 2, 16, "float32")}, "cache must be the cache of a GenerationResult, got KV"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size must be at least 1, got 0"),
         ({"prefill_chunk_size": 2.0}, r"prefill_chunk_size must be an integer of at least 1, got 2\.0"),
+        ({"prefill_chunk_size": "3"}, "prefill_chunk_size must be an integer of at least 1, got '3'"),
+        ({"prefill_chunk_size": True}, "prefill_chunk_size must be an integer of at least 1, got True"),
     ],
 )
 def test_bad_input(model, arguments, message):

@@ -25,6 +25,7 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
     [
         ("decode --model nosuch", "unknown model 'nosuch'"),
         ("prefill --model tiny --batch 0", "expected a batch and a query_length of at least 1, got batch=0"),
+        ("prefill --model tiny --prefill-chunk-size 0", "prefill_chunk_size must be at least 1, got 0"),
         ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
     ],
 )
