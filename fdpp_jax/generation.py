@@ -25,6 +25,7 @@ from fdpp_jax.decode_loop import (
     flattened,
 )
 from fdpp_jax.models import KVCache, Tokenizer
+from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.text_stream import TextRows
 from fdpp_jax.ops.planned import warn_caller
@@ -37,7 +38,6 @@ from fdpp_jax.prompts import (
     check_prompts,
     encoded,
     needed_tokenizer,
-    positive_int,
     tokenizer_of,
 )
 from fdpp_jax.results import GenerationResult, StreamChunk

@@ -9,6 +9,7 @@ Source: FlashDecoding++ (arXiv 2311.01282), sections 4 and 5.
 
 import dataclasses
 import functools
+import numbers
 from typing import Any
 
 from fdpp_jax.plans import backends, tables
@@ -20,6 +21,12 @@ from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 _NAMED = "named by the caller"
 # Names of backends that callers may use already.
 _ANNOUNCED = ("triton",)
+# The least that each size can be. An array may be empty, but a head or a group of heads may not.
+_LEAST_ATTENTION = dict(batch=0, query_length=0, capacity=0, num_query_heads=0, num_kv_heads=1, head_dim=1, page_size=1)
+_LEAST_MATMUL = dict(m=0, k=0, n=0)
+_LEAST_LAYER = dict(
+    batch=0, hidden_size=1, intermediate_size=1, num_query_heads=1, num_kv_heads=1, head_dim=1, vocab_size=0
+)
 
 
 @functools.cache
@@ -35,9 +42,10 @@ def plan_attention(shape: AttentionShape, device: Device | str, implementation: 
       Backend, algorithm and config, and the reason in one line.
 
     Raises:
-      ValueError: The device or the implementation is unknown.
+      ValueError: The device or the implementation is unknown, or no call has these sizes.
       NotImplementedError: The named implementation refuses; the message says why.
     """
+    _check_sizes(shape, _LEAST_ATTENTION)
     device = devices.resolve(device)
     planned: AttentionPlan = _first_plan("attention", shape, device)
     if implementation in (None, planned.implementation):
@@ -65,9 +73,11 @@ def plan_matmul(shape: MatmulShape, device: Device | str, implementation: str | 
       "rule: ...", or why no kernel runs.
 
     Raises:
-      ValueError: The device or the implementation is unknown, or a table of the device's measurements is malformed.
+      ValueError: The device or the implementation is unknown, a size is negative, or a table of the device's
+        measurements is malformed.
       NotImplementedError: The named implementation refuses; the message says why.
     """
+    _check_sizes(shape, _LEAST_MATMUL)
     # Not cached: tables may change under a running process. `tables` caches them until they do.
     device = devices.resolve(device)
     if implementation is None:
@@ -97,9 +107,21 @@ def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
       Backend, algorithm ("fused" or "unfused") and config, and the reason in one line.
 
     Raises:
-      ValueError: The device is unknown.
+      ValueError: The device is unknown, or no layer has these sizes.
     """
+    _check_sizes(shape, _LEAST_LAYER)
     return _first_plan("layer", shape, devices.resolve(device))
+
+
+def _check_sizes(shape: AttentionShape | MatmulShape | LayerShape, least: dict[str, int]) -> None:
+    """Raises ValueError unless the sizes of a shape, as far as they are numbers, are those of a call."""
+    sizes = {name: size for name in least if isinstance(size := getattr(shape, name), numbers.Integral)}
+    for name, size in sizes.items():
+        if size < least[name]:
+            raise ValueError(f"{name} must be at least {least[name]}, got {size}")
+    num_heads, num_kv_heads = sizes.get("num_query_heads"), sizes.get("num_kv_heads")
+    if num_heads is not None and num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_query_heads, got {num_kv_heads} and {num_heads}")
 
 
 def _ops(name: str) -> list[tuple[str, Op[Any, Any]]]:

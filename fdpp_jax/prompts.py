@@ -5,7 +5,6 @@ They may stand behind what a cache holds.
 
 import dataclasses
 import itertools
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import SupportsIndex, TypeGuard
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache, Tokenizer, load_tokenizer
+from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.tokenizer import has_tokenizer
 
 # A text, texts, token ids of one or several prompts, or a right-padded array [B, T].
@@ -38,22 +38,34 @@ class PromptCache:
     kv: KVCache = dataclasses.field(repr=False)
     tokens: list[list[int]]
 
-    def matched(self, prompts: Sequence[Sequence[int]]) -> "tuple[PromptCache, list[list[int]]]":
-        """The cache cut to what prompts [B] begin with, and what is left of them, at least a token each.
+    def matched(self, prompts: PromptsLike, prompt_lengths: object = None) -> "tuple[PromptCache, list[list[int]]]":
+        """The cache cut to what prompts begin with, and what is left of each, at least a token.
 
         With both, a call of `generate` gives what it would give of the whole prompts.
 
+        Args:
+          prompts: The tokens of whole prompts, a list of each prompt's or a padded array [B, T], one for each row.
+            A text is encoded first, `tokenizer.encode(text)`: a cache has no tokenizer.
+          prompt_lengths: [B] integers of a padded array. None: T for every row.
+
         Raises:
-          ValueError: There are not as many prompts as rows, or one is empty.
+          ValueError: They are texts, there are not as many as rows, one is empty, or they are no tokens.
         """
-        if len(prompts) != len(self.tokens) or not all(prompts):
-            raise ValueError(f"expected {len(self.tokens)} prompts of at least one token, got {prompts!r:.200}")
-        rows = zip(prompts, self.tokens, np.asarray(self.kv.lengths), strict=True)
+        if are_texts(prompts):
+            raise ValueError("expected prompts of tokens, which a tokenizer makes of texts, got texts")
+        padded, lengths = _padded(prompts, prompt_lengths)
+        _check_rows(len(padded), self)
+        whole = [row[:length].tolist() for row, length in zip(padded, lengths, strict=True)]
+        rows = zip(whole, self.tokens, np.asarray(self.kv.lengths), strict=True)
         counts = [_num_alike(prompt[:-1], tokens[:length]) for prompt, tokens, length in rows]
-        pairs = list(zip(prompts, counts, strict=True))
+        pairs = list(zip(whole, counts, strict=True))
         kv = dataclasses.replace(self.kv, lengths=jnp.asarray(counts, jnp.int32))
-        kept, rest = [list(prompt[:n]) for prompt, n in pairs], [list(prompt[n:]) for prompt, n in pairs]
-        return PromptCache(kv, kept), rest
+        return PromptCache(kv, [prompt[:n] for prompt, n in pairs]), [prompt[n:] for prompt, n in pairs]
+
+
+def _check_rows(num_prompts: int, cache: PromptCache) -> None:
+    if num_prompts != len(cache.tokens):
+        raise ValueError(f"expected as many prompts as the cache has rows, {len(cache.tokens)}, got {num_prompts}")
 
 
 def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:
@@ -167,8 +179,7 @@ def check_prompts(
         raise ValueError(f"tokens must be within 0..{config.vocab_size - 1}, got {int(unknown[0])}")
     cached = np.zeros_like(lengths)
     if cache is not None:
-        if len(cache.tokens) != len(lengths):
-            raise ValueError(f"expected as many prompts as the cache has rows, {len(cache.tokens)}, got {len(lengths)}")
+        _check_rows(len(lengths), cache)
         cached = np.asarray(cache.kv.lengths)
         waiting = [row[length:] for row, length in zip(cache.tokens, cached, strict=True)]
         tokens, lengths = _padded(
@@ -192,24 +203,9 @@ def _bucket(num_tokens: int, limit: int) -> int:
     return min(max(_MIN_BUCKET, 1 << (num_tokens - 1).bit_length()), limit)
 
 
-def positive_int(name: str, value: SupportsIndex) -> int:
-    """The argument of that name, an integer of at least 1.
-
-    Raises:
-      ValueError: It is none.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
-
-
 def _padded(prompts: PromptsLike, prompt_lengths: object) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, T], anything behind each prompt, and lengths [B]."""
-    rows = [np.asarray(row) for row in prompts] if isinstance(prompts, list | tuple) else []
+    rows = [_row(i, row) for i, row in enumerate(prompts)] if isinstance(prompts, list | tuple) else []
     for i, row in enumerate(rows):
         if row.ndim == 1 and not row.size:
             raise ValueError(f"expected prompts of at least one token, got none for prompt {i}")
@@ -236,3 +232,11 @@ def _padded(prompts: PromptsLike, prompt_lengths: object) -> tuple[np.ndarray, n
     if lengths.min() < 1 or lengths.max() > width:
         raise ValueError(f"prompt_lengths must be within 1..{width} (the width of tokens), got {lengths.tolist()}")
     return tokens, lengths
+
+
+def _row(index: int, prompt: object) -> np.ndarray:
+    """One prompt of a list as an array."""
+    try:
+        return np.asarray(prompt)
+    except ValueError:  # lists of unequal lengths
+        raise ValueError(f"tokens must be lists of integers, got {prompt!r} for prompt {index}") from None

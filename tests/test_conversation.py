@@ -152,6 +152,8 @@ def test_a_result_without_a_cache_says_so(model):
         ({"cache": KVCache.create(CONFIG, 2, 16, "float32")}, "cache must be the cache of a GenerationResult, got KV"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size must be at least 1, got 0"),
         ({"prefill_chunk_size": 2.0}, r"prefill_chunk_size must be an integer of at least 1, got 2\.0"),
+        ({"prefill_chunk_size": "3"}, "prefill_chunk_size must be an integer of at least 1, got '3'"),
+        ({"prefill_chunk_size": True}, "prefill_chunk_size must be an integer of at least 1, got True"),
     ],
 )
 def test_bad_input(model, arguments, message):
@@ -170,8 +172,46 @@ def test_a_cache_of_another_model(model):
         stream(model, SECOND, cache=PromptCache(kv, [[], []]))
 
 
-def test_prompts_that_do_not_match_a_cache_s_rows(model):
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1]], "expected as many prompts as the cache has rows, 2, got 1"),
+        ([[1], []], "expected prompts of at least one token, got none for prompt 1"),
+        ([[1], [2.0]], r"tokens must be integers \[B, T\], got float64 of shape \(2, 1\)"),
+        ([1, 2], r"tokens must be integers \[B, T\], got int64 of shape \(2,\)"),
+        ([[1, [2]], [3, 4]], r"tokens must be lists of integers, got \[1, \[2\]\] for prompt 0"),
+        ([], "expected at least one prompt, got none"),
+        (None, r"tokens must be integers \[B, T\], got object of shape \(\)"),
+        ("def ", "expected prompts of tokens, which a tokenizer makes of texts, got texts"),
+        (["def ", "class "], "expected prompts of tokens, which a tokenizer makes of texts, got texts"),
+        (["def ", [1]], "expected prompts that are all texts or all tokens, got list and str"),
+    ],
+)
+def test_prompts_that_a_cache_cannot_match(model, prompts, message):
     cache = generate(model, FIRST, max_new_tokens=1, return_cache=True).cache
-    for prompts in ([[1]], [[1], []]):
-        with pytest.raises(ValueError, match="expected 2 prompts of at least one token, got "):
-            cache.matched(prompts)
+    with pytest.raises(ValueError, match=message):
+        cache.matched(prompts)
+    if not str(message).startswith("expected prompts of tokens"):
+        with pytest.raises(ValueError, match=message):
+            stream(model, prompts, cache=cache)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_whole_prompts_may_be_arrays(model, as_array):
+    cache = generate(model, FIRST, max_new_tokens=1, return_cache=True).cache
+    expected, rest = cache.matched([[5, 1, 9, 8], [0, 1, 3]])
+    padded = as_array([[5, 1, 9, 8], [0, 1, 3, 2]])
+    for prompts, lengths in (
+        (padded, as_array([4, 3])),
+        (padded.tolist(), [4, 3]),
+        ([as_array([5, 1, 9, 8]), as_array([0, 1, 3])], None),
+        (((5, 1, 9, 8), (0, 1, 3)), None),
+    ):
+        found, new = cache.matched(prompts, lengths)
+        assert (found.tokens, new) == (expected.tokens, rest) == ([[5, 1, 9], [0, 1]], [[8], [3]])
+        assert {type(token) for row in (*found.tokens, *new) for token in row} == {int}
+        assert found.kv.lengths.tolist() == [3, 2]
+    whole = cache.matched(padded)
+    assert whole[1] == [[8], [3, 2]]
+    with pytest.raises(ValueError, match=r"prompt_lengths must be within 1\.\.4 \(the width of tokens\), got \[5, 3\]"):
+        cache.matched(padded, [5, 3])

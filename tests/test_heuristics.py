@@ -12,14 +12,15 @@ import toy_backend
 
 import fdpp_jax
 from fdpp_jax import UnifiedMax, heuristics
-from fdpp_jax.heuristics import plan_attention, plan_matmul
+from fdpp_jax.heuristics import plan_attention, plan_layer, plan_matmul
 from fdpp_jax.plans import backends, device, hopper_attention, hopper_matmul, tables, xla
-from fdpp_jax.plans.shapes import AttentionShape, MatmulShape
+from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
 H200 = device.by_name("H200")
 
 
 DECODE = AttentionShape(batch=1, query_length=1, capacity=4096, num_query_heads=32, num_kv_heads=32, head_dim=128)
+LAYER = LayerShape(1, 4096, 11008, num_query_heads=32, num_kv_heads=32, head_dim=128)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +55,40 @@ def test_reason_of_the_a100():
         "no kernel for sm_80 yet; the rule here would be: flat, 108 CTAs share 64 column blocks "
         "(memory-bound: intensity 8 < ridge 153)"
     )
+
+
+@pytest.mark.parametrize("name", ["H200", "A100", "cpu"])
+@pytest.mark.parametrize(
+    ("plan", "shape", "wrong", "message"),
+    [
+        (plan_attention, DECODE, {"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+        (plan_attention, DECODE, {"num_kv_heads": -1}, "num_kv_heads must be at least 1, got -1"),
+        (plan_attention, DECODE, {"num_kv_heads": 5}, "num_kv_heads must divide num_query_heads, got 5 and 32"),
+        (plan_attention, DECODE, {"num_query_heads": -32}, "num_query_heads must be at least 0, got -32"),
+        (plan_attention, DECODE, {"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        (plan_attention, DECODE, {"page_size": 0}, "page_size must be at least 1, got 0"),
+        *((plan_attention, DECODE, {x: -1}, f"{x} must be at least 0, got -1") for x in ("batch", "capacity")),
+        (plan_attention, DECODE, {"query_length": -1}, "query_length must be at least 0, got -1"),
+        *((plan_matmul, MatmulShape(8, 4096, 64), {x: -1}, f"{x} must be at least 0, got -1") for x in "mkn"),
+        *((plan_layer, LAYER, {x: -1}, f"{x} must be at least 0, got -1") for x in ("batch", "vocab_size")),
+        *((plan_layer, LAYER, {x: 0}, f"{x} must be at least 1, got 0") for x in ("hidden_size", "intermediate_size")),
+        *((plan_layer, LAYER, {x: 0}, f"{x} must be at least 1, got 0") for x in ("num_query_heads", "head_dim")),
+        (plan_layer, LAYER, {"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+        (plan_layer, LAYER, {"num_kv_heads": 5}, "num_kv_heads must divide num_query_heads, got 5 and 32"),
+    ],
+)
+def test_sizes_that_no_call_has(name, plan, shape, wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        plan(dataclasses.replace(shape, **wrong), name)
+
+
+@pytest.mark.parametrize("name", ["H200", "A100", "cpu"])
+def test_empty_calls_have_plans(name):
+    for axis in ("batch", "query_length", "capacity", "num_query_heads"):
+        assert plan_attention(dataclasses.replace(DECODE, **{axis: 0}), name).backend == "xla"
+    for axis in "mkn":
+        assert plan_matmul(dataclasses.replace(MatmulShape(8, 4096, 64), **{axis: 0}), name).backend == "xla"
+    assert plan_layer(dataclasses.replace(LAYER, batch=0), name).backend == "xla"
 
 
 def test_unknown_device_is_an_error():

@@ -117,6 +117,8 @@ def attention_case(
     """
     if lengths == "mixed" and (batch < 2 or capacity < _SHORTEST_MIXED):
         raise ValueError(f"mixed lengths need two sequences and {_SHORTEST_MIXED} keys, got {batch=} {capacity=}")
+    if lengths == "mixed" and query_length > _SHORTEST_MIXED:
+        raise ValueError(f"mixed lengths begin at {_SHORTEST_MIXED}, the most for query_length, got {query_length=}")
     shortest = _SHORTEST_MIXED if lengths == "mixed" else capacity if lengths == "full" else lengths
     check_sizes(batch, num_heads, num_kv_heads, capacity, head_dim, query_length, shortest, page_size)
     shape = AttentionShape(
@@ -152,6 +154,8 @@ def check_sizes(
             "expected positive sizes and query heads that are a multiple of the key/value heads, got "
             f"{batch=} {num_heads=} {num_kv_heads=} {capacity=} {head_dim=} {query_length=}"
         )
+    if query_length > capacity:
+        raise ValueError(f"capacity must be at least query_length, got {capacity=} {query_length=}")
     if not query_length <= shortest <= capacity:
         raise ValueError(f"lengths must lie in {query_length=}..{capacity=}, got {shortest}")
     if page_size is not None and (page_size < 1 or capacity % page_size):

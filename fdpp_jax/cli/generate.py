@@ -158,8 +158,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("expected prompts that are not empty, got one that is")
 
     from fdpp_jax import models
+    from fdpp_jax.models.checks import positive_int
     from fdpp_jax.plans import device
-    from fdpp_jax.prompts import check_prompts, positive_int
+    from fdpp_jax.prompts import check_prompts
     from fdpp_jax.sampling import make_sampling
 
     running = device.current()

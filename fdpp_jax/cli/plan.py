@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> None:
     model = args.model or _DEFAULT_MODEL
     config = model_config(model)
     from fdpp_jax import models
+    from fdpp_jax.models.checks import positive_int
     from fdpp_jax.plans import device
 
+    positive_int("context", args.context)
     target = device.by_name(args.device) if args.device is not None else device.current()
     sizes: dict[str, Any] = dict(batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
     plans = [*models.model_plans(config, **sizes), *models.prefill_plans(config, length=args.context, **sizes)]

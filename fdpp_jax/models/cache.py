@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import unified_max
+from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.config import DecoderConfig
 
 
@@ -44,10 +45,9 @@ class KVCache:
         `with_key_norms` spares a step with UnifiedMax.bound() a pass over all keys, and costs any other step a little.
 
         Raises:
-          ValueError: batch or capacity is not positive.
+          ValueError: batch or capacity is no positive integer.
         """
-        if batch < 1 or capacity < 1:
-            raise ValueError(f"a cache needs a batch and a capacity of at least 1, got {batch=} and {capacity=}")
+        batch, capacity = positive_int("batch", batch), positive_int("capacity", capacity)
         shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(
@@ -63,6 +63,7 @@ class KVCache:
         Raises:
           ValueError: It has fewer slots than this one.
         """
+        capacity = positive_int("capacity", capacity)
         if capacity < self.capacity:
             raise ValueError(f"expected a capacity of at least the cache's {self.capacity}, got {capacity}")
 

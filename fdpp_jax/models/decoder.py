@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from fdpp_jax import ops, unified_max
+from fdpp_jax.models import checks
 from fdpp_jax.models.cache import KVCache, write_prompt
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.layers import Embedding, LayerNorm, RMSNorm
@@ -136,8 +137,11 @@ class CausalLM(nnx.Module):
 
         Returns:
           [B, T, V] float32; row t predicts token t + 1.
+
+        Raises:
+          ValueError: tokens are no integers, or there are none.
         """
-        _check_tokens(tokens, ndim=2)
+        tokens = jnp.asarray(checks.tokens_like(tokens, "[B, T]"))
         return self.head(self.hidden_states(tokens, _positions(tokens), self._causal_attend))
 
     def prefill(
@@ -163,10 +167,10 @@ class CausalLM(nnx.Module):
           Logits [B, V] float32 of each row's last live token, and the cache with these lengths.
 
         Raises:
-          ValueError: T exceeds the capacity, the batch sizes differ, or prefill_chunk_size is not positive.
+          ValueError: T exceeds the capacity, the batch sizes differ, or prefill_chunk_size is not positive. Tokens or
+            lengths, where they are not traced, are out of range.
         """
-        _check_tokens(tokens, ndim=2)
-        _check_batch(cache, tokens=tokens, lengths=lengths)
+        tokens, lengths = self._checked_prompts(tokens, lengths, cache, is_behind_cache=False)
         batch, length = tokens.shape
         if length > cache.capacity:
             raise ValueError(f"a prompt of {length} tokens does not fit a cache of capacity {cache.capacity}")
@@ -210,7 +214,7 @@ class CausalLM(nnx.Module):
           tokens: [B, T] integers, right-padded.
           lengths: [B] integers in 0..T, the live tokens of each row. A row without any stays as it is, and its logits
             mean nothing.
-          cache: With room for them in every row (not checked here, lengths are traced); donate it.
+          cache: With room for them in every row, which is not checked where lengths are traced; donate it.
           softmax: As in `prefill`.
           prefill_chunk_size: Tokens of a row in a piece. None: 4,096.
 
@@ -218,10 +222,10 @@ class CausalLM(nnx.Module):
           Logits [B, V] float32 of each row's last live token, and the cache with these tokens.
 
         Raises:
-          ValueError: The batch sizes differ, or prefill_chunk_size is not positive.
+          ValueError: The batch sizes differ, or prefill_chunk_size is not positive. Tokens or lengths, where they are
+            not traced, are out of range, or the cache has no room.
         """
-        _check_tokens(tokens, ndim=2)
-        _check_batch(cache, tokens=tokens, lengths=lengths)
+        tokens, lengths = self._checked_prompts(tokens, lengths, cache, is_behind_cache=True)
         batch, length = tokens.shape
         plan = self.prefill_plan(batch, length, cache.capacity, softmax, prefill_chunk_size, is_behind_cache=True)
         size, policy = plan.chunk_size, softmax if plan.takes_unified_max else None
@@ -269,7 +273,7 @@ class CausalLM(nnx.Module):
 
         Args:
           tokens: [B] integers.
-          cache: With room for one more token in every row (not checked here, lengths are traced); donate it.
+          cache: With room for one more token in every row, which is not checked where lengths are traced; donate it.
           softmax: None for exact online softmax, or the policy.
           implementation: None for the planned kernels, "xla" for plain XLA throughout.
 
@@ -279,10 +283,14 @@ class CausalLM(nnx.Module):
           by the plans no layer overflows, or none redoes.
 
         Raises:
-          ValueError: The batch sizes differ, or an unknown implementation.
+          ValueError: The batch sizes differ, or an unknown implementation. Tokens, where they are not traced, are out
+            of range, or the cache has no room.
         """
-        _check_tokens(tokens, ndim=1)
-        _check_batch(cache, tokens=tokens)
+        tokens = checks.tokens_like(tokens, "[B]")
+        checks.check_rows("tokens", tokens, cache.batch)
+        checks.check_live_tokens(tokens[:, None], 1, self.config.vocab_size)
+        checks.check_room(cache.lengths, 1, cache.capacity, self._max_positions)
+        tokens = jnp.asarray(tokens)
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
         step = StepCache(self.config, cache, softmax, implementation)
@@ -290,6 +298,23 @@ class CausalLM(nnx.Module):
         # A row that overflowed in any layer comes out as NaN and leaves no logit of its sequence finite.
         overflow = jnp.isnan(logits[:, 0]).any() if step.can_overflow else False
         return logits, step.grown(), overflow, redone
+
+    def _checked_prompts(
+        self, tokens: Any, lengths: Any, cache: KVCache, *, is_behind_cache: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens [B, T] and lengths [B], which fit each other, the cache and the model as far as they are known."""
+        tokens, lengths = checks.tokens_like(tokens, "[B, T]"), checks.integers("lengths", lengths, "[B]")
+        for name, array in (("tokens", tokens), ("lengths", lengths)):
+            checks.check_rows(name, array, cache.batch)
+        checks.check_lengths(lengths, 0 if is_behind_cache else 1, tokens.shape[1])
+        checks.check_live_tokens(tokens, lengths, self.config.vocab_size)
+        checks.check_room(cache.lengths if is_behind_cache else 0, lengths, cache.capacity, self._max_positions)
+        return jnp.asarray(tokens), jnp.asarray(lengths)
+
+    @property
+    def _max_positions(self) -> int | None:
+        """Positions beyond which the model has none; None where it has them all."""
+        return self.config.max_position_embeddings if self.config.has_learned_positions else None
 
     def layer_plan(self, batch: int) -> LayerPlan:
         """Whether a decode step of `batch` rows runs fused layers on the device that JAX runs on now."""
@@ -387,17 +412,3 @@ def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
     """Of hidden [B, T, D] that of each row's last live token, [B, D]."""
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-
-
-def _check_tokens(tokens: jax.Array, *, ndim: int) -> None:
-    if tokens.ndim != ndim or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        expected = "[B, T]" if ndim == 2 else "[B]"
-        raise ValueError(f"expected integer tokens {expected}, got {tokens.dtype} of shape {tokens.shape}")
-
-
-def _check_batch(cache: KVCache, **arrays: jax.Array) -> None:
-    for name, array in arrays.items():
-        if array.shape[0] != cache.batch:
-            raise ValueError(f"{name} of shape {array.shape} do not match a cache of {cache.batch} rows")
-    if "lengths" in arrays and arrays["lengths"].ndim != 1:
-        raise ValueError(f"expected lengths [B], got shape {arrays['lengths'].shape}")

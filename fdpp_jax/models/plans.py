@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fdpp_jax import heuristics
+from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan
 from fdpp_jax.plans.device import Device
@@ -40,10 +41,9 @@ def model_plans(
       a name that tells its window.
 
     Raises:
-      ValueError: batch or capacity is not positive, or the device is unknown.
+      ValueError: batch or capacity is no positive integer, or the device is unknown.
     """
-    if batch < 1 or capacity < 1:
-        raise ValueError(f"expected a batch and a capacity of at least 1, got {batch=} and {capacity=}")
+    batch, capacity = positive_int("batch", batch), positive_int("capacity", capacity)
     name = jnp.dtype(dtype).name
 
     def attention(layer: int) -> AttentionShape:
@@ -133,10 +133,13 @@ def plan_prefill(
       dtype: dtype of activations and cache.
 
     Raises:
-      ValueError: chunk_size is not positive.
+      ValueError: batch, length, capacity or chunk_size is no positive integer.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}")
+    batch, length, capacity = (
+        positive_int(name, size) for name, size in (("batch", batch), ("length", length), ("capacity", capacity))
+    )
+    if chunk_size is not None:
+        chunk_size = positive_int("prefill_chunk_size", chunk_size)
 
     def attention(query_length: int, *, reads_cache: bool) -> list[AttentionPlan]:
         slots = capacity if reads_cache else None
@@ -178,7 +181,7 @@ def prefill_plans(
       kind is there once, under a name that tells its window.
 
     Raises:
-      ValueError: chunk_size is not positive, or the device is unknown.
+      ValueError: batch, length, capacity or chunk_size is no positive integer, or the device is unknown.
     """
     plan = plan_prefill(
         config,

@@ -52,7 +52,7 @@ def test_work_is_that_of_the_keys_that_are_seen(case):
     ("arguments", "message"),
     [
         ({"num_heads": 3}, "multiple of the key/value heads, got .* num_heads=3 num_kv_heads=2"),
-        ({"capacity": 30}, "lengths must lie in query_length=64..capacity=30, got 30"),
+        ({"capacity": 30}, "capacity must be at least query_length, got capacity=30 query_length=64"),
         ({"lengths": 63}, "lengths must lie in query_length=64..capacity=64, got 63"),
         ({"page_size": 24}, "capacity must be whole pages, got capacity=64 and page_size=24"),
         ({"window": 0}, "window must be a positive number of keys, got 0"),

@@ -25,6 +25,7 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
     [
         ("decode --model nosuch", "unknown model 'nosuch'"),
         ("prefill --model tiny --batch 0", "expected a batch and a query_length of at least 1, got batch=0"),
+        ("prefill --model tiny --prefill-chunk-size 0", "prefill_chunk_size must be at least 1, got 0"),
         ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
     ],
 )
@@ -40,6 +41,10 @@ def test_a_bench_that_can_only_fail_is_refused_at_once(capsys, flags, message):
         ([], "the table of bench attention needs a GPU, this is cpu; try one small shape"),
         (["--batch", "2", "--only", "32/8"], "--only picks shapes of the table"),
         (["--scale-per", "token"], "--scale-per belongs to --kv-dtype"),
+        (
+            ["--query-length", "100", "--capacity", "50"],
+            "capacity must be at least query_length, got capacity=50 query",
+        ),
         (["--lengths", "5000"], "lengths must lie in query_length=1..capacity=4096, got 5000"),
     ],
 )
@@ -94,6 +99,10 @@ def test_bench_attention_of_the_table(capsys, monkeypatch):
     [
         ([], "the table of bench prefill needs a GPU, this is cpu; try one small shape: --num-heads 4"),
         (["--not-causal", "--only", "window"], "--only picks shapes of the table"),
+        (
+            ["--query-length", "100", "--capacity", "50"],
+            "capacity must be at least query_length, got capacity=50 query",
+        ),
         (["--lengths", "5000"], "lengths must lie in query_length=4096..capacity=4096, got 5000"),
         (["--window", "0"], "window must be a positive number of keys, got 0"),
         (["--prefill-chunk-size", "64"], "--prefill-chunk-size belongs to --model"),

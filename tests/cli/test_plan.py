@@ -61,3 +61,9 @@ def test_plan_as_json(capsys):
     assert attention["config"]["block_kv"] > 0
     assert attention["reason"]
     assert record == {"model": "qwen3-8b", "device": "H200", "batch": 1, "context": 4096, "dtype": "bfloat16"}
+
+
+def test_sizes_are_named_as_they_were_given(capsys):
+    for flag in ("batch", "context"):
+        code, out, err = run(capsys, "plan", "--model", "llama-2-7b", "--device", "H200", f"--{flag}", "0")
+        assert (code, out, err) == (2, "", f"fdpp-jax: error: {flag} must be at least 1, got 0\n")

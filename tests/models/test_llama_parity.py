@@ -215,5 +215,5 @@ def test_bad_input(call: Any, message: str) -> None:
 
 
 def test_bad_cache_size() -> None:
-    with pytest.raises(ValueError, match="batch=0 and capacity=4"):
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         KVCache.create(TINY, 0, 4, jnp.float32)

@@ -477,7 +477,7 @@ def test_model_plans_name_every_kernel_of_a_step() -> None:
     assert chosen["attention"] == "mosaic_gpu"
     assert chosen["qkv"] == "flat"
     assert chosen["head"] == "flat"  # tied
-    with pytest.raises(ValueError, match="batch=0"):
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         models.model_plans(config, batch=0, capacity=4096, device="H200")
 
 
