@@ -14,13 +14,11 @@ from typing import Any
 
 from fdpp_jax.plans import backends, tables
 from fdpp_jax.plans import device as devices
-from fdpp_jax.plans.backend import AttentionPlan, LayerPlan, MatmulPlan, Op
+from fdpp_jax.plans.backend import AttentionPlan, Backend, LayerPlan, MatmulPlan, Op
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
 _NAMED = "named by the caller"
-# Names of backends that callers may use already.
-_ANNOUNCED = ("triton",)
 # The least that each size can be. An array may be empty, but a head or a group of heads may not.
 _LEAST_ATTENTION = dict(batch=0, query_length=0, capacity=0, num_query_heads=0, num_kv_heads=1, head_dim=1, page_size=1)
 _LEAST_MATMUL = dict(m=0, k=0, n=0)
@@ -61,7 +59,7 @@ def plan_attention(shape: AttentionShape, device: Device | str, implementation: 
 def plan_matmul(shape: MatmulShape, device: Device | str, implementation: str | None = None) -> MatmulPlan:
     """How `flat_matmul` computes x [m, k] @ w, [k, n] or [n, k], on `device`.
 
-    The order of w's axes changes neither the kernel nor its config.
+    The order of w's axes does not change the kernel, and of a config only the tiles of Triton's rule.
 
     Args:
       shape: The static facts of the call.
@@ -124,18 +122,20 @@ def _check_sizes(shape: AttentionShape | MatmulShape | LayerShape, least: dict[s
         raise ValueError(f"num_kv_heads must divide num_query_heads, got {num_kv_heads} and {num_heads}")
 
 
-def _ops(name: str) -> list[tuple[str, Op[Any, Any]]]:
-    """Names of the backends that compute an op, and how they do."""
-    return [(backend.name, op) for backend in backends.BACKENDS if (op := getattr(backend, name)) is not None]
+def _ops(name: str) -> list[tuple[Backend, Op[Any, Any]]]:
+    """The backends that compute an op, and how they do."""
+    return [(backend, op) for backend in backends.BACKENDS if (op := getattr(backend, name)) is not None]
 
 
 def _first_plan(name: str, shape: Any, device: Device) -> Any:
-    """The plan of the first backend that does not refuse."""
+    """The plan of the first backend of the device that does not refuse."""
     refused: list[str] = []
-    for _, op in _ops(name):
+    for backend, op in _ops(name):
+        if not backend.runs_on(device):
+            continue
         refusal = op.refuse(shape, device, None)
         if refusal is None:
-            return op.plan(shape, device, "; ".join(refused))
+            return op.plan(shape, device, "; ".join(dict.fromkeys(refused)) or backends.no_kernel(device, name))
         refused.append(refusal)
     raise AssertionError(f"no backend computes {shape} on {device.kind}: {refused}")
 
@@ -150,20 +150,19 @@ def _named(name: str, shape: Any, device: Device, implementation: str) -> tuple[
       NotImplementedError: They refuse.
     """
     refused: list[str] = []
-    names = [*_ANNOUNCED]
+    names: list[str] = []
     for backend, op in _ops(name):
-        names += [backend, *op.configs]
-        algorithm = op.algorithm(shape, device) if implementation == backend else implementation
+        names += [backend.name, *op.configs]
+        algorithm = op.algorithm(shape, device) if implementation == backend.name else implementation
         if algorithm not in op.configs:
             continue
         refusal = op.refuse(shape, device, algorithm)
         if refusal is None:
-            return backend, op, algorithm
+            return backend.name, op, algorithm
         refused.append(refusal)
     if implementation not in names:
         raise ValueError(f"implementation must be one of {', '.join(dict.fromkeys(names))}; got {implementation!r}")
-    why = "; ".join(dict.fromkeys(refused)) or f"there are no {implementation.capitalize()} kernels yet"
-    raise NotImplementedError(f"{implementation=} cannot run this call: {why}")
+    raise NotImplementedError(f"{implementation=} cannot run this call: {'; '.join(dict.fromkeys(refused))}")
 
 
 def _tuned_plan(shape: MatmulShape, device: Device, algorithm: str | None = None) -> MatmulPlan | None:

@@ -30,12 +30,20 @@ def options_of(backend):
     return {} if ON_GPU else _INTERPRETED.get(backend.name, {})
 
 
+def has_suite(backend):
+    """Whether the suites of ops run a backend here. Triton's kernels are interpreted in processes of their own."""
+    if ON_GPU:
+        return backend.runs_on(device.current())
+    return backend.name in _INTERPRETED or not backend.architectures
+
+
 def taken(op, shapes):
     """Parameters (backend, name of the case) of an op's suite: the cases that each backend does not refuse."""
     return [
         pytest.param(backend, name, id=f"{backend.name}, {name}", marks=pytest.mark.gpu if ON_GPU else ())
         for backend in BACKENDS
         if getattr(backend, op) is not None
+        if has_suite(backend)
         for name, shape in shapes.items()
         if getattr(backend, op).refuse(shape, device_of(backend), None) is None
     ]

@@ -173,6 +173,13 @@ class Case:
         return least * (1 + self.capacity / den)[..., None]
 
 
+@jax.jit
+def are_equal(outs):
+    """Whether results of 16 bits have the same bits, NaN too."""
+    bits = jnp.stack([jax.lax.bitcast_convert_type(out, jnp.uint16) for out in outs])
+    return (bits == bits[0]).all()
+
+
 def check(case, out, expected, factor=1.0, resolution=0.0):
     """That out is right: as a whole, and in every number; resolution is an absolute error that each may have."""
     out = np.asarray(out, np.float64)

@@ -66,7 +66,8 @@ def hopper_on_cpu(name, monkeypatch):
     for name_of_kernel, stand_in in kernels.items():
         monkeypatch.setattr(pallas_run, name_of_kernel, stand_in(getattr(pallas_run, name_of_kernel)))
     monkeypatch.setattr(device, "lowered_for", lambda platform, planned: planned)
-    with device.target(dataclasses.replace(device.by_name("H200"), kind=name, num_sms=2)):
+    hopper = dataclasses.replace(device.by_name("H200"), kind=name, num_sms=2, why_no_triton="Mosaic GPU alone")
+    with device.target(hopper):
         yield calls
 
 

@@ -29,14 +29,15 @@ def run(kernel, x, w, w_order, config, out_dtype, detect_races=False):
     return jax.jit(call)(x, w if w_order == "kn" else w.T)
 
 
-def check(kernel, m, k, n, dtype, w_order, config, out_dtype="float32"):
+def check(kernel, m, k, n, dtype, w_order, config, out_dtype="float32", of_sum=1e-6):
+    """That x @ w is right: float32 up to `of_sum`, other dtypes up to their rounding."""
     x, w = operands(m, k, n, dtype)
     out = run(kernel, x, w, w_order, config, out_dtype)
     assert out.shape == (m, n)
     assert out.dtype == out_dtype
     expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
     # Products of 16-bit numbers are exact in float32; what remains is the rounding of the sum and of the result.
-    tolerance = 1e-6 if out_dtype == "float32" else oracle.TOLERANCE[out_dtype]
+    tolerance = of_sum if out_dtype == "float32" else oracle.TOLERANCE[out_dtype]
     assert oracle.relative_error(out, expected) < tolerance
 
 

@@ -10,7 +10,7 @@ from generation_case import CONFIG, PROMPTS, SOFTMAXES, drain, loud_model, plain
 
 from fdpp_jax import decode_loop
 from fdpp_jax.generation import generate, stream
-from fdpp_jax.models import KVCache, LlamaForCausalLM, bundled_path, load, load_tokenizer
+from fdpp_jax.models import KVCache, LlamaForCausalLM, load, load_tokenizer
 from fdpp_jax.prompts import PromptCache
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -127,8 +127,8 @@ def test_tokens_that_were_drawn_and_did_not_run_are_matched_as_new(model):
     assert new == [prompt[n:] for prompt, n in zip(prompts, (5, 9), strict=True)]
 
 
-def test_texts_go_on_without_special_tokens():
-    model, tokenizer = load(bundled_path()), load_tokenizer(bundled_path())
+def test_texts_go_on_without_special_tokens(one_layer_checkpoint):
+    model, tokenizer = load(one_layer_checkpoint), load_tokenizer(one_layer_checkpoint)
     first = generate(model, "def ", max_new_tokens=4, eos_ids=[], return_cache=True)
     second = generate(model, "return ", max_new_tokens=4, eos_ids=[], cache=first.cache)
     new = tokenizer.encode("return ", add_special_tokens=False)

@@ -110,8 +110,8 @@ PAGES_WITH_CODE = [page for page in PAGES if _not_quoted(_python_blocks(page))]
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page, tmp_path):
-    checkpoint = shutil.copytree(models.bundled_path(), tmp_path / "checkpoint")
+def test_the_code_of_a_page_runs(page, one_layer_checkpoint, tmp_path):
+    checkpoint = shutil.copytree(one_layer_checkpoint, tmp_path / "checkpoint")
     names = {}
     for block in _not_quoted(_python_blocks(page)):
         for placeholder in PLACEHOLDERS:

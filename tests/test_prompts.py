@@ -18,9 +18,9 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer():
-    """The bundled model, which has a tokenizer beside it."""
-    return load(bundled_path(), dtype=jnp.float32)
+def with_tokenizer(one_layer_checkpoint):
+    """A model that has a tokenizer beside it."""
+    return load(one_layer_checkpoint, dtype=jnp.float32)
 
 
 def test_lists_of_unequal_prompts(model):
@@ -65,9 +65,9 @@ def test_a_stream_of_texts_is_the_text(with_tokenizer, chunk_size):
     assert all(chunk.texts is None for chunk in chunks)
 
 
-def test_a_checkpoint_without_a_tokenizer(with_tokenizer, tmp_path):
+def test_a_checkpoint_without_a_tokenizer(one_layer_checkpoint, tmp_path):
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(bundled_path() / name, tmp_path)
+        shutil.copy(one_layer_checkpoint / name, tmp_path)
     bare = load(tmp_path, dtype=jnp.float32)
     with pytest.raises(ValueError, match=f"texts need a tokenizer, and the model has none in {tmp_path}: pass tokens"):
         generate(bare, "def ")

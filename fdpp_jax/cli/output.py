@@ -74,10 +74,12 @@ def plan_records(plans: "Sequence[NamedPlan]") -> list[dict[str, Any]]:
 
 def kernels_line(plans: "Sequence[NamedPlan]", running: "Device") -> str:
     """One line on the kernels of a step: which run, and what is left to plain XLA."""
+    from fdpp_jax.plans.backends import no_kernel
+
     ours = [name for name, _, plan in plans if plan.backend != "xla"]
     others = [name for name, _, plan in plans if plan.backend == "xla"]
     if not ours:
-        why = f": no kernel for {running.arch} yet" if running.is_gpu else ""
+        why = f": {running.why_no_triton or no_kernel(running)}" if running.is_gpu else ""
         return f"kernels: none on {running.kind}, plain XLA computes all{why} (--verbose says more)"
     rest = f"; plain XLA for {', '.join(others)}" if others else ""
     return f"kernels: {', '.join(ours)} on {running.kind}{rest} (--verbose says why)"

@@ -133,11 +133,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_weights(weights: "Sequence[Weight]", dtype: str, running: "Device") -> None:
     """Raises ValueError unless the flat kernel runs on the device and takes every weight."""
-    from fdpp_jax.plans.backends import MOSAIC_GPU, with_kernels
+    from fdpp_jax.plans.backends import no_kernel, with_kernels
     from fdpp_jax.plans.shapes import MatmulShape
 
-    # Where no backend has kernels, Mosaic GPU's refusal says so.
-    op = (with_kernels(running, "matmul") or MOSAIC_GPU).matmul
+    backend = with_kernels(running, "matmul")
+    if backend is None:
+        raise ValueError(f"there is nothing to tune here: {no_kernel(running)}")
+    op = backend.matmul
     assert op is not None
     if (refusal := op.refuse(MatmulShape(8, 4096, 4096), running, "flat")) is not None:
         raise ValueError(f"there is nothing to tune here: {refusal}")

@@ -19,7 +19,6 @@ parts.grid_sync                                                                 
 parts.overlap                x                                                     x
 parts.cache_tiles            x                  x
 parts.scores                 x                  x
-parts.manual_axes            x                  x               x        x         x
 ====================  ================  =================  ===========  ====  ===========
 
 - `ring`: the ring of TMA stages that a kernel streams through.
@@ -30,5 +29,4 @@ parts.manual_axes            x                  x               x        x      
 - `overlap`: a launch starts while its predecessor ends.
 - `cache_tiles`: keys or values from a contiguous or a paged cache, and 8 bits made 16.
 - `scores`: scores in base 2, and their cap.
-- `manual_axes`: what results vary over within `jax.shard_map`.
 """

@@ -29,8 +29,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import accumulators, handover, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT
-from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig
+from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import WeightOrder, cdiv, in_order, round_up
 
 _STORED = ("bfloat16", "float16", "float32")

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import ring
-from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.hopper_matmul import GemvConfig
+from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import WeightOrder, cdiv, in_order
 
 _CHUNK = 64  # K that the lanes hold at a time: the WGMMA register layout has a height of 64

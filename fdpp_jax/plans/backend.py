@@ -153,3 +153,7 @@ class Backend:
     attention: AttentionOp | None = None
     matmul: MatmulOp | None = None
     layer: Op[LayerShape, LayerPlan] | None = None
+
+    def runs_on(self, device: Device) -> bool:
+        """Whether it has kernels for the device, or needs none."""
+        return not self.architectures or device.arch in self.architectures

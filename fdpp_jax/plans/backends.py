@@ -2,7 +2,16 @@
 
 from typing import Literal
 
-from fdpp_jax.plans import hopper, hopper_attention, hopper_layer, hopper_matmul, xla
+from fdpp_jax.plans import (
+    hopper,
+    hopper_attention,
+    hopper_layer,
+    hopper_matmul,
+    triton,
+    triton_attention,
+    triton_matmul,
+    xla,
+)
 from fdpp_jax.plans.backend import Backend
 from fdpp_jax.plans.device import Device
 
@@ -15,8 +24,17 @@ MOSAIC_GPU = Backend(
     layer=hopper_layer.OP,
 )
 
+TRITON = Backend(
+    name=triton.NAME,
+    architectures=triton.ARCHITECTURES,
+    run="fdpp_jax.triton.run",
+    attention=triton_attention.OP,
+    matmul=triton_matmul.OP,
+)
+
 BACKENDS: tuple[Backend, ...] = (
     MOSAIC_GPU,
+    TRITON,
     xla.BACKEND,
 )
 
@@ -32,3 +50,9 @@ def with_kernels(device: Device, op: Literal["attention", "matmul", "layer"]) ->
         (b for b in BACKENDS if device.arch in b.architectures and getattr(b, op) is not None),
         None,
     )
+
+
+def no_kernel(device: Device, op: str = "matmul") -> str:
+    """What is said of an op that no backend has kernels for on a device."""
+    what = "fused layer" if op == "layer" else "kernel"
+    return f"no {what} for {device.arch if device.is_gpu else device.kind}"

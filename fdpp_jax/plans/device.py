@@ -13,6 +13,8 @@ import re
 
 import jax
 
+from fdpp_jax.plans import installed
+
 _KIB = 1024
 _MIB = 1024 * 1024
 
@@ -23,12 +25,15 @@ class Device:
 
     Args:
       kind: Name, as in `by_name` or as JAX reports it.
-      arch: "sm_80", "sm_86", "sm_90", "sm_100" (NVIDIA), "gfx90a", "gfx942" (AMD), else JAX's platform name: "cpu".
+      arch: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120" (NVIDIA), "gfx90a", "gfx942" (AMD), else JAX's
+        platform name: "cpu".
       num_sms: Streaming multiprocessors (NVIDIA), compute units (AMD), cores (CPU).
       smem_bytes: Shared memory (LDS) that one block can use.
       l2_bytes: Last cache before memory; a buffer must be larger for its reads to be memory reads.
       read_gbps: Memory bandwidth, 10^9 bytes/s: the vendor's figure, except where measured.
       bf16_tflops: Dense bfloat16 matrix-unit peak with float32 accumulation, 10^12 flop/s.
+      why_no_triton: Of a device that runs here: what Triton kernels lack here. None: nothing, or the device is named,
+        and another machine's.
     """
 
     kind: str
@@ -38,6 +43,7 @@ class Device:
     l2_bytes: int
     read_gbps: float
     bf16_tflops: float
+    why_no_triton: str | None = None
 
     @property
     def is_nvidia(self) -> bool:
@@ -70,21 +76,32 @@ class Device:
         return (self.smem_bytes + _KIB) // num_blocks - _KIB
 
 
-# Sources: NVIDIA's data sheets and architecture white papers (SXM boards; SM counts, L2, bandwidth, dense bf16), the
-# CUDA programming guide's table of compute capabilities (shared memory a block), AMD's CDNA2 and CDNA3 white papers
-# and data sheets. B200: one of the eight of an HGX B200, whose two dies act as one device.
+# Sources: NVIDIA's data sheets and architecture white papers (SXM boards where there are any; SM counts, L2, bandwidth,
+# dense bf16 with float32 sums), the CUDA programming guide's table of compute capabilities (shared memory a block),
+# AMD's CDNA2 and CDNA3 white papers and data sheets. B200: one of the eight of an HGX B200, whose two dies act as one.
+# Of an architecture, the first is taken for those that are not known.
 _KNOWN = {
     device.kind: device
     for device in (
-        Device("A100", "sm_80", 108, 163 * _KIB, 40 * _MIB, 2039.0, 312.0),  # SXM, 80 GB
+        Device("A100", "sm_80", 108, 163 * _KIB, 40 * _MIB, 2039.0, 312.0),  # 80 GB, HBM2e
+        Device("A100-40GB", "sm_80", 108, 163 * _KIB, 40 * _MIB, 1555.0, 312.0),  # HBM2
+        Device("A30", "sm_80", 56, 163 * _KIB, 24 * _MIB, 933.0, 165.0),
         Device("A10", "sm_86", 72, 99 * _KIB, 6 * _MIB, 600.0, 125.0),
-        Device("H100", "sm_90", 132, 227 * _KIB, 50 * _MIB, 3350.0, 989.4),  # SXM, 80 GB
+        Device("A40", "sm_86", 84, 99 * _KIB, 6 * _MIB, 696.0, 149.7),
+        # GeForce boards add up in float32 at half the rate: GA102, Ada and Blackwell RTX white papers, appendix A.
+        Device("RTX 3090", "sm_86", 82, 99 * _KIB, 6 * _MIB, 936.0, 71.0),
+        Device("L40S", "sm_89", 142, 99 * _KIB, 96 * _MIB, 864.0, 362.0),
+        Device("L4", "sm_89", 58, 99 * _KIB, 48 * _MIB, 300.0, 121.0),
+        Device("RTX 4090", "sm_89", 128, 99 * _KIB, 72 * _MIB, 1008.0, 165.2),
+        Device("H100", "sm_90", 132, 227 * _KIB, 50 * _MIB, 3350.0, 989.4),  # 80 GB
         # 4.8 TB/s on paper; 4.43 TB/s is what a plain sum over 512 MB reads (H200, November 2026).
         Device("H200", "sm_90", 132, 227 * _KIB, 50 * _MIB, 4430.0, 989.4),
         Device("B200", "sm_100", 148, 227 * _KIB, 126 * _MIB, 8000.0, 2250.0),
+        Device("RTX 5090", "sm_120", 170, 99 * _KIB, 96 * _MIB, 1792.0, 209.5),
         Device("MI210", "gfx90a", 104, 64 * _KIB, 8 * _MIB, 1638.4, 181.0),
         # One of the board's two dies (GCD), which is what JAX sees as a device: half the board's figures.
         Device("MI250", "gfx90a", 104, 64 * _KIB, 8 * _MIB, 1638.4, 181.0),
+        Device("MI250X", "gfx90a", 110, 64 * _KIB, 8 * _MIB, 1638.4, 191.5),
         # The last cache is the 256 MiB Infinity Cache, not the 4 MiB of L2 in each die.
         Device("MI300X", "gfx942", 304, 64 * _KIB, 256 * _MIB, 5300.0, 1307.4),
         # A nominal laptop: no decision depends on these figures, since no kernel runs on a CPU.
@@ -197,11 +214,13 @@ def from_jax(device: jax.Device) -> Device:
         return dataclasses.replace(_KNOWN["cpu"], kind=device.device_kind, arch=device.platform, num_sms=num_cores)
     arch = _arch(str(getattr(device, "compute_capability", "")))
     reported_sms = getattr(device, "core_count", None)
-    named = _named_in(device.device_kind)
-    base = named if named is not None and named.arch == arch else _nearest(arch)
+    named = [known for known in _named_in(device.device_kind) if known.arch == arch]
+    # One name may stand for two boards: "AMD Instinct MI250X / MI250".
+    base = next((known for known in named if known.num_sms == reported_sms), named[0] if named else _nearest(arch))
     num_sms = int(reported_sms) if reported_sms else base.num_sms
-    if base is named and num_sms == base.num_sms:
-        return base
+    why_no_triton = installed.refuse_triton(arch)
+    if base in named and num_sms == base.num_sms:
+        return base if why_no_triton is None else dataclasses.replace(base, why_no_triton=why_no_triton)
     share = num_sms / base.num_sms
     return Device(
         kind=device.device_kind,
@@ -211,6 +230,7 @@ def from_jax(device: jax.Device) -> Device:
         l2_bytes=base.l2_bytes,
         read_gbps=base.read_gbps * share,
         bf16_tflops=base.bf16_tflops * share,
+        why_no_triton=why_no_triton,
     )
 
 
@@ -221,10 +241,18 @@ def _arch(capability: str) -> str:
     return "sm_" + capability.replace(".", "") if capability else "sm_0"
 
 
-def _named_in(device_kind: str) -> Device | None:
-    """The known device whose name is a word of `device_kind`: A100 of "NVIDIA A100-SXM4-80GB", where A10 is none."""
-    words = re.split(r"[^A-Za-z0-9]+", device_kind)
-    return next((known for known in _KNOWN.values() if known.is_gpu and known.kind in words), None)
+def _named_in(device_kind: str) -> list[Device]:
+    """The known GPUs whose names' words are all among those of `device_kind`, the longest name first.
+
+    "NVIDIA A100-SXM4-40GB" is an A100-40GB and an A100, and no A10.
+    """
+    words = set(_words(device_kind))
+    found = [known for known in _KNOWN.values() if known.is_gpu and words.issuperset(_words(known.kind))]
+    return sorted(found, key=lambda known: -len(_words(known.kind)))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z0-9]+", text)
 
 
 def _nearest(arch: str) -> Device:

@@ -95,11 +95,8 @@ class DecodeAttentionConfig:
 
 def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "decode") -> str | None:
     """Why the kernel cannot compute `shape` on `device`, or None if it can; see `backend.Op`."""
-    refusal = hopper.refuse_device(device) or _refuse_shape(shape) or _refuse_smem(shape, device)
-    if refusal is not None and algorithm is None and hopper.is_other_gpu(device) and _refuse_shape(shape) is None:
-        config = decode_attention_config(shape, device)
-        refusal += f"; the rule here would be: decode kernel, {_reason(shape, device, config)}"
-    return refusal
+    del algorithm  # there is one
+    return hopper.refuse_device(device) or _refuse_shape(shape) or _refuse_smem(shape, device)
 
 
 def _refuse_shape(shape: AttentionShape) -> str | None:

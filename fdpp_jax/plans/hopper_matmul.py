@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 
 from fdpp_jax.plans import hopper
+from fdpp_jax.plans.attention import DTYPES
 from fdpp_jax.plans.backend import MatmulOp, MatmulPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import MAX_STAGES, MIN_STAGES, SMEM_RESERVE, with_stages_that_fit
@@ -129,19 +130,13 @@ def _refuse_rule(shape: MatmulShape, device: Device) -> str | None:
     if shape.m > MAX_ROWS:
         bound = hopper.bound(_intensity(shape), device)
         return f"rule: M = {shape.m} > {MAX_ROWS} fills cuBLAS's tiles ({bound})"
-    algorithm = _rule_algorithm(shape, device)
-    refusal = refuse(shape, device, algorithm)
-    if refusal is not None and hopper.is_other_gpu(device) and _refuse_weight(shape) is None:
-        config = rule_config(shape, device, algorithm)
-        shares, bound = config.shares(shape), hopper.bound(_intensity(shape), device)
-        refusal += f"; the rule here would be: {algorithm}, {shares} ({bound})"
-    return refusal
+    return refuse(shape, device, _rule_algorithm(shape, device))
 
 
 def _refuse_weight(shape: MatmulShape) -> str | None:
     """Why neither kernel takes a weight whatever the device, or None."""
-    if shape.dtype not in hopper.DTYPES:
-        return f"the kernel takes {' or '.join(hopper.DTYPES)}, got {shape.dtype}"
+    if shape.dtype not in DTYPES:
+        return f"the kernel takes {' or '.join(DTYPES)}, got {shape.dtype}"
     if shape.k % _ALIGNMENT or shape.n % _ALIGNMENT or not shape.k or not shape.n:
         return f"the kernel takes K and N that are multiples of {_ALIGNMENT}, got K = {shape.k}, N = {shape.n}"
     return None

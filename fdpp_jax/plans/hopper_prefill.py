@@ -63,16 +63,16 @@ def prefill_attention_config(shape: AttentionShape, device: Device) -> PrefillAt
     num_ctas = shape.batch * shape.num_query_heads * cdiv(shape.query_length, ROWS * CONSUMERS)
     packs = shape.group_size > 1 and 2 * shape.query_length <= ROWS * CONSUMERS and num_ctas > device.num_sms
     block_kv, num_stages = (64, 2) if shape.head_dim > 128 else (128, 4 if shape.head_dim <= 64 else 2)
-    return PrefillAttentionConfig(block_kv, num_stages, packs, _heads_together(shape, device, packs))
+    return PrefillAttentionConfig(block_kv, num_stages, packs, heads_together(shape, device, ROWS * CONSUMERS, packs))
 
 
-def _heads_together(shape: AttentionShape, device: Device, packs: bool) -> int:
-    """As many heads as have keys and values in a share of the L2, and CTAs for some waves.
+def heads_together(shape: AttentionShape, device: Device, block_q: int, packs_group: bool) -> int:
+    """As many heads as have keys and values in a share of the L2, and CTAs of block_q rows for some waves.
 
     One alone where its CTAs take half of the SMs: the last of them is short, whatever the others do.
     """
-    group, num_rows = (1, shape.live_rows) if packs else (shape.group_size, shape.query_length)
-    num_blocks = cdiv(num_rows, ROWS * CONSUMERS)
+    group, num_rows = (1, shape.live_rows) if packs_group else (shape.group_size, shape.query_length)
+    num_blocks = cdiv(num_rows, block_q)
     if 2 * num_blocks > device.num_sms:
         return 1
     kv_bytes = 2 * shape.capacity * shape.head_dim * shape.kv_itemsize  # per key/value head

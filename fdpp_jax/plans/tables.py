@@ -327,9 +327,9 @@ def _entry(
 
 def _config(configs: Any, name: str, config_type: Any, where: str) -> Any:
     content = read_field(configs, name, OBJECT, where)
-    names = [field.name for field in dataclasses.fields(config_type)]
-    _known_keys(content, names, f"{where}{name}.")
-    return config_type(**{field: read_field(content, field, SIZE, f"{where}{name}.") for field in names})
+    kinds = {field.name: TEXT if field.type is str else SIZE for field in dataclasses.fields(config_type)}
+    _known_keys(content, tuple(kinds), f"{where}{name}.")
+    return config_type(**{field: read_field(content, field, kind, f"{where}{name}.") for field, kind in kinds.items()})
 
 
 def _sweep(content: Any, runs: Sequence[Run], where: str) -> Sweep:

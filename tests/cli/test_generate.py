@@ -150,15 +150,23 @@ def test_json_has_texts_tokens_times_and_kernels(capsys, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("name", "line"),
+    ("changes", "line"),
     [
-        ("A100", "kernels: none on A100, plain XLA computes all: no kernel for sm_80 yet (--verbose says more)"),
-        ("H100", "kernels: qkv, attention, o, gate_up, down, head on H100; plain XLA for layer (--verbose says why)"),
+        ({}, "kernels: qkv, attention, o, gate_up, down, head on A100; plain XLA for layer (--verbose says why)"),
+        (
+            dict(arch="sm_75"),
+            "kernels: none on A100, plain XLA computes all: no kernel for sm_75 (--verbose says more)",
+        ),
+        (
+            dict(why_no_triton="install it"),
+            "kernels: none on A100, plain XLA computes all: install it (--verbose says more)",
+        ),
     ],
 )
-def test_the_line_on_kernels_says_what_runs(name, line):
-    plans = model_plans(PRESETS["qwen3-8b"], batch=1, capacity=1024, device=name)
-    assert kernels_line(plans, device.by_name(name)) == line
+def test_the_line_on_kernels_says_what_runs(changes, line):
+    running = dataclasses.replace(device.by_name("A100"), **changes)
+    plans = model_plans(PRESETS["qwen3-8b"], batch=1, capacity=1024, device=running)
+    assert kernels_line(plans, running) == line
 
 
 def test_a_prompt_from_a_file_and_from_stdin(capsys, checkpoint, tmp_path, monkeypatch):

@@ -9,10 +9,11 @@ from cli_case import run
 def test_plan_of_a_preset_on_a_named_device(capsys):
     code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "8", "--context", "4096", "--device", "A100")
     assert code == 0
-    for expected in ("qkv", "attention", "gate_up", "down", "head", "[8, 4096] @ [4096, 12288]", "no kernel for sm_80"):
+    for expected in ("qkv", "attention", "gate_up", "down", "head", "[8, 4096] @ [4096, 12288]", "no fused layer for"):
         assert expected in out
-    for runs in ("xla cudnn", "xla unfused", "xla dot"):
+    for runs in ("triton decode", "xla unfused", "triton flat"):
         assert f" {runs} " in out
+    assert "would be" not in out
 
 
 def test_plan_on_hopper_takes_the_kernels(capsys):

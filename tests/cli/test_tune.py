@@ -112,12 +112,19 @@ def test_tune_refuses(capsys, on_h200, argv, message):
     assert err.startswith(f"fdpp-jax: error: {message}")
 
 
-@pytest.mark.parametrize(("name", "arch"), [("cpu", "cpu"), ("A100", "sm_80 yet")])
-def test_tune_needs_a_gpu_with_kernels(capsys, monkeypatch, name, arch):
-    monkeypatch.setattr(device, "current", lambda: device.by_name(name))
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(arch="cpu", kind="cpu"), "no kernel for cpu"),
+        (dict(arch="sm_75"), "no kernel for sm_75"),
+        (dict(why_no_triton="what to install"), "what to install"),
+    ],
+)
+def test_tune_needs_a_gpu_with_kernels(capsys, monkeypatch, changes, why):
+    monkeypatch.setattr(device, "current", lambda: dataclasses.replace(device.by_name("A100"), **changes))
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
-    assert err == f"fdpp-jax: error: there is nothing to tune here: no kernel for {arch}\n"
+    assert err == f"fdpp-jax: error: there is nothing to tune here: {why}\n"
 
 
 def test_a_malformed_table_stops_tune_unless_it_starts_over(capsys, directories, on_h200):

@@ -1,4 +1,4 @@
-"""The decode step as it is lowered for Hopper GPUs, on whatever machine runs the tests."""
+"""The decode step as it is lowered for GPUs by name, on whatever machine runs the tests."""
 
 import re
 from typing import Any
@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from triton_case import needs_plugin
 
+import fdpp_jax
 from fdpp_jax import UnifiedMax
 from fdpp_jax.decode_loop import decode_step
 from fdpp_jax.models import KVCache, LlamaConfig, LlamaForCausalLM
@@ -37,8 +39,10 @@ def traced_step(
     return jax.jit(step, donate_argnums=1).trace(weights, cache, jax.ShapeDtypeStruct((batch,), jnp.int32), softmax)
 
 
-def lowered_step(num_layers: int, batch: int, softmax: UnifiedMax | None, **options: Any) -> str:
-    return traced_step(num_layers, batch, softmax, **options).lower(lowering_platforms=("cuda",)).as_text()
+def lowered_step(
+    num_layers: int, batch: int, softmax: UnifiedMax | None, platform: str = "cuda", **options: Any
+) -> str:
+    return traced_step(num_layers, batch, softmax, **options).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,20 @@ def test_fused_layers_share_their_kernels(monkeypatch):
     assert len(set(re.findall(r"func private @(fused_layer\w*)", text))) == 2
     assert "dot_general" not in text
     assert "stablehlo.case" not in text
+
+
+@needs_plugin
+@pytest.mark.parametrize(("name", "platform"), [("A100", "cuda"), ("RTX 4090", "cuda"), ("MI250", "rocm")])
+def test_a_step_for_triton_has_its_kernels_and_no_product_of_xlas(name, platform):
+    """qkv, o, gate and up, down, head and attention."""
+    with fdpp_jax.target(name):
+        text = lowered_step(2, 4, UnifiedMax(), platform)
+    assert len(set(re.findall(r"func private @(flat_matmul\w*)", text))) == 5
+    assert text.count("custom_call @triton_kernel_call_ffi") >= 6
+    assert "mosaic_gpu" not in text
+    assert "dot_general" not in text
+    assert not re.search(r"stablehlo\.transpose .*tensor<\d{3,}x\d{3,}x", text)  # of a weight
+    assert "stablehlo.case" not in text  # attention redoes what fails
 
 
 @pytest.mark.parametrize(

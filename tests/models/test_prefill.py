@@ -20,6 +20,7 @@ from fdpp_jax.ops import blockwise, reference
 from fdpp_jax.pallas import run as pallas_run
 from fdpp_jax.plans import xla
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
+from fdpp_jax.plans.device import Device, by_name
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))
@@ -179,6 +180,8 @@ def test_bad_input(windowed: models.CausalLM, method: str) -> None:
 
 # By plan.
 
+NO_KERNELS = dataclasses.replace(by_name("A100"), why_no_triton="no triton here")
+
 
 @pytest.mark.parametrize(
     ("device", "length", "options", "expected"),
@@ -190,13 +193,15 @@ def test_bad_input(windowed: models.CausalLM, method: str) -> None:
         ("H200", 8192, {"chunk_size": 512}, PrefillPlan(512, True, False)),
         ("H200", 32, {"has_unified_max": True, "is_behind_cache": True}, PrefillPlan(32, True, True)),
         ("H200", 32, {"dtype": "float32", "has_unified_max": True}, PrefillPlan(32, False, False)),
-        ("A100", 8192, {}, PrefillPlan(8192, False, False)),  # cuDNN, which continues nothing
-        ("A100", 8192, {"chunk_size": 512, "has_unified_max": True}, PrefillPlan(512, True, False)),
-        ("A100", 8192, {"is_behind_cache": True}, PrefillPlan(4096, True, False)),
-        ("A100", 8192, {"dtype": "float32"}, PrefillPlan(4096, True, False)),
+        ("A100", 8192, {}, PrefillPlan(4096, True, False)),
+        ("A100", 8192, {"chunk_size": 512, "has_unified_max": True}, PrefillPlan(512, True, True)),
+        (NO_KERNELS, 8192, {}, PrefillPlan(8192, False, False)),  # cuDNN, which continues nothing
+        (NO_KERNELS, 8192, {"chunk_size": 512, "has_unified_max": True}, PrefillPlan(512, True, False)),
+        (NO_KERNELS, 8192, {"is_behind_cache": True}, PrefillPlan(4096, True, False)),
+        (NO_KERNELS, 8192, {"dtype": "float32"}, PrefillPlan(4096, True, False)),
     ],
 )
-def test_how_a_prefill_runs(device: str, length: int, options: dict[str, Any], expected: PrefillPlan) -> None:
+def test_how_a_prefill_runs(device: Device | str, length: int, options: dict[str, Any], expected: PrefillPlan) -> None:
     arguments: dict[str, Any] = dict(batch=2, capacity=8256, has_unified_max=False, is_behind_cache=False)
     arguments |= dict(chunk_size=None, device=device) | options
     assert plan_prefill(PRESETS["llama-3-8b"], length=length, **arguments) == expected
@@ -208,7 +213,8 @@ def test_how_a_prefill_runs(device: str, length: int, options: dict[str, Any], e
     [
         ("llama-3-8b", "H200", 4096, [("prefill attention", 4096, 4096, "prefill")]),
         ("llama-3-8b", "H200", 8192, [("prefill attention", 4096, 8256, "prefill")]),
-        ("llama-3-8b", "A100", 8192, [("prefill attention", 8192, 8192, "cudnn")]),
+        ("llama-3-8b", "A100", 8192, [("prefill attention", 4096, 8256, "prefill")]),
+        ("llama-3-8b", NO_KERNELS, 8192, [("prefill attention", 8192, 8192, "cudnn")]),
         (
             "gemma-2-9b",
             "H200",
@@ -220,7 +226,7 @@ def test_how_a_prefill_runs(device: str, length: int, options: dict[str, Any], e
         ),
     ],
 )
-def test_plans_of_a_prefill_are_those_of_a_piece(name: str, device: str, length: int, expected: Any) -> None:
+def test_plans_of_a_prefill_are_those_of_a_piece(name: str, device: Device | str, length: int, expected: Any) -> None:
     plans = prefill_plans(PRESETS[name], batch=1, length=length, capacity=8256, device=device)
     assert [(name, shape.query_length, shape.capacity, plan.algorithm) for name, shape, plan in plans] == expected
     assert all(shape.is_online == (plan.algorithm == "cudnn") for _, shape, plan in plans)

@@ -175,9 +175,9 @@ def test_a_window_as_wide_as_can_be_hides_nothing():
 
 
 def test_a_named_implementation_runs_or_says_why_not():
-    with pytest.raises(NotImplementedError, match=r"'mosaic_gpu' cannot run .*float32|no kernel for"):
+    with pytest.raises(NotImplementedError, match=r"'mosaic_gpu' cannot run .*(float32|are for sm_90)"):
         fdpp_jax.dot_product_attention(QUERY, KEY, KEY, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="no Triton kernels"):
+    with pytest.raises(NotImplementedError, match=r"'triton' cannot run .*(float32|no kernel for cpu)"):
         fdpp_jax.dot_product_attention(QUERY, KEY, KEY, implementation="triton")
     with pytest.raises(NotImplementedError, match="gemv takes one row, got M = 2"):
         fdpp_jax.flat_matmul(jnp.zeros((2, 8)), jnp.zeros((8, 4)), implementation="gemv")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import subprocess
 import sys
 import warnings
@@ -278,9 +279,20 @@ def config(**values):
             jax.config.update(name, value)
 
 
+@contextlib.contextmanager
+def checking_leaks():
+    """Each check collects garbage: of what the test makes, not of all that the process holds."""
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
+
+
 MODES = {
     "no promotion": lambda: config(jax_numpy_rank_promotion="raise", jax_numpy_dtype_promotion="strict"),
-    "leaks": jax.checking_leaks,
+    "leaks": checking_leaks,
     "nans": lambda: config(jax_debug_nans=True),
     "transfers": lambda: jax.transfer_guard("disallow"),
     "no jit": jax.disable_jit,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from decode_case import ON_GPU, Case, check, check_log_sum
+from decode_case import ON_GPU, Case, are_equal, check, check_log_sum
 from hypothesis import strategies as st
 
 from fdpp_jax.ops import reference
@@ -157,12 +157,6 @@ def random_case(seed):
             return case, mode
 
 
-@jax.jit
-def _are_equal(outs):
-    bits = jnp.stack([jax.lax.bitcast_convert_type(out, jnp.uint16) for out in outs])
-    return (bits == bits[0]).all()
-
-
 def check_random_inputs(seed, num_inputs, num_repetitions):
     """None is wrong, and the same input gives the same bits each time: an error that comes and goes is a race."""
     case, mode = random_case(seed)
@@ -170,7 +164,7 @@ def check_random_inputs(seed, num_inputs, num_repetitions):
 
     def repeated(*arguments, **options):
         outs = [case.run(*arguments, **options) for _ in range(num_repetitions)]
-        assert _are_equal(outs)
+        assert are_equal(outs)
         return outs[0], np.asarray(outs[0], np.float64)
 
     for i in range(num_inputs):
@@ -255,7 +249,7 @@ def test_more_ctas_than_the_gpu_holds(mode, config):
     first = run()
     check(case, first, np.asarray(expected, np.float64))
     for _ in range(49):
-        assert _are_equal([first, run()])
+        assert are_equal([first, run()])
 
 
 @pytest.mark.gpu
@@ -267,4 +261,4 @@ def test_hundreds_of_ctas_share_one_sequence(num_splits):
     for phi in (center(log_sum), None):
         outs = [case.run(inputs, phi) for _ in range(20)]
         check(case, outs[0], expected)
-        assert _are_equal(outs)
+        assert are_equal(outs)

@@ -88,7 +88,7 @@ def test_cudnn_stays_where_it_is_as_fast():
 )
 def test_what_is_refused_runs_in_plain_xla_with_the_reason(changes, reason):
     shape = dataclasses.replace(GEMMA, **changes)
-    plan = plan_attention(shape, H200)
+    plan = plan_attention(shape, dataclasses.replace(H200, why_no_triton="no triton here"))
     assert (plan.backend, plan.algorithm) == ("xla", "blocks" if shape.batch else "reference")
     assert re.search(reason, plan.reason)
     with pytest.raises(NotImplementedError, match=reason):

@@ -13,7 +13,8 @@ from fdpp_jax import models
 from fdpp_jax.bench import tuning
 from fdpp_jax.heuristics import plan_matmul
 from fdpp_jax.plans import device, tables
-from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig, GemvConfig, refuse_config
+from fdpp_jax.plans.backends import by_name
+from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig, GemvConfig
 from fdpp_jax.plans.shapes import MatmulShape
 from fdpp_jax.plans.tables import Sweep, Table
 
@@ -121,10 +122,11 @@ def test_a_changed_file_is_read_again(directories):
 
 
 def test_only_devices_with_kernels_have_tables(directories):
-    for name in ("A100", "cpu"):
-        path = write(directories["user"], entry(), kind=name)
+    for arch in ("sm_75", "cpu"):
+        old = dataclasses.replace(device.by_name("A100"), kind=f"old {arch}", arch=arch)
+        path = write(directories["user"], entry(), kind=old.kind)
         path.write_text("no JSON")
-        assert "no kernel for" in plan_matmul(SHAPE, name).reason
+        assert "no kernel for" in plan_matmul(SHAPE, old).reason
     assert plan_matmul(SHAPE, "H100").reason.startswith("rule: ")
 
 
@@ -237,8 +239,9 @@ def check_plan(shape, gpu):
     assert "\n" not in plan.reason
     assert (plan.implementation == "xla") == (plan.config is None)
     if plan.config is not None:
-        assert isinstance(plan.config, GemvConfig) == (plan.implementation == "gemv")
-        assert refuse_config(shape, gpu, plan.algorithm, plan.config) is None
+        op = by_name(plan.backend).matmul
+        assert isinstance(plan.config, op.configs[plan.implementation])
+        assert op.refuse_config(shape, gpu, plan.algorithm, plan.config) is None
     return plan
 
 
@@ -247,7 +250,7 @@ def test_every_rule_is_legal(name):
     gpu = device.by_name(name)
     for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
         plan = check_plan(weight.shape(m, "bfloat16"), gpu)
-        assert (plan.implementation == "xla") == (gpu.arch != "sm_90" or m > 64)
+        assert (plan.implementation == "xla") == (not gpu.is_gpu or m > 64)
 
 
 @pytest.mark.parametrize("name", ["H100", "H200"])

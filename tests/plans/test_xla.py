@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from fdpp_jax.heuristics import plan_attention
+from fdpp_jax.plans.device import by_name
 from fdpp_jax.plans.shapes import AttentionShape
 
 DECODE = AttentionShape(batch=1, query_length=1, capacity=4096, num_query_heads=32, num_kv_heads=32, head_dim=128)
@@ -61,7 +62,7 @@ def _prefill(**changes):
     ],
 )
 def test_xla_attention(shape, device_name, algorithm):
-    plan = plan_attention(shape, device_name)
+    plan = plan_attention(shape, dataclasses.replace(by_name(device_name), why_no_triton="no triton here"))
     assert plan.implementation == "xla"
     assert (plan.algorithm, plan.config) == (algorithm, None)
 

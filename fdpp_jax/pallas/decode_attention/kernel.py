@@ -38,9 +38,9 @@ from fdpp_jax.pallas.decode_attention.rows import Rows
 from fdpp_jax.pallas.decode_attention.shares import AttentionFacts, Place, Share
 from fdpp_jax.pallas.decode_attention.sums import merge_by_xla
 from fdpp_jax.pallas.parts import handover, overlap, ring
-from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.hopper_attention import MAX_CHUNK, MAX_CLUSTER, DecodeAttentionConfig, reduction_bytes
+from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import cdiv
 
 

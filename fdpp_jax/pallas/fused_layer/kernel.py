@@ -44,9 +44,9 @@ from fdpp_jax.pallas.fused_layer.refs import NUM_HELPER_ROWS, NUM_RESULT_ROWS, G
 from fdpp_jax.pallas.fused_layer.results import Results
 from fdpp_jax.pallas.parts import grid_sync, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT, WIDTH
-from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.plans.calls import LayerCache, NextAttention
 from fdpp_jax.plans.hopper_layer import FusedLayerConfig, refuse_spec
+from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import LayerSpec, cdiv, round_up
 
 

@@ -28,13 +28,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import cache_tiles, ring
-from fdpp_jax.pallas.parts.manual_axes import vary_as_operands
 from fdpp_jax.pallas.prefill_attention.blocks import block_of
 from fdpp_jax.pallas.prefill_attention.loader import load
 from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
 from fdpp_jax.pallas.prefill_attention.rows import consume
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS, PrefillAttentionConfig, num_narrow_stages
+from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import round_up
 
 # Per thread, of the loader and of a consumer; 168 each before. Widening takes registers of the loader.

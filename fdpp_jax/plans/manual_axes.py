@@ -1,9 +1,10 @@
 """Kernels within `jax.shard_map`: what their results vary over, which `check_vma=True` checks.
 
-Pallas does not say what results vary over, and takes no varying refs. So a host wrapper whose arrays vary over a mesh
-axis becomes a primitive, which says it, and which is traced again without mesh axes where it is lowered.
+Neither Pallas nor jax-triton says what results vary over, and Pallas takes no varying refs. So a wrapper whose arrays
+vary over a mesh axis becomes a primitive, which says it, and which is traced again without mesh axes where it is
+lowered.
 
-Used by all kernels.
+Used by all kernels: those of Triton through their bridge.
 """
 
 import functools
@@ -25,7 +26,7 @@ def vary_as_operands[**P, R](wrapper: Callable[P, R]) -> Callable[P, R]:
         leaves, tree = jax.tree.flatten((args, kwargs))
         indices = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         arrays = alike([leaves[i] for i in indices])
-        if not jax.typeof(arrays[0]).mat.varying:
+        if not arrays or not jax.typeof(arrays[0]).mat.varying:
             return wrapper(*args, **kwargs)
 
         def of_arrays(*arrays: jax.Array) -> R:

@@ -1,0 +1,21 @@
+"""The harness itself: what a kernel reads and writes, interpreted."""
+
+import numpy as np
+import pytest
+import triton_case
+import triton_toy
+
+from fdpp_jax.triton import bridge
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    monkeypatch.setattr(bridge, "call", triton_case.call)
+
+
+def test_a_product_is_interpreted():
+    draw = np.random.default_rng(0)
+    x, w = (draw.normal(size=size).astype(np.float16) for size in ((16, 128), (128, 192)))
+    out, count = triton_toy.product(x, w, arch="sm_80")
+    np.testing.assert_allclose(out, x.astype(np.float64) @ w.astype(np.float64), atol=0.02, rtol=1e-3)
+    assert count.tolist() == [3]
