@@ -68,23 +68,28 @@ def merged(arrays, rows, phi, chunk, i, first, last, f: tl.constexpr):
     shift = phi
     if f.phi == "none":
         shift = tl.full([f.rows], LOWEST, tl.float32)
-    num_stages: tl.constexpr = f.merge_buffers + 1
-    for share in tl.range(first, last + 1, num_stages=num_stages):
-        slot = _slot(chunk, rows.kv_head, share, i, share == first, f)
-        place, is_element = _elements_of_slot(slot, rows.is_live, f)
-        row = slot * f.rows + tl.arange(0, f.rows)
-        other_num = tl.load(arrays.num + place, mask=is_element, other=0.0, cache_modifier=".cg")
-        other_den = tl.load(arrays.den + row, cache_modifier=".cg")
-        if f.phi == "none":
-            other_max = tl.load(arrays.row_max + row, cache_modifier=".cg")
-            new = tl.maximum(shift, other_max)
-            alpha, beta = tl.exp2(shift - new), tl.exp2(other_max - new)
-            num = num * alpha[:, None] + other_num * beta[:, None]
-            den = den * alpha + other_den * beta
-            shift = new
-        else:
-            num += other_num
-            den += other_den
+    num_ahead: tl.constexpr = f.merge_buffers
+    for begin in tl.range(first, last + 1, num_ahead, num_stages=1):
+        for ahead in tl.static_range(num_ahead):  # the loads of all of them are on their way at once
+            share = begin + ahead
+            is_share = share <= last
+            slot = _slot(chunk, rows.kv_head, share, i, share == first, f)
+            place, is_element = _elements_of_slot(slot, rows.is_live & is_share, f)
+            row = slot * f.rows + tl.arange(0, f.rows)
+            other_num = tl.load(arrays.num + place, mask=is_element, other=0.0, cache_modifier=".cg")
+            other_den = tl.load(arrays.den + row, mask=is_share & (row >= 0), other=0.0, cache_modifier=".cg")
+            if f.phi == "none":
+                other_max = tl.load(
+                    arrays.row_max + row, mask=is_share & (row >= 0), other=LOWEST, cache_modifier=".cg"
+                )
+                new = tl.maximum(shift, other_max)
+                alpha, beta = tl.exp2(shift - new), tl.exp2(other_max - new)
+                num = num * alpha[:, None] + other_num * beta[:, None]
+                den = den * alpha + other_den * beta
+                shift = new
+            else:
+                num += other_num
+                den += other_den
     return num, den, shift
 
 
