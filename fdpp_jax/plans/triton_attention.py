@@ -19,7 +19,7 @@ MAX_ROWS = 64  # query rows per key/value head
 MAX_CHUNK = 1024  # sequences that share CTAs; each CTA scans all their lengths
 _MIN_ROWS = 16  # of a product on the matrix unit
 _FIRST_WITH_FLOAT8 = 89  # compute capability
-_MAX_MERGE_BUFFERS = 8
+_MAX_MERGED_AT_ONCE = 8
 
 # The rule.
 _CTAS_PER_SM = 2
@@ -30,6 +30,8 @@ _BYTES_IN_FLIGHT = 128 * 1024  # per SM
 _MAX_SHARERS = 16  # CTAs that share a sequence
 _TILES_OF_MORE = 4  # tiles per CTA from which more of them share a sequence
 _MAX_SUMS_OF_FOUR_WARPS = 64 * 128  # numbers; twice as many take eight warps
+_MERGED_PER_THREAD = 128  # numbers of partial sums that a thread loads at once
+_TILES_FOR_LAUNCH = 6  # per CTA, from which a second launch costs less than counters that must be zeros first
 
 
 def _power_of_two(value: int) -> int:
@@ -79,12 +81,10 @@ class DecodeAttentionConfig:
         scalars = self.num_buffers * 3 * self.block_kv * 4  # scales of keys and values, pages
         return tiles + weights + rows * dim * 2 + scalars + _SMEM_RESERVE
 
-    def merge_buffers(self, shape: AttentionShape) -> int:
-        """Slots of partial sums on their way to who merges them: as many as fit in the tiles' place."""
-        rows = self._rows(shape)
-        slot = rows * (padded_dim(shape.head_dim) + 2) * 4
-        tiles = self.num_buffers * 2 * self.block_kv * padded_dim(shape.head_dim) * shape.kv_itemsize
-        return min(_MAX_MERGE_BUFFERS, tiles // slot)
+    def merged_at_once(self, shape: AttentionShape) -> int:
+        """Slots of partial sums on their way to who merges them: as many as the registers hold."""
+        per_thread = cdiv(self._rows(shape) * padded_dim(shape.head_dim), 32 * self.num_warps)
+        return min(_MAX_MERGED_AT_ONCE, max(1, _MERGED_PER_THREAD // per_thread))
 
     def _rows(self, shape: AttentionShape) -> int:
         return padded_rows(shape.live_rows) if self.uses_dot else 1
@@ -121,11 +121,17 @@ def decode_attention_config(shape: AttentionShape, device: Device) -> DecodeAtte
         num_splits=1,
         num_buffers=_min_buffers(device),
         num_warps=4 if num_sums <= _MAX_SUMS_OF_FOUR_WARPS else 8,
-        combine="kernel" if device.is_nvidia else "launch",
     )
-    num_ctas = next((num for num in (_CTAS_PER_SM, 1) if _fits(config, shape, device, num)), 1)
-    config = _with_tiles(config, shape, device, num_ctas)
-    return dataclasses.replace(config, num_splits=_num_splits(config, shape, num_ctas * device.num_sms))
+    for num_ctas in (_CTAS_PER_SM, 1):
+        if num_ctas > 1 and not _fits(config, shape, device, num_ctas):
+            continue
+        tiled = _with_tiles(config, shape, device, num_ctas)
+        tiled = dataclasses.replace(tiled, num_splits=_num_splits(tiled, shape, num_ctas * device.num_sms))
+        if tiled.num_splits <= _MAX_SHARERS * max(1, min(shape.batch, MAX_CHUNK)):
+            break  # with more of them, merging takes longer than two CTAs an SM save
+    num_tiles = cdiv(shape.batch * cdiv(shape.capacity, tiled.block_kv), max(tiled.num_splits, 1))
+    is_long = num_tiles >= _TILES_FOR_LAUNCH and tiled.num_splits > 1
+    return dataclasses.replace(tiled, combine="launch" if is_long or not device.is_nvidia else "kernel")
 
 
 def _min_buffers(device: Device) -> int:

@@ -31,20 +31,20 @@ _OWN_BUFFERS = ("sm_90", "sm_100", "sm_103")  # their matrix units read shared m
 _BARRIER_BYTES = 256
 
 # The rule.
-_SHARES_PER_SM = 1.5  # programs, before K is split less
+_SHARES_PER_SM = 1.4  # programs, before K is split less
 _MIN_TILES_PER_SPLIT = 4
 # block_n, block_k and k_groups of the flat kernel, narrow and wide. Blocks are read along memory; where rows are many,
-# wide ones read x less often.
-_FLAT_TILES = {"nk": ((16, 256, 4), (32, 256, 4)), "kn": ((64, 64, 1), (64, 128, 1))}
+# wide ones read x less often. Measured with sm_80's code on an H200: docs/experiments/triton.md.
+_FLAT_TILES = {"nk": ((16, 256, 4), (64, 128, 1)), "kn": ((64, 64, 1), (64, 128, 1))}
 _FLAT_TILES_OF_MANY_ROWS = ((64, 128, 1), (128, 64, 1))
 _FEW_ROWS = 16
-_GEMV_TILES = {"nk": ((8, 512), (16, 256)), "kn": ((64, 64), (128, 32))}
+_GEMV_TILES = {"nk": ((4, 1024), (4, 1024)), "kn": ((64, 64), (128, 32))}
 _NUM_WARPS = 4
 _FLAT_STAGES, _AMD_STAGES = 4, 2
 
 # The candidates.
-_FLAT_CANDIDATES = ((16, 256, 4), (32, 256, 4), (64, 128, 1), (64, 64, 1), (128, 64, 1))
-_GEMV_CANDIDATES = ((8, 512), (16, 256))
+_FLAT_CANDIDATES = ((16, 256, 4), (32, 128, 2), (64, 128, 1), (64, 64, 1), (128, 64, 1))
+_GEMV_CANDIDATES = ((4, 1024), (8, 512))
 _MAX_SHARES_PER_SM = 4  # beyond, programs run in waves, and a split is only one more partial sum to add
 
 
@@ -120,9 +120,8 @@ class GemvConfig:
     def smem_bytes(self, shape: MatmulShape) -> int:
         """Shared memory per program: tiles of w and x in flight; afterwards sums, up to one of each thread."""
         del shape  # the same for every shape
-        return max(
-            (self.num_stages - 1) * (self.block_n + 1) * self.block_k * 2, 4 * self.num_warps * max(64, self.block_n)
-        )
+        per_warp = max(128 if self.arch.startswith("gfx") else 64, self.block_n)
+        return max((self.num_stages - 1) * (self.block_n + 1) * self.block_k * 2, 4 * self.num_warps * per_warp)
 
     def refuse_tile(self) -> str | None:
         """Why the warps cannot share a tile, or None if they can."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fdpp_jax.models import PRESETS
-from fdpp_jax.plans import device, triton, triton_attention
+from fdpp_jax.plans import device, triton
 from fdpp_jax.plans.shapes import AttentionShape, cdiv
 from fdpp_jax.plans.triton_attention import MAX_CHUNK, DecodeAttentionConfig, decode_attention_config, plan, refuse
 
@@ -27,7 +27,7 @@ def _check_legal(shape, name):
     assert config.block_kv in (16, 32, 64)
     assert (2 if gpu.is_nvidia else 1) <= config.num_buffers <= 6
     assert config.num_warps in (4, 8)
-    assert config.combine == ("kernel" if gpu.is_nvidia else "launch")
+    assert config.combine == "launch" or gpu.is_nvidia
     assert config.uses_dot or shape.live_rows == 1
     chunk = min(shape.batch, MAX_CHUNK)
     num_tiles = chunk * cdiv(shape.capacity, config.block_kv)
@@ -119,14 +119,26 @@ def test_two_ctas_share_an_sm_and_tiles_fit_it():
     assert device.by_name("A10").smem_bytes_shared(2) < config.smem_bytes(large) <= device.by_name("A10").smem_bytes
 
 
-def test_sums_are_merged_where_tiles_were():
-    for changes in (dict(), dict(num_kv_heads=2, head_dim=256), dict(num_kv_heads=1, kv_dtype="int8")):
-        shape = _decode(**changes)
-        config = DecodeAttentionConfig("sm_80", 32, 8, 2)
-        rows, dim = triton_attention.padded_rows(shape.live_rows), shape.head_dim
-        num = config.merge_buffers(shape)
-        assert 0 <= num <= 8
-        assert num * rows * (dim + 2) * 4 <= 2 * 2 * 32 * dim * shape.kv_itemsize
+def test_registers_hold_the_sums_that_are_merged_at_once():
+    for changes, num in ((dict(), 8), (dict(num_query_heads=64, num_kv_heads=1), 2), (dict(head_dim=256), 4)):
+        assert DecodeAttentionConfig("sm_80", 32, 8, 2).merged_at_once(_decode(**changes)) == num
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_splits", "num_buffers", "combine"),
+    [
+        ({}, 8, 2, "launch"),
+        (dict(num_kv_heads=8), 16, 2, "kernel"),  # 4 tiles a CTA
+        (dict(num_query_heads=64, num_kv_heads=8, capacity=16384), 16, 4, "launch"),  # 33 CTAs a head: many to merge
+        (dict(batch=8, num_kv_heads=8), 32, 2, "launch"),
+        (dict(capacity=64), 1, 2, "kernel"),
+    ],
+    ids=str,
+)
+def test_tiles_on_the_h200_are_those_measured(changes, num_splits, num_buffers, combine):
+    config = decode_attention_config(_decode(**changes), device.by_name("H200"))
+    assert (config.block_kv, config.num_splits, config.num_buffers) == (64, num_splits, num_buffers)
+    assert config.combine == combine
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Facts:
       block_kv: Keys per tile.
       num_splits: CTAs that share a chunk and a key/value head.
       num_buffers: Tiles of keys, and of values, in shared memory.
-      merge_buffers: Slots that are loaded ahead where they are merged.
+      merged_at_once: Slots whose loads are on their way together where they are merged.
       chunk: Sequences that share CTAs.
       padded_chunk: chunk, padded to a power of two.
       num_slots: Of a chunk and a key/value head, for partial sums.
@@ -63,7 +63,7 @@ class Facts:
     block_kv: int
     num_splits: int
     num_buffers: int
-    merge_buffers: int
+    merged_at_once: int
     chunk: int
     padded_chunk: int
     num_slots: int

@@ -269,7 +269,7 @@ def _facts(
         block_kv=config.block_kv,
         num_splits=config.num_splits,
         num_buffers=config.num_buffers,
-        merge_buffers=config.merge_buffers(attention_shape(arrays, options, is_online=phi is None)),
+        merged_at_once=config.merged_at_once(attention_shape(arrays, options, is_online=phi is None)),
         chunk=chunk,
         padded_chunk=triton.next_power_of_2(chunk),
         num_slots=config.num_splits + chunk - 1 if combines_later else 2 * config.num_splits,

@@ -68,20 +68,18 @@ def merged(arrays, rows, phi, chunk, i, first, last, f: tl.constexpr):
     shift = phi
     if f.phi == "none":
         shift = tl.full([f.rows], LOWEST, tl.float32)
-    num_ahead: tl.constexpr = f.merge_buffers
-    for begin in tl.range(first, last + 1, num_ahead, num_stages=1):
-        for ahead in tl.static_range(num_ahead):  # the loads of all of them are on their way at once
-            share = begin + ahead
-            is_share = share <= last
+    at_once: tl.constexpr = f.merged_at_once
+    for begin in tl.range(first, last + 1, at_once, num_stages=1):
+        for ahead in tl.static_range(at_once):
+            share = begin + ahead  # an int where the kernel is interpreted, and no tensor
             slot = _slot(chunk, rows.kv_head, share, i, share == first, f)
-            place, is_element = _elements_of_slot(slot, rows.is_live & is_share, f)
+            is_there = rows.is_live & (tl.arange(0, f.rows) * 0 + share <= last)
+            place, is_element = _elements_of_slot(slot, is_there, f)
             row = slot * f.rows + tl.arange(0, f.rows)
             other_num = tl.load(arrays.num + place, mask=is_element, other=0.0, cache_modifier=".cg")
-            other_den = tl.load(arrays.den + row, mask=is_share & (row >= 0), other=0.0, cache_modifier=".cg")
+            other_den = tl.load(arrays.den + row, mask=is_there, other=0.0, cache_modifier=".cg")
             if f.phi == "none":
-                other_max = tl.load(
-                    arrays.row_max + row, mask=is_share & (row >= 0), other=LOWEST, cache_modifier=".cg"
-                )
+                other_max = tl.load(arrays.row_max + row, mask=is_there, other=LOWEST, cache_modifier=".cg")
                 new = tl.maximum(shift, other_max)
                 alpha, beta = tl.exp2(shift - new), tl.exp2(other_max - new)
                 num = num * alpha[:, None] + other_num * beta[:, None]
