@@ -17,6 +17,7 @@ CONSUMERS = 2  # warpgroups that compute
 MAX_TILES = 256  # per CTA
 _L2_SHARE = 0.5  # for keys and values of the heads whose CTAs run together
 _WAVES = 3  # of their CTAs
+_MAX_KEYS_IN_TURN = 8192  # from where on a CTA takes many tiles in turn no faster
 _TILES_PER_SM = 2  # more of them: CTAs take them in turn, and load the next while they compute the last
 
 
@@ -83,7 +84,7 @@ def prefill_attention_config(shape: AttentionShape, device: Device) -> PrefillAt
     packs = shape.group_size > 1 and 2 * shape.query_length <= ROWS * CONSUMERS
     packs = packs and _num_tiles(shape, packs_group=False) > device.num_sms
     block_kv, num_stages = (64, 2) if shape.head_dim > 128 else (128, 4 if shape.head_dim <= 64 else 2)
-    takes_turns = _num_tiles(shape, packs) > _TILES_PER_SM * device.num_sms
+    takes_turns = _takes_turns(shape) and _num_tiles(shape, packs) > _TILES_PER_SM * device.num_sms
     return PrefillAttentionConfig(
         block_kv,
         num_stages,
@@ -91,6 +92,16 @@ def prefill_attention_config(shape: AttentionShape, device: Device) -> PrefillAt
         heads_together=_heads_together(shape, device, packs),
         num_ctas=device.num_sms if takes_turns else None,
     )
+
+
+def _takes_turns(shape: AttentionShape) -> bool:
+    """Whether tiles are so short that what a CTA takes to start and end shows.
+
+    Not with one place for queries, which the next tile's wait for.
+    """
+    left, right = shape.local_window_size or (shape.capacity, 0)
+    num_keys = min(shape.capacity, left + right + 1)
+    return num_keys <= _MAX_KEYS_IN_TURN and shape.head_dim <= 128 and shape.kv_itemsize > 1
 
 
 def _num_tiles(shape: AttentionShape, packs_group: bool) -> int:

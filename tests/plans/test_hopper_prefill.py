@@ -31,7 +31,9 @@ def test_blocks_fit_the_sm(name, head_dim, kv_dtype, scales, page_size):
     plan = plan_attention(shape, name)
     assert (plan.backend, plan.algorithm, plan.recompute) == ("mosaic_gpu", "prefill", "kernel")
     assert plan.config.smem_bytes(shape) <= device.by_name(name).smem_bytes
-    assert plan.reason == "128 queries of a head at a time: 1024 for 132 CTAs on as many SMs"
+    in_turn = head_dim <= 128 and kv_dtype is None
+    tiles = "at a time: 1024 for 132 CTAs on as many SMs" if in_turn else "per CTA: 1024 on 132 SMs"
+    assert plan.reason == f"128 queries of a head {tiles}"
 
 
 @pytest.mark.parametrize(
@@ -44,15 +46,23 @@ def test_heads_are_packed_where_ctas_would_be_half_empty_and_wait_for_sms(batch,
     assert plan.config.packs_group == packs
     num_ctas = batch * num_kv_heads if packs else batch * 16
     rows = "queries of a group of heads" if packs else "queries of a head"
-    where = (
-        f"per CTA: {num_ctas} on 132 SMs" if num_ctas <= 264 else f"at a time: {num_ctas} for 132 CTAs on as many SMs"
-    )
-    assert plan.reason == f"128 {rows} {where}"
+    assert plan.reason == f"128 {rows} per CTA: {num_ctas} on 132 SMs"
 
 
-@pytest.mark.parametrize(("query_length", "num_ctas"), [(2048, None), (2049, 132)])
-def test_ctas_take_tiles_in_turn_where_an_sm_has_more_than_two(query_length, num_ctas):
-    shape = dataclasses.replace(GEMMA, query_length=query_length)  # 256 tiles, or 272
+@pytest.mark.parametrize(
+    ("changes", "num_ctas"),
+    [
+        (dict(query_length=2048), None),  # 256 tiles
+        (dict(query_length=2049), 132),  # 272
+        (dict(query_length=2049, head_dim=256), None),
+        (dict(query_length=2049, kv_dtype="int8", scales="head"), None),
+        (dict(query_length=2049, capacity=8193), None),
+        (dict(query_length=2049, capacity=8193, local_window_size=(4096, 0)), 132),
+    ],
+    ids=str,
+)
+def test_ctas_take_tiles_in_turn_where_an_sm_has_many_short_ones(changes, num_ctas):
+    shape = dataclasses.replace(GEMMA, **dict(head_dim=128) | changes)
     assert plan_attention(shape, H200).config.num_ctas == num_ctas
 
 
