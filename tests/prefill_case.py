@@ -34,6 +34,7 @@ class Case:
     block_kv: int = 64
     packs_group: bool = False
     heads_together: int = 1
+    num_ctas: int | None = None  # of Mosaic's kernel
 
     def arrays(self, seed=0):
         """Random arrays, with NaN behind the lengths and before the starts."""
@@ -155,6 +156,7 @@ def random_cases(seed, head_dims):
         block_kv=64 if head_dim > 128 else int(rng.choice([64, 128])),
         packs_group=packs_group,
         heads_together=int(rng.choice([1, 2, 3, 100])),
+        num_ctas=maybe(0.6, int(rng.choice([1, 2, 5, 132]))),
     )
     has_lengths, has_starts, has_offset = rng.random(3) < (0.5, 0.3, 0.6)
 

@@ -1,5 +1,6 @@
 """The prefill kernel against float64: masks, lengths, caches of all kinds, sinks, caps, both directions of failure."""
 
+import dataclasses
 import itertools
 import types
 from unittest import mock
@@ -25,18 +26,28 @@ pytestmark = [
 ]
 
 
+def config_of(case):
+    return PrefillAttentionConfig(case.block_kv, 2, case.packs_group, case.heads_together, case.num_ctas)
+
+
 def run(case, arrays, phi, **options):
     """The kernel; interpreted, where there is no GPU, without races."""
     interpret = None if ON_GPU else plgpu.InterpretGPUParams(detect_races=True)
     arrays = arrays._replace(phi=None if phi is None else jnp.float32(phi))
-    config = PrefillAttentionConfig(case.block_kv, 2, case.packs_group, case.heads_together)
     with mock.patch.object(shared_memory.GPUSharedMemory, "reset_per_cluster_state", _keep_clocks):
-        return jax.block_until_ready(prefill_attention(arrays, case.options, config, interpret=interpret, **options))
+        return jax.block_until_ready(
+            prefill_attention(arrays, case.options, config_of(case), interpret=interpret, **options)
+        )
 
 
-def check(case, phi, seed=0):
+def in_turn(case, num_ctas):
+    """The case, where so many CTAs take all tiles."""
+    return dataclasses.replace(case, num_ctas=num_ctas)
+
+
+def check(case, phi, seed=0, arrays=None):
     """Right in all rows, and in their log-sum-exps; recomputed where they leave the window."""
-    arrays = case.arrays(seed)
+    arrays = case.arrays(seed) if arrays is None else arrays
     prefill_case.check(case, run(case, arrays, phi, recompute=True), case.expected(arrays))
 
 
@@ -44,6 +55,42 @@ def check(case, phi, seed=0):
 @pytest.mark.parametrize(("name", "phi"), [*((name, 6.0) for name in CASES), ("causal", None), ("chunk", None)])
 def test_against_float64(name, phi):
     check(CASES[name], phi)
+
+
+@pytest.mark.gpu if ON_GPU else pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_ctas"), [(name, n) for i, name in enumerate(CASES) for n in (2, 3) if ON_GPU or n == 2 + i % 2]
+)
+def test_ctas_that_take_tiles_in_turn(name, num_ctas):
+    check(in_turn(CASES[name], num_ctas), None if name == "causal" else 6.0)
+
+
+@pytest.mark.gpu if ON_GPU else pytest.mark.slow
+@pytest.mark.parametrize(("tile", "score", "head_dim"), [(0, -200.0, 64), (1, 200.0, 256), (3, 200.0, 64)])
+def test_one_tile_of_a_cta_that_leaves_the_window_is_redone(tile, score, head_dim):
+    case = in_turn(Case(query_length=400, num_heads=1, is_causal=False, capacity=70, head_dim=head_dim), 1)
+    arrays = case.arrays()
+    number = case.query_length // 128 - tile  # the last rows are the first tile
+    fails = np.arange(case.query_length) // 128 == number
+    query = arrays.query.at[0, :, 0, 0].set(jnp.where(fails, score, 0.0).astype(case.dtype))
+    key = arrays.key.at[..., 0].set(head_dim**0.5)  # each score of these rows is near `score`
+    arrays = arrays._replace(query=query, key=key)
+    out, _ = run(case, arrays, 6.0)
+    np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)).any(axis=(0, 2, 3)), fails)
+    check(case, 6.0, arrays=arrays)
+
+
+@pytest.mark.parametrize("num_ctas", [None, 4, 2])
+def test_only_ctas_that_take_turns_claim_tiles(num_ctas):
+    """The counter is an operand that the kernel changes, so XLA makes a new one for each call."""
+    case = in_turn(Case(), num_ctas)  # 4 tiles
+
+    def call(arrays):
+        return prefill_attention(arrays._replace(phi=jnp.float32(6.0)), case.options, config_of(case), recompute=True)
+
+    text = jax.jit(call).trace(case.arrays()).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert text.count("output_operand_alias<") == (num_ctas == 2)
 
 
 @pytest.mark.parametrize("together", [1, 3, 8, 99])

@@ -31,7 +31,9 @@ def test_blocks_fit_the_sm(name, head_dim, kv_dtype, scales, page_size):
     plan = plan_attention(shape, name)
     assert (plan.backend, plan.algorithm, plan.recompute) == ("mosaic_gpu", "prefill", "kernel")
     assert plan.config.smem_bytes(shape) <= device.by_name(name).smem_bytes
-    assert plan.reason == "128 queries of a head per CTA: 1024 on 132 SMs"
+    in_turn = head_dim <= 128 and kv_dtype is None
+    tiles = "at a time: 1024 for 132 CTAs on as many SMs" if in_turn else "per CTA: 1024 on 132 SMs"
+    assert plan.reason == f"128 queries of a head {tiles}"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,45 @@ def test_heads_are_packed_where_ctas_would_be_half_empty_and_wait_for_sms(batch,
     num_ctas = batch * num_kv_heads if packs else batch * 16
     rows = "queries of a group of heads" if packs else "queries of a head"
     assert plan.reason == f"128 {rows} per CTA: {num_ctas} on 132 SMs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_ctas"),
+    [
+        (dict(query_length=2048), None),  # 256 tiles
+        (dict(query_length=2049), 132),  # 272
+        (dict(query_length=2049, head_dim=256), None),
+        (dict(query_length=2049, kv_dtype="int8", scales="head"), None),
+        (dict(query_length=2049, capacity=8193), None),
+        (dict(query_length=2049, capacity=8193, local_window_size=(4096, 0)), 132),
+    ],
+    ids=str,
+)
+def test_ctas_take_tiles_in_turn_where_an_sm_has_many_short_ones(changes, num_ctas):
+    shape = dataclasses.replace(GEMMA, **dict(head_dim=128) | changes)
+    assert plan_attention(shape, H200).config.num_ctas == num_ctas
+
+
+@pytest.mark.parametrize(
+    ("num_ctas", "num_tiles", "launched"),
+    [(None, 1000, 1000), (132, 1000, 132), (132, 100, 100), (132, 132 * 256, 132), (132, 132 * 256 + 1, 133)],
+)
+def test_a_cta_has_no_more_tiles_than_its_list_holds(num_ctas, num_tiles, launched):
+    config = hopper_prefill.PrefillAttentionConfig(64, 2, num_ctas=num_ctas)
+    assert hopper_prefill.num_ctas(config, num_tiles) == launched
+
+
+def test_a_second_place_for_queries_takes_shared_memory():
+    """Where a CTA takes tiles in turn; not for wide heads and 8 bits, which have no room for it."""
+
+    def added(**changes):
+        shape = dataclasses.replace(GEMMA, **changes)
+        one, many = (hopper_prefill.PrefillAttentionConfig(64, 2, num_ctas=n).smem_bytes(shape) for n in (None, 132))
+        return many - one - (257 + 512) * 4  # its tiles, and which of them have failed rows
+
+    assert added(head_dim=128) == 128 * 128 * 2
+    assert added(head_dim=80) == 128 * 128 * 2
+    assert added(head_dim=256) == added(head_dim=128, kv_dtype="int8", scales="head") == 0
 
 
 @pytest.mark.parametrize(

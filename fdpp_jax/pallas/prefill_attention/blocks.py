@@ -1,4 +1,4 @@
-"""Which blocks of keys a CTA of `prefill_attention` reads, and which keys of them its queries see."""
+"""Which blocks of keys a tile of `prefill_attention` reads, and which keys of them its queries see."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
+from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, Past, SharedRefs
 from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS
 
 
 class Block(NamedTuple):
-    """A CTA's rows, and the blocks of keys that they see: [begin, end), of which [inner, outer) are seen whole."""
+    """A tile's rows, and the blocks of keys that they see: [begin, end), of which [inner, outer) are seen whole."""
 
     batch: jax.Array
     head: jax.Array  # of the rows
@@ -23,7 +23,7 @@ class Block(NamedTuple):
     offset: jax.Array | int
     length: jax.Array | int
     start: jax.Array | int
-    low: jax.Array | int  # keys [low, high) are seen by a query of the CTA
+    low: jax.Array | int  # keys [low, high) are seen by a query of the tile
     high: jax.Array
     begin: jax.Array
     inner: jax.Array
@@ -43,10 +43,10 @@ def bounds(position: Any, start: Any, length: Any, facts: Facts) -> tuple[Any, A
     return low, high
 
 
-def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
-    """The CTA's."""
+def block_of(gmem: GlobalRefs, facts: Facts, tile: jax.Array) -> Block:
+    """That of a tile."""
     config = facts.config
-    batch, head, number = _place(lax.axis_index("cta"), facts)
+    batch, head, number = _place(tile, facts)
     first_row = number * config.block_q
     length = facts.capacity if gmem.lengths is None else jnp.minimum(gmem.lengths[batch], facts.capacity)
     start = 0 if gmem.starts is None else jnp.maximum(gmem.starts[batch], 0)
@@ -65,7 +65,7 @@ def block_of(gmem: GlobalRefs, facts: Facts) -> Block:
 
 
 def _place(index: jax.Array, facts: Facts) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sequence, head and block of rows of a CTA.
+    """Sequence, head and block of rows of a tile.
 
     `heads_together` heads take turns; those left over come before all others. Of these the last rows are first: with a
     causal mask they have most keys to read, and what ends last should be short.
@@ -82,6 +82,17 @@ def _place(index: jax.Array, facts: Facts) -> tuple[jax.Array, jax.Array, jax.Ar
     head = first_head + lax.rem(index, num_here)
     row_heads = jnp.int32(facts.row_heads)
     return lax.div(head, row_heads), lax.rem(head, row_heads), num_blocks - 1 - lax.div(index, num_here)
+
+
+def number_of(i: jax.Array, block: Block, past: Past | None) -> jax.Array:
+    """The number of key block i of a tile among all blocks of the CTA."""
+    number = i - block.begin
+    return number if past is None else number + past.blocks
+
+
+def slot_of(i: jax.Array, block: Block, past: Past | None, facts: Facts) -> jax.Array:
+    """The slot of key block i of a tile in the ring, which runs on from tile to tile."""
+    return lax.rem(number_of(i, block, past), jnp.int32(facts.config.num_stages))
 
 
 def query_of(row: jax.Array, facts: Facts) -> jax.Array:
@@ -110,7 +121,7 @@ def is_live(
 def clear_dead_values(
     smem: SharedRefs, slot: jax.Array, first_key: jax.Array, block: Block, facts: Facts, warpgroup: jax.Array
 ) -> None:
-    """Zeroes values of a block that no query of the CTA sees: 0 * NaN would be NaN. Each warpgroup clears a part."""
+    """Zeroes values of a block that no query of the tile sees: 0 * NaN would be NaN. Each warpgroup clears a part."""
     width = facts.config.block_kv
 
     def clear(part: int) -> None:

@@ -1,18 +1,20 @@
 """Attention of many queries per sequence over a cache, with a unified max or online softmax, for Hopper (Mosaic GPU).
 
-A CTA has 128 rows, the queries of one head, or of a group of heads (`packs_group`). Two warpgroups with 64 rows each
+A tile has 128 rows, the queries of one head, or of a group of heads (`packs_group`). Two warpgroups with 64 rows each
 compute, and a third one loads. Both consumers go through the same key blocks:
 
     s [64, block_kv] = Q K^T        p = e^(s - phi)        o [64, H] += p V
 
 They take turns on the tensor cores: while one computes its weights p, the other has its products. With phi fixed, a
 step depends on none before, and o is never rescaled. With phi=None there is online softmax. Blocks that a mask, a
-window or the lengths hide from all queries of the CTA are not read. Only blocks that some of them see in part are
+window or the lengths hide from all queries of the tile are not read. Only blocks that some of them see in part are
 masked.
 
 Where a denominator left the safe window, the row is NaN, and the CTA computes its rows again with online softmax.
 
-Roles: `blocks` (which keys a CTA sees), `rows` (one warpgroup's rows), `loader`, `refs`.
+A CTA has one tile of 128 rows, or takes tiles in turn (`config.num_ctas`) and so loads the next while it computes one.
+
+Roles: `blocks` (which keys a tile sees), `rows` (one warpgroup's rows), `loader`, `tiles` (those of a CTA), `refs`.
 
 Source: FlashDecoding++ (arXiv 2311.01282), section 3, and FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2.
 """
@@ -28,12 +30,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import cache_tiles, ring
-from fdpp_jax.pallas.prefill_attention.blocks import block_of
-from fdpp_jax.pallas.prefill_attention.loader import load
+from fdpp_jax.pallas.prefill_attention import tiles
+from fdpp_jax.pallas.prefill_attention.blocks import Block, block_of
+from fdpp_jax.pallas.prefill_attention.loader import drain, load
 from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
 from fdpp_jax.pallas.prefill_attention.rows import consume
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
-from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS, PrefillAttentionConfig, num_narrow_stages
+from fdpp_jax.plans.hopper_prefill import (
+    CONSUMERS,
+    MAX_TILES,
+    ROWS,
+    PrefillAttentionConfig,
+    num_ctas,
+    num_narrow_stages,
+)
 from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import round_up
 
@@ -72,6 +82,7 @@ def prefill_attention(
     facts = Facts(
         config=config,
         options=options,
+        num_ctas=0,
         batch=batch,
         num_rows=query_length * pack,
         row_heads=num_heads // pack,
@@ -82,7 +93,10 @@ def prefill_attention(
         recompute=recompute and arrays.phi is not None,
         is_interpreted=interpret is not None,
     )
+    facts = facts._replace(num_ctas=num_ctas(config, facts.num_tiles))
     operands = _operands(arrays, facts)
+    if facts.is_persistent and not facts.is_interpreted:
+        operands["counter"] = tiles.counter()
     row_heads = facts.row_heads
     results: dict[str, Any] = dict(out=jax.ShapeDtypeStruct(operands["q"].shape, arrays.query.dtype))
     if options.return_residual:
@@ -96,7 +110,7 @@ def prefill_attention(
         body,
         out_type=list(results.values()),
         scratch_types=_scratch(arrays, facts),
-        grid=(batch * row_heads * facts.num_blocks,),
+        grid=(facts.num_ctas,),
         grid_names=("cta",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
@@ -178,13 +192,21 @@ def _scratch(arrays: AttentionArrays, facts: Facts) -> dict[str, Any]:
     loaded = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=config.num_stages)
     consumed = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.num_stages)
     everyone = plgpu.Barrier(num_arrivals=CONSUMERS)
+    num_places, lists = 1, {}
+    if facts.is_persistent:
+        num_places = config.query_places(padded_dim, key.dtype.itemsize)
+        lists = dict(
+            q_free=plgpu.Barrier(num_barriers=num_places * CONSUMERS),
+            tiles=plgpu.SMEM((MAX_TILES + 1,), jnp.int32),
+            tile_failed=plgpu.SMEM((CONSUMERS, MAX_TILES), jnp.int32),
+        )
     return dict(
-        q=plgpu.SMEM((CONSUMERS, ROWS, padded_dim), dtype, transforms=transforms),
+        q=plgpu.SMEM((num_places, CONSUMERS, ROWS, padded_dim), dtype, transforms=transforms),
         k=tile,
         v=tile,
         by_row=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
         has_failed=plgpu.SMEM((CONSUMERS,), jnp.int32),
-        q_ready=plgpu.Barrier(num_barriers=CONSUMERS),
+        q_ready=plgpu.Barrier(num_barriers=num_places * CONSUMERS),
         k_ready=loaded,
         v_ready=loaded,
         k_free=consumed,
@@ -193,32 +215,55 @@ def _scratch(arrays: AttentionArrays, facts: Facts) -> dict[str, Any]:
         cleared=everyone,
         verdict=everyone,
         **narrow,
+        **lists,
     )
 
 
 def _attend(gmem: GlobalRefs, smem: SharedRefs, facts: Facts) -> None:
     """One CTA."""
-    block = block_of(gmem, facts)
     warpgroup = lax.axis_index("warpgroup")
     loader_registers, consumer_registers = _REGISTERS if smem.narrow is None else _REGISTERS_WIDENING
-
-    def if_failed(work: Callable[[], Any]) -> None:
-        """Once both consumers have written their rows: work() where a row of the CTA has failed."""
-        plgpu.barrier_wait(smem.verdict)
-        pl.when(smem.has_failed[0] + smem.has_failed[1] > 0)(lambda: (work(), None)[1])
+    consume_all: Any = functools.partial(tiles.consume_all, gmem, smem, facts, warpgroup)
+    load_all: Any = functools.partial(tiles.load_all, gmem, smem, facts)
+    if not facts.is_persistent:
+        block = block_of(gmem, facts, lax.axis_index("cta"))
+        consume_all = functools.partial(_consume_one, gmem, smem, facts, block, warpgroup)
+        load_all = functools.partial(_load_one, gmem, smem, facts, block)
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume() -> None:
         plgpu.set_max_registers(consumer_registers, action="increase")
-        has_failed = consume(gmem, smem, facts, block, warpgroup)
-        if facts.recompute:
-            smem.has_failed[warpgroup] = has_failed
-            plgpu.barrier_arrive(smem.verdict)
-            if_failed(functools.partial(consume, gmem, smem, facts, block, warpgroup, is_again=True))
+        consume_all()
 
     @pl.when(warpgroup == CONSUMERS)
     def _load() -> None:
         plgpu.set_max_registers(loader_registers, action="decrease")
+        load_all()
+
+
+def _consume_one(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warpgroup: jax.Array) -> None:
+    """The rows of one warpgroup, where a CTA has one tile."""
+    work = functools.partial(consume, gmem, smem, facts, block, warpgroup)
+    has_failed = work()
+    if facts.recompute:
+        smem.has_failed[warpgroup] = has_failed
+        plgpu.barrier_arrive(smem.verdict)
+        _if_failed(smem, functools.partial(work, is_again=True))
+
+
+def _load_one(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block) -> None:
+    """The keys and values of a CTA that has one tile."""
+
+    def load_and_drain() -> None:
         load(gmem, smem, facts, block)
-        if facts.recompute:
-            if_failed(functools.partial(load, gmem, smem, facts, block))
+        drain(smem, facts, block.end - block.begin)
+
+    load_and_drain()
+    if facts.recompute:
+        _if_failed(smem, load_and_drain)
+
+
+def _if_failed(smem: SharedRefs, work: Callable[[], Any]) -> None:
+    """Once both consumers have written their rows: work() where a row of the CTA has failed."""
+    plgpu.barrier_wait(smem.verdict)
+    pl.when(smem.has_failed[0] + smem.has_failed[1] > 0)(lambda: (work(), None)[1])

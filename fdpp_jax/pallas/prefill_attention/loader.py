@@ -5,17 +5,17 @@ which is all that the tensor cores see, while the consumers compute.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fdpp_jax.pallas.parts import cache_tiles, ring
-from fdpp_jax.pallas.prefill_attention.blocks import Block
-from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
+from fdpp_jax.pallas.prefill_attention.blocks import Block, number_of, slot_of
+from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, Past, SharedRefs
 from fdpp_jax.plans.hopper_prefill import ROWS
 
 
@@ -30,18 +30,30 @@ class _Route(NamedTuple):
     free: ring.Barrier
 
 
-def load(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block) -> None:
-    """All key and value blocks of a CTA, until its consumers have read them."""
+def load(
+    gmem: GlobalRefs,
+    smem: SharedRefs,
+    facts: Facts,
+    block: Block,
+    past: Past | None = None,
+    after_first: Callable[[], None] | None = None,
+) -> None:
+    """All key and value blocks of a tile; once the first of them is on its way, after_first()."""
     routes = (
         _Route(gmem.k, gmem.k_scale, smem.k, smem.k_factors, smem.k_ready, smem.k_free),
         _Route(gmem.v, gmem.v_scale, smem.v, smem.v_factors, smem.v_ready, smem.v_free),
     )
 
-    def slot_of(i: jax.Array, free: ring.Barrier) -> jax.Array:
+    def await_slot(i: jax.Array, free: ring.Barrier) -> jax.Array:
         """The slot of block i, once it is free."""
-        slot = lax.rem(i - block.begin, jnp.int32(facts.config.num_stages))
-        pl.when(i - block.begin >= facts.config.num_stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+        slot = slot_of(i, block, past, facts)
+        is_used = number_of(i, block, past) >= facts.config.num_stages
+        pl.when(is_used)(lambda: plgpu.barrier_wait(free.at[slot]))
         return slot
+
+    def end_step(i: jax.Array) -> None:
+        if after_first is not None:
+            pl.when(i == block.begin)(after_first)
 
     def boxes_of(i: jax.Array) -> list[cache_tiles.Box]:
         return list(cache_tiles.boxes(gmem.k, gmem.pages, block.batch, i, facts.config.block_kv))
@@ -58,8 +70,9 @@ def load(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block) -> None
         def step(i: jax.Array, _: None) -> None:
             boxes = boxes_of(i)  # looked up before the wait
             for route in routes:
-                slot = slot_of(i, route.free)
+                slot = await_slot(i, route.free)
                 copy(route, route.tile.at[slot], route.ready.at[slot], boxes)
+            end_step(i)
 
         lax.fori_loop(block.begin, block.end, step, None)
 
@@ -79,7 +92,7 @@ def load(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block) -> None
 
         def step(i: jax.Array, _: None) -> None:
             for turn, (route, place) in enumerate(zip(routes, places, strict=True)):
-                slot = slot_of(i, route.free)
+                slot = await_slot(i, route.free)
                 plgpu.barrier_wait(narrow_ready.at[place])
                 for part in range(facts.config.block_kv // ROWS):
                     rows = pl.ds(part * ROWS, ROWS)
@@ -94,6 +107,7 @@ def load(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block) -> None
                 # What follows in its place.
                 following = (i + 1, turn) if num_narrow == 2 else (i + turn, 1 - turn)
                 pl.when(following[0] < block.end)(functools.partial(fetch, *following))
+            end_step(i)
 
         for turn in range(num_narrow):
             pl.when(block.end > block.begin)(functools.partial(fetch, block.begin, turn))
@@ -103,6 +117,11 @@ def load(gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block) -> None
         stream()
     else:
         stream_narrow(smem.narrow, smem.narrow_ready)
-    # A CTA must not end while an arrival at its barriers is pending.
+    if after_first is not None:
+        pl.when(block.end == block.begin)(after_first)
+
+
+def drain(smem: SharedRefs, facts: Facts, num_blocks: jax.Array) -> None:
+    """Until the consumers have read all blocks: a CTA must not end while an arrival at its barriers is pending."""
     for free in (smem.k_free, smem.v_free):
-        ring.drain(free, block.end - block.begin, facts.config.num_stages)
+        ring.drain(free, num_blocks, facts.config.num_stages)

@@ -1,4 +1,7 @@
-"""The refs of `prefill_attention`, by memory space, and its static facts. A ref that a call lacks is None."""
+"""The refs of `prefill_attention`, by memory space, its static facts, and where a CTA is.
+
+A ref that a call lacks is None.
+"""
 
 from typing import NamedTuple
 
@@ -30,17 +33,18 @@ class GlobalRefs(NamedTuple):
     v_scale: jax.Ref | None = None
     out: jax.Ref | None = None  # [B, R, M, H]
     log_sum: jax.Ref | None = None  # [B, M, R'] float32
+    counter: jax.Ref | None = None  # [1] int32, tiles that CTAs have claimed; zero at launch
 
 
 class SharedRefs(NamedTuple):
     """Refs in shared memory; H' is the head dim padded to whole swizzle tiles."""
 
-    q: jax.Ref  # [consumers, 64, H'], queries, then results on their way out
+    q: jax.Ref  # [places, consumers, 64, H'], queries, then results on their way out; a CTA's tiles take turns
     k: jax.Ref  # [stages, block_kv, H']
     v: jax.Ref
     by_row: jax.Ref  # [consumers, 64] float32
     has_failed: jax.Ref  # [consumers] int32
-    q_ready: ring.Barrier
+    q_ready: ring.Barrier  # [places * consumers]
     k_ready: ring.Barrier
     v_ready: ring.Barrier
     k_free: ring.Barrier
@@ -48,6 +52,9 @@ class SharedRefs(NamedTuple):
     turn: ring.Barrier  # the consumers' turns on the tensor cores
     cleared: ring.Barrier
     verdict: ring.Barrier  # whether rows of the CTA have failed is known
+    q_free: ring.Barrier | None = None  # as q_ready, where a CTA has many tiles
+    tiles: jax.Ref | None = None  # [MAX_TILES + 1] int32, those of the CTA, then a number that is none
+    tile_failed: jax.Ref | None = None  # [consumers, MAX_TILES] int32
     narrow: jax.Ref | None = None  # [1 or 2, block_kv, H'], keys and values of 8 bits in turn
     narrow_scales: jax.Ref | None = None  # [1 or 2, block_kv, heads loaded together] float32, scales per token
     narrow_ready: ring.Barrier | None = None
@@ -60,6 +67,7 @@ class Facts(NamedTuple):
 
     config: PrefillAttentionConfig
     options: AttentionOptions
+    num_ctas: int
     batch: int
     num_rows: int  # R
     row_heads: int  # M
@@ -76,6 +84,23 @@ class Facts(NamedTuple):
         return cdiv(self.num_rows, self.config.block_q)
 
     @property
+    def num_tiles(self) -> int:
+        """Blocks of rows of all heads."""
+        return self.batch * self.row_heads * self.num_blocks
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether CTAs have more than one tile; the other kernel has no loop over them."""
+        return self.num_ctas < self.num_tiles
+
+    @property
     def has_positions(self) -> bool:
         """Whether what a query sees depends on its position. With unused ones the search for layouts has no end."""
         return self.options.is_causal or self.options.local_window_size is not None
+
+
+class Past(NamedTuple):
+    """What a CTA of many tiles had before one of them: how many tiles, and how many key blocks."""
+
+    tiles: jax.Array
+    blocks: jax.Array

@@ -12,30 +12,45 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fdpp_jax import unified_max
 from fdpp_jax.pallas.parts import registers
 from fdpp_jax.pallas.parts.scores import LN2, LOG2E, LOWEST, capped
-from fdpp_jax.pallas.prefill_attention.blocks import Block, bounds, clear_dead_values, is_live, query_of
-from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, SharedRefs
-from fdpp_jax.plans.hopper_prefill import ROWS
+from fdpp_jax.pallas.prefill_attention.blocks import Block, bounds, clear_dead_values, is_live, query_of, slot_of
+from fdpp_jax.pallas.prefill_attention.refs import Facts, GlobalRefs, Past, SharedRefs
+from fdpp_jax.plans.hopper_prefill import CONSUMERS, ROWS
 
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per key
 
 
 def consume(
-    gmem: GlobalRefs, smem: SharedRefs, facts: Facts, block: Block, warpgroup: jax.Array, *, is_again: bool = False
+    gmem: GlobalRefs,
+    smem: SharedRefs,
+    facts: Facts,
+    block: Block,
+    warpgroup: jax.Array,
+    past: Past | None = None,
+    *,
+    is_again: bool = False,
 ) -> jax.Array:
     """Computes and writes the 64 rows of one warpgroup, with online softmax where `is_again`.
+
+    Where a CTA has many tiles, the caller has waited for the queries, and this warpgroup's place for the next tile's
+    becomes free on the way.
 
     Returns:
       int32, 1 where a row has left the safe window, else 0.
     """
     config = facts.config
     first_row = block.first_row + warpgroup * ROWS
-    zero = block.batch * 0
-    box = block.batch, pl.ds(first_row, ROWS), block.head, pl.ds(zero, facts.padded_dim)
-    query = smem.q.at[warpgroup]
-    if is_again:  # a store to the place of one that may be under way
-        plgpu.wait_smem_to_gmem(0)
-    plgpu.copy_gmem_to_smem(gmem.q.at[box], query, smem.q_ready.at[warpgroup])
+    box = query_box(block, warpgroup, facts)
+    num_places = smem.q.shape[0]
+    query = smem.q.at[0 if past is None else lax.rem(past.tiles, jnp.int32(num_places)), warpgroup]
+    if past is None:
+        if is_again:  # a store to the place of one that may be under way
+            plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_gmem_to_smem(gmem.q.at[box], query, smem.q_ready.at[warpgroup])
+
+    def free_next_place() -> None:
+        assert past is not None
+        free_place(smem, past.tiles + 1, warpgroup)
 
     def take_turn() -> None:
         plgpu.barrier_arrive(smem.turn)
@@ -47,8 +62,10 @@ def consume(
     if gmem.k_scale is not None and gmem.k_scale.ndim == 1:
         scale *= gmem.k_scale[block.kv_head]
 
-    plgpu.barrier_wait(smem.q_ready.at[warpgroup])
-    pl.when(block.end > block.begin)(lambda: plgpu.barrier_wait(smem.k_ready.at[0]))
+    if past is None:
+        plgpu.barrier_wait(smem.q_ready.at[warpgroup])
+    first_slot = 0 if past is None else slot_of(block.begin, block, past, facts)
+    pl.when(block.end > block.begin)(lambda: plgpu.barrier_wait(smem.k_ready.at[first_slot]))
     pl.when(warpgroup == 1)(take_turn)
 
     def factors(ref: jax.Ref, slot: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -57,7 +74,7 @@ def consume(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...], *, is_masked: bool) -> tuple[jax.Array, ...]:
         acc, den, *row_max = carry
-        slot = lax.rem(i - block.begin, jnp.int32(config.num_stages))
+        slot = slot_of(i, block, past, facts)
         s = _scores(query, smem.k.at[slot], take_turn, facts)
         if smem.k_factors is not None:
             s *= factors(smem.k_factors, slot, s.shape)
@@ -96,11 +113,13 @@ def consume(
             clear_dead_values(smem, slot, i * config.block_kv, block, facts, warpgroup)
         plgpu.barrier_wait(smem.turn)
 
-        def await_next_keys() -> None:
-            following = lax.rem(i + 1 - block.begin, jnp.int32(config.num_stages))
+        def meanwhile() -> None:
+            following = slot_of(i + 1, block, past, facts)
             pl.when(i + 1 < block.end)(lambda: plgpu.barrier_wait(smem.k_ready.at[following]))
+            if num_places > 1:  # the last tile's results have left by now
+                pl.when(i == block.begin)(free_next_place)
 
-        acc = _add_values(acc, weights, smem.v.at[slot], await_next_keys, facts)
+        acc = _add_values(acc, weights, smem.v.at[slot], meanwhile, facts)
         plgpu.barrier_arrive(smem.v_free.at[slot])
         return acc, den, *row_max
 
@@ -116,7 +135,32 @@ def consume(
         carry = lax.fori_loop(block.begin, block.outer, whole, carry)
     carry = lax.fori_loop(block.outer, block.end, masked, carry)
     pl.when(warpgroup == 0)(take_turn)
-    return _write(gmem, smem, facts, block, warpgroup, box, phi, carry)
+    if num_places > 1:
+        pl.when(block.end == block.begin)(free_next_place)
+    has_failed = _write(gmem, smem, facts, block, warpgroup, box, query, phi, carry)
+    if past is None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    elif num_places == 1:
+        free_next_place()
+    return has_failed
+
+
+def query_box(block: Block, warpgroup: jax.Array | int, facts: Facts) -> Any:
+    """Where the queries of a warpgroup, and their results, are in global memory."""
+    dims = pl.ds(block.batch * 0, facts.padded_dim)  # a traced start: TMA fills with zeros beyond the axis
+    return block.batch, pl.ds(block.first_row + warpgroup * ROWS, ROWS), block.head, dims
+
+
+def place_of(smem: SharedRefs, tile: jax.Array, warpgroup: jax.Array | int) -> jax.Array:
+    """The place of a warpgroup's queries, for the CTA's tile of this number."""
+    return lax.rem(tile, jnp.int32(smem.q.shape[0])) * CONSUMERS + warpgroup
+
+
+def free_place(smem: SharedRefs, tile: jax.Array, warpgroup: jax.Array) -> None:
+    """Once all results have left shared memory: the place of the queries of this tile is free."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    assert smem.q_free is not None
+    plgpu.barrier_arrive(smem.q_free.at[place_of(smem, tile, warpgroup)])
 
 
 def _of_rows(ref: jax.Ref, first_row: jax.Array, block: Block, facts: Facts) -> jax.Array:
@@ -174,6 +218,7 @@ def _write(
     block: Block,
     warpgroup: jax.Array,
     box: Any,
+    out: Any,
     phi: Any,
     carry: tuple[jax.Array, ...],
 ) -> jax.Array:
@@ -215,10 +260,8 @@ def _write(
         by_row[...] = jnp.where(sees_key, log_sum, -jnp.inf if sink is None else sink * LN2)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(by_row, gmem.log_sum.at[block.batch, block.head, pl.ds(first_row, ROWS)])
-    out = smem.q.at[warpgroup]
     out[...] = (acc * _across(factor, acc.shape)).astype(out.dtype)
     plgpu.commit_smem()
     assert gmem.out is not None
     plgpu.copy_smem_to_gmem(out, gmem.out.at[box])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     return has_failed
