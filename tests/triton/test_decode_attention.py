@@ -139,7 +139,7 @@ def random_case(seed, arch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_inputs_are_right_and_the_same_each_time(seed, arch):
     """Eight inputs of one compiled kernel each."""
     case, mode = random_case(seed, arch)
