@@ -176,19 +176,23 @@ def test_the_candidates_of_a_gpu_lower(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.label)
-def test_what_is_timed_on_a_gpu_is_right(case):
+def test_what_is_timed_on_a_gpu_is_right(case, implementation):
     """Of the whole table: the kernels as planned, the ablations, and each recompute, though no row needs one."""
-    running = device.current()
+    running = backends.only(implementation, device.current())
     plan = heuristics.plan_attention(case.shape, running)
     candidates = attention._candidates(case, plan, running, quick=False, places=attention._PLACES)
     x, kv = _inputs(case)
     arrays = x | kv
     options = AttentionOptions(case.shape.head_dim**-0.5)
     expected = jax.jit(lambda arrays: reference.attention(arrays, options))(AttentionArrays(**arrays))
-    assert {"unified max", "public op", "public op, launch", "public op, cond"} < set(candidates)
+    assert plan.backend == implementation
+    others = {f"public op, {place}" for place in backends.by_name(implementation).attention.recomputes}
+    assert {"unified max", "public op", *others} - {f"public op, {plan.recompute}"} < set(candidates)
     for name, candidate in candidates.items():
         if not candidate.is_peer:
-            out = jax.jit(candidate.step)(x, kv)
+            with device.target(running):
+                out = jax.jit(candidate.step)(x, kv)
             error = oracle.relative_error(out, expected)
             assert error < oracle.TOLERANCE[case.shape.dtype], name
