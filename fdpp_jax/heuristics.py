@@ -83,12 +83,13 @@ def plan_matmul(shape: MatmulShape, device: Device | str, implementation: str | 
     backend, op, algorithm = _named("matmul", shape, device, implementation)
     if op.configs[algorithm] is None:
         return MatmulPlan(backend, algorithm, None, _NAMED)
+    own = backends.only(backend, device)  # whose table has the backend's configs
     if implementation == backend:
-        planned: MatmulPlan = _tuned_plan(shape, device) or _first_plan("matmul", shape, device)
+        planned: MatmulPlan = _tuned_plan(shape, own) or _first_plan("matmul", shape, own)
         if planned.backend == backend:
             return dataclasses.replace(planned, reason=_NAMED)
-    tuned = _tuned_plan(shape, device, algorithm)
-    if tuned is not None and tuned.backend == backend:
+    tuned = _tuned_plan(shape, own, algorithm)
+    if tuned is not None:
         return dataclasses.replace(tuned, reason=_NAMED)
     return MatmulPlan(backend, algorithm, op.config(shape, device, algorithm), _NAMED)
 
@@ -122,15 +123,16 @@ def _check_sizes(shape: AttentionShape | MatmulShape | LayerShape, least: dict[s
         raise ValueError(f"num_kv_heads must divide num_query_heads, got {num_kv_heads} and {num_heads}")
 
 
-def _ops(name: str) -> list[tuple[Backend, Op[Any, Any]]]:
-    """The backends that compute an op, and how they do."""
-    return [(backend, op) for backend in backends.BACKENDS if (op := getattr(backend, name)) is not None]
+def _ops(name: str, device: Device) -> list[tuple[Backend, Op[Any, Any]]]:
+    """The backends that are asked for an op on a device, and how they compute it."""
+    asked = [backend for backend in backends.BACKENDS if backend.is_asked(device)]
+    return [(backend, op) for backend in asked if (op := getattr(backend, name)) is not None]
 
 
 def _first_plan(name: str, shape: Any, device: Device) -> Any:
     """The plan of the first backend of the device that does not refuse."""
     refused: list[str] = []
-    for backend, op in _ops(name):
+    for backend, op in _ops(name, device):
         if not backend.runs_on(device):
             continue
         refusal = op.refuse(shape, device, None)
@@ -151,7 +153,7 @@ def _named(name: str, shape: Any, device: Device, implementation: str) -> tuple[
     """
     refused: list[str] = []
     names: list[str] = []
-    for backend, op in _ops(name):
+    for backend, op in _ops(name, device):
         names += [backend.name, *op.configs]
         algorithm = op.algorithm(shape, device) if implementation == backend.name else implementation
         if algorithm not in op.configs:

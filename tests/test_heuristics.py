@@ -66,6 +66,44 @@ def test_on_hopper_triton_is_named_or_asked_second():
     assert plan_attention(dataclasses.replace(DECODE, head_dim=72), "H200").backend == "triton"
 
 
+def test_one_backend_s_kernels_alone_are_planned_where_it_is_asked_for():
+    triton = backends.only("triton", H200)
+    assert plan_attention(DECODE, triton) == dataclasses.replace(
+        plan_attention(DECODE, H200, "triton"), reason=plan_attention(DECODE, triton).reason
+    )
+    for m in (1, 8):
+        for implementation in (None, "triton", "flat", "gemv")[: 4 if m == 1 else 3]:
+            plan = plan_matmul(MatmulShape(m, 4096, 4096), triton, implementation)
+            assert plan.backend == "triton"
+            assert implementation in (None, "triton", plan.algorithm)
+    assert plan_layer(LAYER, H200).algorithm == "fused"
+    layer = plan_layer(LAYER, triton)
+    assert (layer.algorithm, layer.reason) == ("unfused", "no fused layer of triton for sm_90")
+    wide = plan_attention(dataclasses.replace(DECODE, head_dim=512), triton)
+    assert wide.backend == "xla"
+    assert "head dims 8, 16, ... 256, got H = 512" in wide.reason
+    with pytest.raises(ValueError, match="implementation must be one of triton, decode, prefill, xla, "):
+        plan_attention(DECODE, triton, "mosaic_gpu")
+    mosaic = backends.only("mosaic_gpu", H200)
+    assert plan_matmul(MatmulShape(8, 4096, 4100), H200).backend == "xla"
+    assert plan_matmul(MatmulShape(8, 4096, 4104), H200).backend == "triton"
+    assert plan_matmul(MatmulShape(8, 4096, 4104), mosaic).backend == "xla"
+    assert backends.only(None, H200) is H200
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "error", "message"),
+    [
+        ("xla", "H200", ValueError, "implementation must be one of mosaic_gpu, triton; got 'xla'"),
+        ("mosaic_gpu", "A100", NotImplementedError, "'mosaic_gpu' cannot run here: it has no kernel for sm_80"),
+        ("triton", "cpu", NotImplementedError, "'triton' cannot run here: it has no kernel for cpu"),
+    ],
+)
+def test_a_backend_without_kernels_cannot_be_asked_for(name, on, error, message):
+    with pytest.raises(error, match=message):
+        backends.only(name, device.by_name(on))
+
+
 @pytest.mark.parametrize("name", ["H200", "A100", "RTX 4090", "B200"])
 def test_what_cudnn_computes_without_a_unified_max_is_left_to_it(name):
     prompt = dataclasses.replace(DECODE, query_length=2048, has_lengths=False, is_causal=True, is_online=True)

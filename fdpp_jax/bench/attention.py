@@ -18,16 +18,12 @@ from fdpp_jax import heuristics, ops, progress
 from fdpp_jax.bench import report
 from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, random_normal, time_kernels
 from fdpp_jax.bench.report import BenchReport
-from fdpp_jax.plans import device, hopper
+from fdpp_jax.ops.running import module_of
+from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.device import Device
-from fdpp_jax.plans.hopper_attention import (
-    MAX_CHUNK,
-    DecodeAttentionConfig,
-    decode_attention_config,
-    grid_attention_config,
-)
+from fdpp_jax.plans.hopper_attention import MAX_CHUNK, DecodeAttentionConfig, grid_attention_config
 from fdpp_jax.plans.shapes import AttentionShape, ScaleKind
 from fdpp_jax.unified_max import Recompute, UnifiedMax
 
@@ -189,23 +185,27 @@ TABLE = (
 )
 
 
-def bench_attention(case: AttentionCase, *, quick: bool = False) -> BenchReport:
+def bench_attention(case: AttentionCase, *, quick: bool = False, implementation: str | None = None) -> BenchReport:
     """Times one shape, a line per kernel.
 
     - unified max: the kernel as planned, without a recompute; only where there is a kernel
     - public op: dot_product_attention with UnifiedMax, and with the recompute in its other places
     - online softmax: the kernel with a running max, as planned for it
-    - separate combine: the kernel without clusters, its partial sums merged in a second launch
+    - separate combine: the kernel whose partial sums a second launch merges, on Hopper without clusters; not where that
+      is the plan
     - jax.nn's two implementations, which take neither a paged nor a quantised cache
 
     Args:
       case: The shape.
       quick: Leaves out ablations and peers.
+      implementation: The backend whose kernels are timed; None: as planned.
 
     Raises:
+      NotImplementedError: The backend refuses the shape.
       Exception: The error of a kernel of ours; a peer may fail.
     """
-    running = device.current()
+    running = backends.only(implementation, device.current())
+    heuristics.plan_attention(case.shape, running, implementation)  # raises where it refuses
     candidates, timings, plan = _measure(case, running, quick, () if quick else _PLACES)
     title = (
         f"Decode attention on {running.kind}: B, N/K, S = {case.label}, H {case.shape.head_dim}, {case.shape.dtype}, "
@@ -233,19 +233,28 @@ _NUM_QUICK_COLUMNS = 6
 
 
 def bench_attention_table(
-    cases: Sequence[AttentionCase] = TABLE, *, quick: bool = False, record_path: str | None = None
+    cases: Sequence[AttentionCase] = TABLE,
+    *,
+    quick: bool = False,
+    record_path: str | None = None,
+    implementation: str | None = None,
 ) -> BenchReport:
     """Times many shapes, a line per shape; "ours" is the kernel as planned, or the public op where there is no kernel.
 
     Only `bench_attention` times the recompute in its other places: `lax.cond` takes the longest to compile. A kernel
-    that fails, ours or a peer, leaves its cell empty and its error in the record.
+    that fails, ours or a peer, leaves its cell empty and its error in the record. A shape that a named backend refuses
+    is a line of the floor and the peers, with the plan's reason in the record.
 
     Args:
       cases: The shapes.
       quick: Leaves out ablations and peers.
       record_path: File to which the record is written after each shape, so that a run cut short leaves what it has.
+      implementation: The backend whose kernels are timed; None: as planned.
+
+    Raises:
+      NotImplementedError: The backend has no kernels for the device.
     """
-    running = device.current()
+    running = backends.only(implementation, device.current())
     columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
     rows: list[tuple[str, ...]] = []
     record = report.provenance() | {"attention_table": list[dict[str, Any]]()}
@@ -253,6 +262,8 @@ def bench_attention_table(
     for index, case in enumerate(cases):
         progress.say("bench", f"{index + 1} of {len(cases)}: {case.label}")
         candidates, timings, plan = _measure(case, running, quick)
+        if running.only_backend not in (None, plan.backend):
+            progress.say("bench", f"no kernel of {running.only_backend}: {plan.reason}")
         for name, error in timings.failures.items():
             progress.say("bench", f"{name} does not run: {report.first_line(error)}")
         rows.append(_table_cells(case, timings)[: len(columns)])
@@ -308,7 +319,8 @@ def _measure(
     x, kv = inputs(case.shape, case.live_lengths())
     sets = copies(kv, num_sets(case.live_bytes, running))
     # Each query is the result before, as in a model. The values become small, which no kernel minds.
-    timings = time_kernels(candidates, x, sets, case.live_bytes, lambda x, out: x | {"query": out})
+    with device.target(running):
+        timings = time_kernels(candidates, x, sets, case.live_bytes, lambda x, out: x | {"query": out})
     return candidates, timings, plan
 
 
@@ -322,25 +334,27 @@ def _candidates(
         # lax.cond breaks the command buffer, and takes the longest to compile.
         return Candidate(functools.partial(function, case.shape, **static), is_short=place == "cond")
 
-    config: DecodeAttentionConfig | None = plan.config if plan.backend == hopper.NAME else None
     candidates = {}
-    if config is not None:
-        candidates[_UNIFIED] = ours(_kernel, config=config, phi=PHI)
-    candidates[_PUBLIC] = ours(_op, softmax=UnifiedMax(PHI), place=plan.recompute)
+    has_kernel, is_refused = plan.backend != "xla", running.only_backend not in (None, plan.backend)
+    if has_kernel:
+        candidates[_UNIFIED] = ours(_kernel, plan=plan, phi=PHI)
+    if not is_refused:
+        candidates[_PUBLIC] = ours(_op, softmax=UnifiedMax(PHI), place=plan.recompute)
     if quick:
         return candidates
-    if config is None:
-        candidates[_ONLINE] = ours(_op, softmax=None)
-    else:
+    if has_kernel:
+        op = backends.by_name(plan.backend).attention
+        assert op is not None
         for place in places:
-            if place != plan.recompute:
+            if place != plan.recompute and place in op.recomputes:
                 candidates[f"{_PUBLIC}, {place}"] = ours(_op, softmax=UnifiedMax(PHI, place), place=place)
-        online = decode_attention_config(dataclasses.replace(case.shape, is_online=True), running)
-        candidates[_ONLINE] = ours(_kernel, config=online, phi=None)
-        grid = grid_attention_config(case.shape, running)
-        splits = max(1, grid.num_splits // min(case.shape.batch, MAX_CHUNK))  # per sequence
-        separate = dataclasses.replace(grid, combine="launch", num_splits=splits)
-        candidates[_SEPARATE] = ours(_kernel, config=separate, phi=PHI)
+        online = heuristics.plan_attention(dataclasses.replace(case.shape, is_online=True), running, plan.backend)
+        candidates[_ONLINE] = ours(_kernel, plan=online, phi=None)
+        separate = _separate_combine(case.shape, plan, running)
+        if separate is not None:
+            candidates[_SEPARATE] = ours(_kernel, plan=separate, phi=PHI)
+    elif not is_refused:
+        candidates[_ONLINE] = ours(_op, softmax=None)
     if case.shape.page_size is None and case.shape.scales is None:
         if running.is_nvidia and case.shape.dtype != "float32":
             candidates[_CUDNN] = Candidate(functools.partial(_jax_nn, case, implementation="cudnn"), is_peer=True)
@@ -348,18 +362,30 @@ def _candidates(
     return candidates
 
 
+def _separate_combine(shape: AttentionShape, plan: AttentionPlan, running: Device) -> AttentionPlan | None:
+    """The plan with a second launch that merges; None where it has one, or nothing to merge."""
+    config = plan.config
+    if plan.algorithm != "decode" or config.combine == "launch":
+        return None
+    if isinstance(config, DecodeAttentionConfig):
+        grid = grid_attention_config(shape, running)
+        splits = max(1, grid.num_splits // min(shape.batch, MAX_CHUNK))  # per sequence
+        config = dataclasses.replace(grid, num_splits=splits)
+    return dataclasses.replace(plan, config=dataclasses.replace(config, combine="launch"))
+
+
 def _kernel(
     shape: AttentionShape,
     x: dict[str, jax.Array],
     kv: dict[str, jax.Array],
     *,
-    config: DecodeAttentionConfig,
+    plan: AttentionPlan,
     phi: float | None,
 ) -> jax.Array:
-    from fdpp_jax.pallas.decode_attention.kernel import attend
-
     arrays = AttentionArrays(**x, **kv, phi=None if phi is None else jnp.float32(phi))
-    return attend(arrays, AttentionOptions(1 / math.sqrt(shape.head_dim), shape.is_causal), config)
+    options = AttentionOptions(1 / math.sqrt(shape.head_dim), shape.is_causal)
+    out: jax.Array = module_of(plan).attention(arrays, options, plan)
+    return out
 
 
 def _op(

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,8 +20,9 @@ from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.models.step_cache import StepCache
-from fdpp_jax.plans import device
-from fdpp_jax.plans.shapes import round_up
+from fdpp_jax.plans import backends, device
+from fdpp_jax.plans.backend import Plan
+from fdpp_jax.plans.shapes import AttentionShape, round_up
 from fdpp_jax.unified_max import UnifiedMax
 
 _CAPACITY_MULTIPLE = 64
@@ -30,7 +31,14 @@ _CAPACITY_MULTIPLE = 64
 type _Variant = tuple[UnifiedMax | None, Literal["xla"] | None]
 
 
-def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, steps: int = 64) -> BenchReport:
+def bench_decode(
+    config: DecoderConfig,
+    batch: int = 1,
+    context: int = 1024,
+    steps: int = 64,
+    *,
+    implementation: str | None = None,
+) -> BenchReport:
     """Times greedy decoding with random weights: ours, ours with online softmax, and plain XLA, in turns.
 
     phi is the middle of what the rows of the same steps have for ln sum e^score, recorded before the timing: random
@@ -43,8 +51,11 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
       batch: Rows decoded together, B.
       context: Live tokens of every row after the last step.
       steps: Decode steps of one timed loop.
+      implementation: The backend whose kernels are timed, of attention, matmuls and fused layers; plain XLA computes
+        what the backend leaves to it. None: as planned.
 
     Raises:
+      NotImplementedError: The backend refuses the attention of a layer.
       ValueError: batch or steps is not positive, or context is too short for the steps or too long for the model.
     """
     if batch < 1 or steps < 1 or context <= steps:
@@ -53,8 +64,13 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
         )
     if config.has_learned_positions and context > config.max_position_embeddings:
         raise ValueError(f"expected a context of at most the model's {config.max_position_embeddings}, got {context}")
-    running = device.current()
+    running = backends.only(implementation, device.current())
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
+    capacity = round_up(context, _CAPACITY_MULTIPLE)
+    plans = models.model_plans(config, batch=batch, capacity=capacity, device=running, dtype=dtype)
+    for _, shape, plan in plans:
+        if isinstance(shape, AttentionShape) and implementation not in (None, plan.backend):
+            raise NotImplementedError(f"{implementation=} computes no attention of this step: {plan.reason}")
     progress.say("bench", "random weights")
     model = models.random_model(config, dtype)
     weight_bytes = _weight_bytes(model)
@@ -62,7 +78,7 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     progress.say("bench", "read floor")
     floors = [read_floor(weight_bytes + kv_bytes)]
 
-    cache = _random_cache(model, batch, round_up(context, _CAPACITY_MULTIPLE))
+    cache = _random_cache(model, batch, capacity)
     progress.say("bench", "scores")
     phi, cache = _measured_phi(model, cache, context, steps)
     variants: dict[str, _Variant] = {
@@ -70,7 +86,8 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
         "ours, online softmax": (None, None),
         "plain XLA": (None, "xla"),
     }
-    seconds, recomputed = _time_decode(model, cache, context, steps, variants)
+    with device.target(running):
+        seconds, recomputed = _time_decode(model, cache, context, steps, variants)
     floors.append(
         read_floor(weight_bytes + kv_bytes)
     )  # before and behind the loops: the floor drifts as the GPU warms up
@@ -91,11 +108,13 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     title = (
         f"Decode on {running.kind}: {config.num_hidden_layers} layers of {config.hidden_size}, batch {batch}, "
         f"context {context}, {dtype.name}, {weight_bytes / 1e9:.2f} GB of weights, {kv_bytes / 1e9:.2f} GB of K and V, "
-        f"phi {phi:.1f}"
+        f"phi {phi:.1f}; {_kernels_text(plans)}"
     )
     record = provenance() | {
         "config": dataclasses.asdict(config),
-        "decode": {"batch": batch, "context": context, "steps": steps, "dtype": dtype.name, "phi": phi},
+        "decode": {"batch": batch, "context": context, "steps": steps, "dtype": dtype.name, "phi": phi}
+        | {"implementation": implementation},
+        "plans": {name: dataclasses.asdict(plan) for name, _, plan in plans},
         "bytes": {"weights": weight_bytes, "keys_and_values": kv_bytes},
         "read_floor_ms": floor * 1e3,
         "ms_per_step": {name: per_step * 1e3 for name, per_step in seconds.items()},
@@ -103,6 +122,15 @@ def bench_decode(config: DecoderConfig, batch: int = 1, context: int = 1024, ste
     }
     columns = ("decoding", "ms/token", "tokens/s", "x floor", "vs XLA", f"redone of {steps}")
     return BenchReport(title, columns, tuple(rows), record)
+
+
+def _kernels_text(plans: Sequence[tuple[str, Any, Plan]]) -> str:
+    """Who computes what of a step: "triton: qkv, attention, o, gate_up, down; xla: head"."""
+    names: dict[str, list[str]] = {}
+    for name, _, plan in plans:
+        if plan.algorithm != "unfused":
+            names.setdefault(plan.backend, []).append(name)
+    return "; ".join(f"{backend}: {', '.join(kinds)}" for backend, kinds in names.items())
 
 
 def _weight_bytes(model: CausalLM) -> int:

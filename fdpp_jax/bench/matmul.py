@@ -9,53 +9,67 @@ import jax.numpy as jnp
 from fdpp_jax import heuristics, ops
 from fdpp_jax.bench.clock import Candidate, matmul_buffers, time_kernels
 from fdpp_jax.bench.report import BenchReport, kernel_report
-from fdpp_jax.plans import device, hopper_matmul
-from fdpp_jax.plans.backends import with_kernels
+from fdpp_jax.plans import backends, device, hopper, hopper_matmul
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import with_stages_that_fit
 from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig
 from fdpp_jax.plans.shapes import MatmulImplementation, MatmulShape, WeightOrder, cdiv
 
 
-def bench_matmul(shape: MatmulShape) -> BenchReport:
+def bench_matmul(shape: MatmulShape, *, implementation: str | None = None) -> BenchReport:
     """Times x [m, k] @ w in its order: each kernel of ours that takes the shape, XLA's dot, and the read floor of w.
 
-    The flat kernel is also timed without each thing that the paper adds to it: see `matmul_candidates`.
+    Hopper's flat kernel is also timed without each thing that the paper adds to it: see `matmul_candidates`.
+
+    Args:
+      shape: The static facts of the call.
+      implementation: The backend whose kernels are timed; None: the first that has some for the device.
 
     Raises:
       ValueError: A size is not positive.
+      NotImplementedError: The backend refuses the shape.
     """
     if min(shape.m, shape.k, shape.n) < 1:
         raise ValueError(f"expected sizes of at least 1, got m={shape.m}, k={shape.k} and n={shape.n}")
-    running = device.current()
+    running = backends.only(implementation, device.current())
+    heuristics.plan_matmul(shape, running, implementation)  # raises where it refuses
+    plan = heuristics.plan_matmul(shape, running)
     x, sets, weight_bytes = matmul_buffers(shape)
     candidates = matmul_candidates(shape, running)
     title = (
         f"Matmul on {running.kind}: [{shape.m}, {shape.k}] @ [{shape.k}, {shape.n}], stored {list(shape.w_shape)}, "
-        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights"
+        f"{shape.dtype}, {weight_bytes / 1e6:.1f} MB of weights; {plan.backend} {plan.algorithm}: {plan.reason}"
     )
-    timings = time_kernels(candidates, x, sets, weight_bytes)
-    return kernel_report(title, candidates, timings, weight_bytes, {"matmul": dataclasses.asdict(shape)})
+    with device.target(running):
+        timings = time_kernels(candidates, x, sets, weight_bytes)
+    what = {
+        "matmul": dataclasses.asdict(shape) | {"implementation": implementation},
+        "plan": dataclasses.asdict(plan) | {"implementation": plan.implementation},
+    }
+    return kernel_report(title, candidates, timings, weight_bytes, what)
 
 
 def matmul_candidates(shape: MatmulShape, running: Device) -> dict[str, Candidate]:
-    """What `bench_matmul` times, by label: our kernels, ablations of the flat one, `jnp.dot`.
+    """What `bench_matmul` times, by label: our kernels, ablations of Hopper's flat one, `jnp.dot`.
 
-    The ablations have the planned tiles, and change one thing each: rows are padded to 64 instead of 8, two stages (one
-    tile is loaded while another is multiplied), one CTA per column block, so that K is not split.
+    Our kernels are those of the device where it is the target. The ablations have the planned tiles, and change one
+    thing each: rows are padded to 64 instead of 8, two stages (one tile is loaded while another is multiplied), one CTA
+    per column block, so that K is not split.
     """
-    planned = heuristics.plan_matmul(shape, running).implementation
+    plan = heuristics.plan_matmul(shape, running)
+    planned = plan.implementation
     candidates: dict[str, Candidate] = {}
-    backend = with_kernels(running, "matmul")
+    backend = backends.with_kernels(running, "matmul") if plan.backend == "xla" else backends.by_name(plan.backend)
     op = None if backend is None else backend.matmul
     kernels: tuple[MatmulImplementation, ...] = ("gemv", "flat")
     for name in kernels:
-        if op is not None and op.refuse(shape, running, name) is None:
+        if op is not None and name in op.configs and op.refuse(shape, running, name) is None:
             label = f"ours, {name}" + (" (planned)" if name == planned else "")
             candidates[label] = Candidate(
                 functools.partial(ops.flat_matmul, w_order=shape.w_order, implementation=name)
             )
-    if hopper_matmul.refuse(shape, running, "flat") is None:  # the ablations are of Hopper's kernel
+    is_hopper = backend is not None and backend.name == hopper.NAME
+    if is_hopper and hopper_matmul.refuse(shape, running, "flat") is None:
         config = heuristics.plan_matmul(shape, running, "flat").config
         padded = dataclasses.replace(shape, m=64)
         unsplit = dataclasses.replace(config, num_ctas=cdiv(shape.n, config.block_n))

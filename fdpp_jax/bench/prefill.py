@@ -18,7 +18,7 @@ from fdpp_jax.bench import report
 from fdpp_jax.bench.attention import PHI, cache_labels, check_sizes, inputs
 from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, time_kernels
 from fdpp_jax.bench.report import BenchReport
-from fdpp_jax.plans import device
+from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper_prefill import PrefillAttentionConfig
@@ -185,19 +185,21 @@ TABLE = (
 )
 
 
-def bench_prefill(case: PrefillCase, *, quick: bool = False) -> BenchReport:
+def bench_prefill(case: PrefillCase, *, quick: bool = False, implementation: str | None = None) -> BenchReport:
     """Times one shape, a line per kernel: `dot_product_attention` as planned with a unified max and with online softmax
     (by the kernel of the former, where that one has it), and jax.nn's cuDNN.
 
     Args:
       case: The shape.
       quick: Leaves out all but the unified max.
+      implementation: The backend whose kernels are timed; None: as planned.
 
     Raises:
+      NotImplementedError: The backend refuses the shape.
       Exception: The error of a kernel of ours; a peer may fail.
     """
-    running = device.current()
-    plan = heuristics.plan_attention(case.shape, running)
+    running = backends.only(implementation, device.current())
+    plan = heuristics.plan_attention(case.shape, running, implementation)
     candidates = _candidates(case, plan, running, quick)
     timings = _time(case, candidates, running)
     for name, error in timings.failures.items():
@@ -237,7 +239,11 @@ _NUM_QUICK_COLUMNS = 6
 
 
 def bench_prefill_table(
-    cases: Sequence[PrefillCase] = TABLE, *, quick: bool = False, record_path: str | None = None
+    cases: Sequence[PrefillCase] = TABLE,
+    *,
+    quick: bool = False,
+    record_path: str | None = None,
+    implementation: str | None = None,
 ) -> BenchReport:
     """Times many shapes, a line per shape. A block is one of queries and keys that the kernel visits.
 
@@ -248,8 +254,12 @@ def bench_prefill_table(
       cases: The shapes.
       quick: Leaves out all but the unified max.
       record_path: File to which the record is written after each shape, so that a run cut short leaves what it has.
+      implementation: The backend whose kernels are timed; None: as planned.
+
+    Raises:
+      NotImplementedError: The backend has no kernels for the device.
     """
-    running = device.current()
+    running = backends.only(implementation, device.current())
     columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
     record = report.provenance() | {"prefill_attention": list[dict[str, Any]]()}
     title = f"Prefill attention on {running.kind}: medians in microseconds, peak {running.bf16_tflops:g} Tflop/s"
@@ -326,7 +336,8 @@ def _record(
 
 def _time(case: PrefillCase, candidates: dict[str, Candidate], running: Device) -> Timings:
     x, kv = inputs(case.shape, case.live_lengths())
-    return time_kernels(candidates, x, copies(kv, num_sets(case.num_bytes, running)), case.num_bytes)
+    with device.target(running):
+        return time_kernels(candidates, x, copies(kv, num_sets(case.num_bytes, running)), case.num_bytes)
 
 
 def _candidates(case: PrefillCase, plan: AttentionPlan, running: Device, quick: bool) -> dict[str, Candidate]:

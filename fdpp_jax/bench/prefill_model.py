@@ -20,7 +20,7 @@ from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.decode_loop import Structure, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.plans import prefill_plans, prefill_shape
-from fdpp_jax.plans import device
+from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.shapes import round_up
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -52,6 +52,7 @@ def bench_model_prefill(
     *,
     prefill_chunk_size: int | None = None,
     quick: bool = False,
+    implementation: str | None = None,
 ) -> BenchReport:
     """Times the prefill of a new cache with random weights and tokens, all rows full, a line per way in turns.
 
@@ -67,8 +68,10 @@ def bench_model_prefill(
       query_length: Tokens of a row, T; None: as many as the model was made for, at most 8,192.
       prefill_chunk_size: Tokens of a row that run at once, as in `generate`; None for the planned number.
       quick: Leaves out all but the first way.
+      implementation: The backend whose kernels are timed; None: as planned.
 
     Raises:
+      NotImplementedError: The backend refuses the attention of all layers with a unified max.
       ValueError: batch, query_length or prefill_chunk_size is not positive, or the model has fewer positions.
       FloatingPointError: The logits are not finite.
     """
@@ -79,9 +82,10 @@ def bench_model_prefill(
         raise ValueError(
             f"expected a query_length of at most the model's {config.max_position_embeddings}, got {length}"
         )
-    running = device.current()
+    running = backends.only(implementation, device.current())
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
-    variants = _variants(config, batch, length, dtype, prefill_chunk_size, quick=quick)
+    with device.target(running):
+        variants = _variants(config, batch, length, dtype, prefill_chunk_size, quick=quick)
     progress.say("bench", "random weights")
     model = models.random_model(config, dtype)
     tokens = jax.random.randint(jax.random.key(2), (batch, length), 0, config.vocab_size, jnp.int32)
@@ -89,7 +93,8 @@ def bench_model_prefill(
     if _UNIFIED in variants:
         progress.say("bench", "scores")
         phi = _measured_phi(model, tokens[:1, :_PHI_TOKENS])
-    timings = _time(model, tokens, variants, phi)
+    with device.target(running):
+        timings = _time(model, tokens, variants, phi)
 
     flops = _flops(config, batch, length, dtype)
     floor = flops / (running.bf16_tflops * 1e12)
@@ -114,7 +119,9 @@ def bench_model_prefill(
     title = (
         f"Prefill on {running.kind}: {config.num_hidden_layers} layers of {config.hidden_size}, batch {batch}, "
         f"{length} tokens, {dtype.name}, {weight_bytes / 1e9:.2f} GB of weights, {flops / 1e12:.3g} Tflop, "
-        f"peak {running.bf16_tflops:g} Tflop/s" + ("" if phi is None else f", phi {phi:.1f}")
+        f"peak {running.bf16_tflops:g} Tflop/s"
+        + ("" if implementation is None else f", kernels of {implementation}")
+        + ("" if phi is None else f", phi {phi:.1f}")
     )
     record = provenance() | {
         "config": dataclasses.asdict(config),
@@ -122,6 +129,7 @@ def bench_model_prefill(
             "batch": batch,
             "query_length": length,
             "prefill_chunk_size": prefill_chunk_size,
+            "implementation": implementation,
             "dtype": dtype.name,
             "phi": phi,
             "flops": flops,
@@ -155,7 +163,12 @@ def _variants(
     *,
     quick: bool,
 ) -> dict[str, _Variant]:
-    """What there is to time, by name; the first is what `generate` runs by default."""
+    """What there is to time on the target, by name; the first is what `generate` runs by default.
+
+    Raises:
+      NotImplementedError: The device has one backend's kernels alone, which refuses all attention.
+    """
+    running = device.planned()
 
     def variant(has_unified_max: bool, chunk_size: int | None) -> _Variant:
         plans = prefill_plans(
@@ -163,11 +176,16 @@ def _variants(
             batch=batch,
             length=length,
             capacity=round_up(length, _CAPACITY_MULTIPLE),
-            device=device.current(),
+            device=running,
             dtype=dtype,
             has_unified_max=has_unified_max,
             chunk_size=chunk_size,
         )
+        name = running.only_backend
+        if has_unified_max and name is not None and all(plan.backend != name for _, _, plan in plans):
+            raise NotImplementedError(
+                f"implementation={name!r} computes no attention of this prefill: {plans[0][2].reason}"
+            )
         runs = dict.fromkeys(f"{plan.backend} {plan.algorithm}" for _, _, plan in plans)
         _, shape, _ = plans[0]
         return _Variant(not shape.is_online, shape.query_length, ", ".join(runs))

@@ -165,7 +165,7 @@ def _step(job: Job, rows: Mapping[int, jax.Array], w: jax.Array) -> jax.Array:
     x = rows[job.m]
     if job.config is None:
         return jnp.einsum(f"mk,{W_ORDER}->mn", x, w)
-    backend, _ = _kernels(devices.current())
+    backend, _ = _kernels(devices.planned())
     plan = MatmulPlan(backend, job.implementation, job.config, "a candidate")
     out: jax.Array = module_of(plan).matmul(x, w, plan, out_dtype=x.dtype, w_order=W_ORDER)
     return out
@@ -188,7 +188,7 @@ def tune(
     Args:
       weights: The weights to measure.
       dtype: Of weights and rows.
-      device: The running device, which has kernels.
+      device: The running device, which has kernels; with `backends.only` those of one backend are measured.
       table: The measurements so far, to which the steps' tables add.
       run: Versions, date and commit of the new measurements.
       make_timer: make_timer(weight, dtype) -> a timer of kernels on the weight; see `weight_timer`.
@@ -206,7 +206,10 @@ def tune(
             return
         phase(weight, "random values")
         time_jobs = make_timer(weight, dtype)
-        entries, sweep, failures = _tune_weight(weight, dtype, device, run, time_jobs, functools.partial(phase, weight))
+        with devices.target(device):
+            entries, sweep, failures = _tune_weight(
+                weight, dtype, device, run, time_jobs, functools.partial(phase, weight)
+            )
         table = table.replaced(entries, sweep)
         slowest = max(slowest, clock() - started)
         yield Step(weight, table, failures)
@@ -215,6 +218,7 @@ def tune(
 def _tune_weight(
     weight: Weight, dtype: str, device: Device, run: Run, time_jobs: Timer, phase: Callable[[str], None]
 ) -> tuple[list[Entry], Sweep, tuple[str, ...]]:
+    """Within `devices.target` of the device."""
     shape = weight.shape(_SWEEP_ROWS, dtype)
     _, op = _kernels(device)
     jobs = [Job(_SWEEP_ROWS, "xla")]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 type Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 BUNDLED = "tiny"
+IMPLEMENTATIONS = ("mosaic_gpu", "triton")  # the backends with kernels
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -59,6 +60,16 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser, choices: tuple[str, ...] = DTYPES) -> None:
     """--dtype, whose default depends on no device."""
     parser.add_argument("--dtype", choices=choices, default="bfloat16", help="default: bfloat16")
+
+
+def add_implementation(parser: argparse.ArgumentParser, what: str) -> None:
+    """--implementation of a command that measures kernels; `what` tells which."""
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        help=f"{what} of this backend, also where it is not the first choice, as Triton is not on Hopper (default: as "
+        "planned)",
+    )
 
 
 def model(text: str) -> str | pathlib.Path:

@@ -12,6 +12,7 @@ from fdpp_jax.cli.arguments import (
     add_batch,
     add_command,
     add_dtype,
+    add_implementation,
     add_model_shapes,
     output_file,
 )
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _DECODE_EXAMPLES = """\
   fdpp-jax bench decode --model llama-2-7b --batch 1 --context 1024
   fdpp-jax bench decode --steps 16    the bundled tiny model: sensible on a CPU too
+  fdpp-jax bench decode --model llama-2-7b --implementation triton       on Hopper, too: all kernels are Triton's
 """
 _ATTENTION_EXAMPLES = """\
   fdpp-jax bench attention                           the standard table, a line a shape (some minutes on a GPU)
@@ -35,16 +37,21 @@ _ATTENTION_EXAMPLES = """\
   fdpp-jax bench attention --batch 8 --context 4096 --num-kv-heads 8     one shape, a line a kernel
   fdpp-jax bench attention --batch 8 --num-kv-heads 8 --capacity 8192 --lengths mixed --page-size 64
   fdpp-jax bench attention --batch 8 --kv-dtype int8 --scale-per token --json record.json
+  fdpp-jax bench attention --implementation triton --json record.json    on Hopper, too: Triton's kernels
 """
 _PREFILL_EXAMPLES = """\
   fdpp-jax bench prefill                             the standard table, a line a shape (some minutes on a GPU)
   fdpp-jax bench prefill --quick --only "H 256"      of it the shapes that hold this text, the unified max only
   fdpp-jax bench prefill --query-length 512 --capacity 32768 --num-kv-heads 8       one shape, a line a kernel
   fdpp-jax bench prefill --query-length 8192 --window 4096 --soft-cap 50 --json record.json
+  fdpp-jax bench prefill --implementation triton --quick                 on Hopper, too: Triton's kernel
   fdpp-jax bench prefill --model gemma-2-9b --query-length 8192      milliseconds of a whole prefill, random weights
   fdpp-jax bench prefill --model tiny                the bundled tiny model: sensible on a CPU too
 """
-_MATMUL_EXAMPLES = "  fdpp-jax bench matmul --m 8 --k 4096 --n 12288\n"
+_MATMUL_EXAMPLES = """\
+  fdpp-jax bench matmul --m 8 --k 4096 --n 12288
+  fdpp-jax bench matmul --m 1 --implementation triton    on Hopper, too: Triton's gemv and flat kernels
+"""
 # One shape of attention, where any of its flags is given.
 _DEFAULT_SHAPE = dict(batch=1, num_heads=32, num_kv_heads=32, capacity=4096, head_dim=128, query_length=1)
 _SHAPE_FLAGS = (*_DEFAULT_SHAPE, "dtype", "lengths", "page_size", "kv_dtype", "scale_per")
@@ -91,6 +98,7 @@ def add(commands: Commands) -> None:
     )
 
     for kind in (decode, attention, prefill, matmul):
+        add_implementation(kind, "ours are the kernels")
         kind.add_argument(
             "--json",
             type=output_file,
@@ -182,7 +190,8 @@ def _run_decode(args: argparse.Namespace) -> None:
 
     keep_compiled()
     _warn_off_gpu(running)
-    _print_report(bench_decode(config, batch=args.batch, context=args.context, steps=args.steps), args.json)
+    sizes = dict(batch=args.batch, context=args.context, steps=args.steps)
+    _print_report(bench_decode(config, **sizes, implementation=args.implementation), args.json)
 
 
 def _model_shapes(model: str | pathlib.Path, bench: str, bundled: str, running: "Device") -> "DecoderConfig":
@@ -213,10 +222,11 @@ def _run_attention(args: argparse.Namespace) -> None:
             given["scales"] = given.pop("scale_per")
         case = attention.attention_case(**_DEFAULT_SHAPE | given)
         _warn_off_gpu(running)
-        report = attention.bench_attention(case, quick=args.quick)
+        report = attention.bench_attention(case, quick=args.quick, implementation=args.implementation)
     else:
         cases = _cases_with(args.only, attention.TABLE)
-        report = attention.bench_attention_table(cases, quick=args.quick, record_path=args.json)
+        options = dict(quick=args.quick, record_path=args.json, implementation=args.implementation)
+        report = attention.bench_attention_table(cases, **options)
     _print_report(report, args.json)
 
 
@@ -235,10 +245,11 @@ def _run_prefill(args: argparse.Namespace) -> None:
     if given:
         case = prefill.prefill_case(**_DEFAULT_PREFILL | given)
         _warn_off_gpu(running)
-        report = prefill.bench_prefill(case, quick=args.quick)
+        report = prefill.bench_prefill(case, quick=args.quick, implementation=args.implementation)
     else:
         cases = _cases_with(args.only, prefill.TABLE)
-        report = prefill.bench_prefill_table(cases, quick=args.quick, record_path=args.json)
+        options = dict(quick=args.quick, record_path=args.json, implementation=args.implementation)
+        report = prefill.bench_prefill_table(cases, **options)
     _print_report(report, args.json)
 
 
@@ -257,6 +268,7 @@ def _run_model_prefill(args: argparse.Namespace, running: "Device") -> None:
         query_length=args.query_length,
         prefill_chunk_size=args.prefill_chunk_size,
         quick=args.quick,
+        implementation=args.implementation,
     )
     _print_report(report, args.json)
 
@@ -301,7 +313,8 @@ def _run_matmul(args: argparse.Namespace) -> None:
     from fdpp_jax.plans.shapes import MatmulShape
 
     _warn_off_gpu(device.current())
-    _print_report(bench_matmul(MatmulShape(args.m, args.k, args.n, args.dtype, args.order)), args.json)
+    shape = MatmulShape(args.m, args.k, args.n, args.dtype, args.order)
+    _print_report(bench_matmul(shape, implementation=args.implementation), args.json)
 
 
 def _print_report(report: "BenchReport", path: str | None) -> None:

@@ -1,6 +1,7 @@
 """`fdpp-jax tune`: measures matmuls, and writes a table from which later plans answer."""
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import re
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fdpp_jax import progress
-from fdpp_jax.cli.arguments import Commands, add_command, add_dtype, model
+from fdpp_jax.cli.arguments import Commands, add_command, add_dtype, add_implementation, model
 from fdpp_jax.cli.checkpoints import model_config
 from fdpp_jax.cli.output import print_table
 
@@ -24,6 +25,7 @@ _EXAMPLES = """\
   fdpp-jax tune --model llama-3-8b --budget 4         what four minutes are enough for; the same command goes on
   fdpp-jax tune --model ./my-checkpoint --weights 4096x14336
   fdpp-jax tune --output ./tables                     then FDPP_TUNED_DIR=./tables
+  fdpp-jax tune --implementation triton               on Hopper, too: a table beside that of Mosaic GPU's kernels
 """
 _DEFAULT_MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b")
 _FEW_ROWS, _MOST_ROWS = 16, 64
@@ -49,6 +51,7 @@ def add(commands: Commands) -> None:
         help="tune a weight [K, N]; more than one may be given, with --model or without",
     )
     add_dtype(parser, ("bfloat16", "float16"))
+    add_implementation(parser, "measure the kernels")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop when used up (default: no limit)")
     parser.add_argument(
         "--output", metavar="DIR", help="where the table lies (default: FDPP_TUNED_DIR, else ~/.cache/fdpp_jax/tuned)"
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
       ValueError: A flag is wrong, no kernel runs on the device or takes a weight, or the table there is malformed.
+      NotImplementedError: --implementation has no kernels for the device.
       KeyboardInterrupt: Ctrl-C; the table has all weights but the one at work.
     """
     names = args.model or (() if args.weights else _DEFAULT_MODELS)
@@ -79,18 +83,18 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--budget must be positive, got {args.budget:g}")
     from fdpp_jax.bench import tuning
     from fdpp_jax.bench.report import provenance
-    from fdpp_jax.plans import device, tables
+    from fdpp_jax.plans import backends, device, tables
 
-    running = device.current()
+    running = backends.only(args.implementation, device.current())
     weights = [weight for name, config in configs.items() for weight in tuning.weights_of(name, config)]
     weights = tuning.distinct(weights + [tuning.Weight(k, n, "weight") for k, n in args.weights or ()])
     _check_weights(weights, args.dtype, running)
 
     directory = pathlib.Path(args.output) if args.output else tables.user_directory()
-    path = directory / tables.file_name(running.kind)
+    path = directory / tables.name_for(running)
     here = provenance()
     source = tables.Run(here["date"], here["versions"], here["commit"])
-    table = tables.Table(here["device"])
+    table = tables.Table(here["device"] | dataclasses.asdict(running))
     if path.is_file() and not args.fresh:
         table = tables.load(path, running)
     todo = tuning.pending(weights, args.dtype, table, source)

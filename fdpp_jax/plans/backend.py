@@ -154,6 +154,10 @@ class Backend:
     matmul: MatmulOp | None = None
     layer: Op[LayerShape, LayerPlan] | None = None
 
+    def is_asked(self, device: Device) -> bool:
+        """Whether calls on the device may be planned for it: see `Device.only_backend`."""
+        return not self.architectures or device.only_backend in (None, self.name)
+
     def runs_on(self, device: Device) -> bool:
-        """Whether it has kernels for the device, or needs none."""
-        return not self.architectures or device.arch in self.architectures
+        """Whether it is asked, and has kernels for the device, or needs none."""
+        return self.is_asked(device) and (not self.architectures or device.arch in self.architectures)

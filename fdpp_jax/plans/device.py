@@ -34,6 +34,8 @@ class Device:
       bf16_tflops: Dense bfloat16 matrix-unit peak with float32 accumulation, 10^12 flop/s.
       why_no_triton: Of a device that runs here: what Triton kernels lack here. None: nothing, or the device is named,
         and another machine's.
+      only_backend: Name of the one backend whose kernels are planned for it, beside plain XLA; see `backends.only`.
+        None: all of them.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Device:
     read_gbps: float
     bf16_tflops: float
     why_no_triton: str | None = None
+    only_backend: str | None = None
 
     @property
     def is_nvidia(self) -> bool:

@@ -140,6 +140,13 @@ def file_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
 
 
+def name_for(device: Device) -> str:
+    """The name of a device's table: "h200.json"; "h200-triton.json" of kernels that are no first choice there."""
+    first = with_kernels(dataclasses.replace(device, only_backend=None), "matmul")
+    kernels = with_kernels(device, "matmul")
+    return file_name(device.kind if kernels is None or kernels is first else f"{device.kind} {kernels.name}")
+
+
 def lookup(shape: MatmulShape, device: Device) -> Match | None:
     """The measured row for a matmul: of its own weight, else of the nearest, else None.
 
@@ -150,7 +157,7 @@ def lookup(shape: MatmulShape, device: Device) -> Match | None:
     Raises:
       ValueError: A table is malformed; names the file and the field.
     """
-    weights = _weights(device, tuple(file_stamp(path) for path in _paths(device.kind)))
+    weights = _weights(device, tuple(file_stamp(path) for path in _paths(device)))
     key = weight_key(shape)
     if key in weights:
         jax_kind, entries = weights[key]
@@ -235,9 +242,9 @@ def _shape_fields(shape: MatmulShape) -> dict[str, Any]:
     return {name: getattr(shape, name) for name in ("m", "k", "n", "dtype")}
 
 
-def _paths(device_kind: str) -> tuple[pathlib.Path, ...]:
+def _paths(device: Device) -> tuple[pathlib.Path, ...]:
     """The shipped table, then the user's, which wins."""
-    return tuple(directory / file_name(device_kind) for directory in (SHIPPED_DIRECTORY, user_directory()))
+    return tuple(directory / name_for(device) for directory in (SHIPPED_DIRECTORY, user_directory()))
 
 
 def file_stamp(path: pathlib.Path) -> FileStamp | None:

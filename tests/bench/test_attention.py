@@ -12,7 +12,7 @@ from fdpp_jax import heuristics
 from fdpp_jax.bench import attention
 from fdpp_jax.bench.attention import TABLE, attention_case
 from fdpp_jax.ops import reference
-from fdpp_jax.plans import device
+from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 
 pytestmark = pytest.mark.slow  # many small programs to compile
@@ -65,6 +65,51 @@ def test_a_failure_is_a_cell_of_the_table_and_an_error_alone(monkeypatch, capsys
     assert "public op does not run: NotImplementedError: no such kernel" in capsys.readouterr().err
     with pytest.raises(NotImplementedError, match="no such kernel"):
         attention.bench_attention(TINY())
+
+
+@pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
+def test_ours_are_the_kernels_of_the_backend_that_is_named(two_backends, named, timed):
+    report = attention.bench_attention(TINY(), implementation=named)
+    names = ["unified max", "public op", "online softmax", "jax.nn, xla", "read floor"]
+    assert [row[0] for row in report.rows] == names
+    assert report.record["attention"]["plan"]["implementation"] == timed
+    assert f"{timed}: by {timed}" in report.title
+    assert two_backends() == {timed}
+
+
+def test_a_shape_that_the_named_backend_refuses(two_backends, capsys):
+    with pytest.raises(
+        NotImplementedError, match="implementation='triton' cannot run this call: triton takes no pages"
+    ):
+        attention.bench_attention(TINY(page_size=16), implementation="triton")
+    report = attention.bench_attention_table([TINY(page_size=16), TINY()], implementation="triton")
+    refused, taken = report.rows
+    assert refused[2] != "-"
+    assert set(refused[3:]) == {"-"}
+    assert "-" not in taken[3:7]
+    record = report.record["attention_table"][0]
+    assert record["plan"]["implementation"] == "xla"
+    assert "triton takes no pages" in record["plan"]["reason"]
+    assert record["time_us"] == {}
+    assert "no kernel of triton: " in capsys.readouterr().err
+    assert two_backends() == {"triton"}
+    quick = attention.bench_attention_table([TINY(page_size=16)], quick=True, implementation="triton")
+    assert quick.rows[0][3:] == ("-", "-", "-")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_candidates_of_triton_lower_on_hopper(monkeypatch, batch):
+    h200 = backends.only("triton", device.by_name("H200"))
+    case = attention_case(batch, 8, 4, 4096)
+    plan = heuristics.plan_attention(case.shape, h200)
+    candidates = attention._candidates(case, plan, h200, quick=False, places=attention._PLACES)
+    ours = ["unified max", "public op", "public op, cond", "online softmax", "separate combine"]
+    assert list(candidates) == [*ours, "jax.nn, cudnn", "jax.nn, xla"]
+    x, kv = jax.eval_shape(functools.partial(_inputs, case))
+    with device.target(h200):
+        found = {name: str(jax.jit(candidates[name].step).trace(x, kv).jaxpr) for name in ("unified max", ours[-1])}
+    assert [text.count("name=merge_shares") for text in found.values()] == [0, 1]
+    assert all("triton_kernel_call" in text for text in found.values())
 
 
 @pytest.mark.parametrize(
@@ -131,19 +176,23 @@ def test_the_candidates_of_a_gpu_lower(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.label)
-def test_what_is_timed_on_a_gpu_is_right(case):
+def test_what_is_timed_on_a_gpu_is_right(case, implementation):
     """Of the whole table: the kernels as planned, the ablations, and each recompute, though no row needs one."""
-    running = device.current()
+    running = backends.only(implementation, device.current())
     plan = heuristics.plan_attention(case.shape, running)
     candidates = attention._candidates(case, plan, running, quick=False, places=attention._PLACES)
     x, kv = _inputs(case)
     arrays = x | kv
     options = AttentionOptions(case.shape.head_dim**-0.5)
     expected = jax.jit(lambda arrays: reference.attention(arrays, options))(AttentionArrays(**arrays))
-    assert {"unified max", "public op", "public op, launch", "public op, cond"} < set(candidates)
+    assert plan.backend == implementation
+    others = {f"public op, {place}" for place in backends.by_name(implementation).attention.recomputes}
+    assert {"unified max", "public op", *others} - {f"public op, {plan.recompute}"} < set(candidates)
     for name, candidate in candidates.items():
         if not candidate.is_peer:
-            out = jax.jit(candidate.step)(x, kv)
+            with device.target(running):
+                out = jax.jit(candidate.step)(x, kv)
             error = oracle.relative_error(out, expected)
             assert error < oracle.TOLERANCE[case.shape.dtype], name

@@ -1,12 +1,18 @@
 """The bench of a decode step on a tiny model."""
 
+import dataclasses
+import functools
+
+import jax
 import jax.numpy as jnp
 import pytest
+import toy_backend
 from bench_case import check_report
+from flax import nnx
 
 from fdpp_jax.bench import decode
-from fdpp_jax.models import PRESETS, LlamaConfig
-from fdpp_jax.plans import device
+from fdpp_jax.models import PRESETS, KVCache, LlamaConfig
+from fdpp_jax.plans import backends, device
 
 pytestmark = pytest.mark.slow  # many small programs to compile
 CONFIG = LlamaConfig(
@@ -32,6 +38,48 @@ def test_decode(tmp_path, tied, window, seen):
     assert record["bytes"]["weights"] == (layer + embedding_or_head + 32) * itemsize
     assert record["bytes"]["keys_and_values"] == 2 * 2 * seen * 16 * itemsize  # 14 live tokens on average
     assert record["recomputed_steps"]["ours, online softmax"] == 0
+
+
+@pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
+def test_ours_are_steps_by_the_kernels_of_the_backend_that_is_named(two_backends, named, timed):
+    report = decode.bench_decode(CONFIG, batch=2, context=16, steps=4, implementation=named)
+    assert [row[0] for row in report.rows][:3] == ["ours, unified max", "ours, online softmax", "plain XLA"]
+    assert report.title.endswith(f"; {timed}: qkv, attention, o, gate_up, down, head")
+    assert report.record["decode"]["implementation"] == named
+    plans = report.record["plans"]
+    assert {name: plan["backend"] for name, plan in plans.items()} == dict.fromkeys(plans, timed) | {"layer": "xla"}
+    assert two_backends() == {timed}
+    assert {plan.algorithm for plan in toy_backend.calls} == {"toy", "flat"}
+
+
+def test_a_step_on_hopper_by_triton_alone():
+    """Attention, all matmuls of a layer and the head, where Mosaic GPU's fused layers are the plan."""
+    h200 = device.by_name("H200")
+    config = LlamaConfig(**{**vars(CONFIG), "hidden_size": 256, "head_dim": 64, "intermediate_size": 512})
+    model = nnx.eval_shape(lambda: decode.models.random_model(config, jnp.bfloat16))
+    structure, weights = decode.flattened(model)
+    cache = jax.eval_shape(lambda: KVCache.create(config, 2, 64, jnp.bfloat16))
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    names = {}
+    for gpu in (h200, backends.only("triton", h200)):
+        with device.target(gpu):
+            loop = jax.jit(functools.partial(decode._decode_loop, structure, 4, None))
+            lowered = loop.trace(weights, cache, tokens, None).lower(lowering_platforms=("cuda",)).as_text()
+        names[gpu.only_backend] = [lowered.count(f"@{name}") for name in ("mosaic_gpu", "triton_kernel_call")]
+    assert names[None][0] > 0
+    assert names[None][1] == 0
+    assert names["triton"][0] == 0
+    assert names["triton"][1] >= 6
+
+
+def test_a_step_whose_attention_the_named_backend_refuses(two_backends, monkeypatch):
+    monkeypatch.setattr(decode.models, "random_model", lambda *_: pytest.fail("weights before the check"))
+    triton = backends.by_name("triton")
+    refusing = dataclasses.replace(triton.attention, refuse=lambda *_: "triton takes nothing")
+    others = backends.by_name("mosaic_gpu"), backends.by_name("xla")
+    monkeypatch.setattr(backends, "BACKENDS", (dataclasses.replace(triton, attention=refusing), *others))
+    with pytest.raises(NotImplementedError, match=r"'triton' computes no attention of this step: .*takes nothing"):
+        decode.bench_decode(CONFIG, batch=2, context=16, steps=4, implementation="triton")
 
 
 def test_phi_fits_scores_that_random_weights_make_large(monkeypatch, tmp_path):

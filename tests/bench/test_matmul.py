@@ -6,7 +6,7 @@ import pytest
 from bench_case import check_report
 
 from fdpp_jax.bench.matmul import bench_matmul, matmul_candidates
-from fdpp_jax.plans import device
+from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.shapes import MatmulShape
 
 pytestmark = pytest.mark.slow  # many small programs to compile
@@ -19,6 +19,33 @@ def test_matmul(tmp_path, w_order):
     record = check_report(report, ["jnp.dot", "read floor"], tmp_path / "record.json")
     assert record["bytes"] == 64 * 128 * 2
     assert record["matmul"]["w_order"] == w_order
+
+
+@pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
+def test_ours_are_the_kernels_of_the_backend_that_is_named(two_backends, named, timed):
+    report = bench_matmul(MatmulShape(8, 64, 128), implementation=named)
+    assert [row[0] for row in report.rows] == ["ours, flat (planned)", "jnp.dot", "read floor"]
+    assert f"{timed} flat: by {timed}" in report.title
+    assert report.record["matmul"]["implementation"] == named
+    assert (report.record["plan"]["backend"], report.record["plan"]["implementation"]) == (timed, "flat")
+    assert two_backends() == {timed}
+    with pytest.raises(NotImplementedError, match="implementation='triton' cannot run this call: triton takes 16 rows"):
+        bench_matmul(MatmulShape(17, 64, 128), implementation="triton")
+
+
+def test_on_hopper_triton_s_kernels_are_named_or_take_what_mosaic_refuses():
+    h200 = device.by_name("H200")
+    one, triton = MatmulShape(1, 4096, 4096, w_order="nk"), backends.only("triton", h200)
+    assert list(matmul_candidates(one, triton)) == ["ours, gemv (planned)", "ours, flat", "jnp.dot"]
+    odd = MatmulShape(8, 4096, 4104, w_order="nk")
+    for running in (h200, triton):
+        candidates = matmul_candidates(odd, running)
+        assert list(candidates) == ["ours, flat (planned)", "jnp.dot"]
+        x, w = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16), jax.ShapeDtypeStruct(odd.w_shape, jnp.bfloat16)
+        with device.target(running):
+            step = candidates["ours, flat (planned)"].step
+            lowered = jax.jit(step).trace(x, w).lower(lowering_platforms=("cuda",))
+        assert "triton_kernel_call" in lowered.as_text()
 
 
 def test_the_matmuls_of_a_gpu_lower():

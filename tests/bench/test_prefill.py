@@ -118,6 +118,29 @@ def test_table_of_a_kernel(monkeypatch, capsys):
         prefill.bench_prefill(TINY())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
+def test_ours_is_the_kernel_of_the_backend_that_is_named(two_backends, named, timed):
+    report = prefill.bench_prefill(TINY(), implementation=named)
+    assert [row[0] for row in report.rows] == ["unified max", "online softmax"]
+    assert report.record["prefill_attention"][0]["plan"]["implementation"] == timed
+    assert two_backends() == {timed}
+
+
+@pytest.mark.slow
+def test_a_shape_that_the_named_backend_refuses(two_backends, capsys):
+    case = TINY(capacity=32, page_size=16)
+    with pytest.raises(
+        NotImplementedError, match="implementation='triton' cannot run this call: triton takes no pages"
+    ):
+        prefill.bench_prefill(case, implementation="triton")
+    report = prefill.bench_prefill_table([case, TINY()], implementation="triton")
+    assert report.rows[0][2:] == ("-",) * 8
+    assert "triton takes no pages" in report.record["prefill_attention"][0]["plan"]["reason"]
+    assert report.rows[1][2] != "-"
+    assert "no kernel: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("changes", [{}, {"window": 128, "soft_cap": 5.0, "lengths": 256}], ids=["plain", "more"])
 def test_the_candidates_of_a_gpu_lower(monkeypatch, changes):
     """Nothing runs, but every argument fits its kernel."""

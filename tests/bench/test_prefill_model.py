@@ -127,6 +127,25 @@ def test_both_softmaxes_are_timed(hopper_config, tmp_path, monkeypatch):
     assert all(variant["ms"] > 0 for variant in record["variants"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
+def test_ours_is_by_the_kernels_of_the_backend_that_is_named(two_backends, named, timed):
+    report = prefill_model.bench_model_prefill(CONFIG, implementation=named)
+    toys = {name: v["attention"] for name, v in report.record["variants"].items()}
+    assert toys == {UNIFIED: f"{timed} toy", ONLINE: f"{timed} toy"}
+    assert report.record["prefill"]["implementation"] == named
+    assert ("kernels of triton" in report.title) == (named == "triton")
+    assert timed in two_backends()
+
+
+def test_a_prefill_whose_attention_the_named_backend_refuses(monkeypatch):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("A100"))
+    monkeypatch.setattr(models, "random_model", lambda *_: pytest.fail("weights before the check"))
+    wide = dataclasses.replace(CONFIG, head_dim=512)
+    with pytest.raises(NotImplementedError, match=r"'triton' computes no attention of this prefill: .*got H = 512"):
+        prefill_model.bench_model_prefill(wide, implementation="triton")
+
+
 def test_a_result_that_is_not_finite_is_not_timed(monkeypatch):
     monkeypatch.setattr(prefill_model, "_prefill", lambda *args: (jnp.full((1, 64), jnp.nan), args[3]))
     with pytest.raises(FloatingPointError, match="ours, online softmax"):

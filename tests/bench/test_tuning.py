@@ -12,7 +12,7 @@ from fdpp_jax import models
 from fdpp_jax.bench import tuning
 from fdpp_jax.bench.tuning import Job, Weight
 from fdpp_jax.cli import tune as tune_command
-from fdpp_jax.plans import device
+from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig, GemvConfig, candidates, rule_config
 from fdpp_jax.plans.shapes import MatmulShape
 from fdpp_jax.plans.tables import Sweep, Table
@@ -166,6 +166,27 @@ def test_the_timer_times_xla_on_a_cpu_and_raises_what_xla_does():
     if jax.default_backend() == "cpu":
         measured = tuning.weight_timer(Weight(128, 64, "w"), "bfloat16")([failing], 1)
         assert list(measured.failures) == [failing]
+
+
+def test_what_is_timed_is_the_backend_s_that_is_named(monkeypatch):
+    """Each job runs with the device that is tuned as the target."""
+    monkeypatch.setattr(device, "current", lambda: H200)
+    steps = []
+
+    def make(weight, dtype):
+        def measure(jobs, rounds):
+            for job in jobs:
+                x = {job.m: jax.ShapeDtypeStruct((job.m, weight.k), jnp.bfloat16)}
+                w = jax.ShapeDtypeStruct((weight.n, weight.k), jnp.bfloat16)
+                if job.config is not None and not steps:
+                    steps.append(str(jax.jit(functools.partial(tuning._step, job)).trace(x, w).jaxpr))
+            return tuning.Measured(10.0, {job: any_time(weight, job) for job in jobs})
+
+        return measure
+
+    gpu = backends.only("triton", H200)
+    list(tuning.tune([Weight(4096, 4096, "o")], "bfloat16", gpu, Table(DEVICE), RUN, make_timer=make))
+    assert "triton_kernel_call" in steps[0]
 
 
 @pytest.mark.parametrize("job", [Job(8, "flat", FLAT), Job(1, "gemv", GemvConfig(64, 128, 3, 2)), Job(128, "xla")])

@@ -6,11 +6,15 @@ import pytest
 from cli_case import run
 
 from fdpp_jax.bench import attention as bench_attention
+from fdpp_jax.bench import decode as bench_decode
+from fdpp_jax.bench import matmul as bench_matmul
 from fdpp_jax.bench import prefill as bench_prefill
 from fdpp_jax.bench import prefill_model as bench_prefill_model
 from fdpp_jax.bench.report import BenchReport
+from fdpp_jax.cli import arguments
 from fdpp_jax.models import PRESETS
 from fdpp_jax.plans import device
+from fdpp_jax.plans.backends import BACKENDS
 
 
 def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
@@ -59,7 +63,8 @@ def test_bench_attention_refuses(capsys, monkeypatch, argv, message):
 def test_bench_attention_of_one_shape(capsys, monkeypatch, tmp_path):
     cases = []
 
-    def bench(case, *, quick):
+    def bench(case, *, quick, implementation):
+        assert implementation is None
         cases.append((case, quick))
         return BenchReport("title", ("kernel",), (("public op",),), {"attention": case.label})
 
@@ -78,8 +83,8 @@ def test_bench_attention_of_one_shape(capsys, monkeypatch, tmp_path):
 def test_bench_attention_of_the_table(capsys, monkeypatch):
     tables = []
 
-    def bench(cases, *, quick, record_path):
-        assert record_path is None
+    def bench(cases, *, quick, record_path, implementation):
+        assert record_path is implementation is None
         tables.append((cases, quick))
         return BenchReport("title", ("shape",), (), {})
 
@@ -128,8 +133,8 @@ def test_bench_prefill_refuses(capsys, monkeypatch, argv, message):
 def test_bench_prefill_of_one_shape_and_of_the_table(capsys, monkeypatch):
     called = []
 
-    def bench(cases, *, quick, record_path=None):
-        assert record_path is None
+    def bench(cases, *, quick, implementation, record_path=None):
+        assert record_path is implementation is None
         called.append((cases, quick))
         return BenchReport("title", ("kernel",), (), {})
 
@@ -172,7 +177,47 @@ def test_bench_prefill_of_a_model(capsys, monkeypatch, tmp_path):
     assert "ours" in out
     assert json.loads(path.read_text()) == {"prefill": 1}
     assert run(capsys, "bench", "prefill", "--model", "tiny")[0] == 0
-    given = dict(batch=2, query_length=4096, prefill_chunk_size=512, quick=True)
+    given = dict(batch=2, query_length=4096, prefill_chunk_size=512, quick=True, implementation=None)
     assert called[0] == (PRESETS["gemma-2-9b"], given)
     assert called[1][0].max_position_embeddings == 512
-    assert called[1][1] == dict(batch=1, query_length=None, prefill_chunk_size=None, quick=False)
+    assert called[1][1] == given | dict(batch=1, query_length=None, prefill_chunk_size=None, quick=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "module", "name"),
+    [
+        ("attention", bench_attention, "bench_attention_table"),
+        ("attention --batch 2", bench_attention, "bench_attention"),
+        ("prefill", bench_prefill, "bench_prefill_table"),
+        ("prefill --batch 2", bench_prefill, "bench_prefill"),
+        ("prefill --model llama-2-7b", bench_prefill_model, "bench_model_prefill"),
+        ("decode --model llama-2-7b", bench_decode, "bench_decode"),
+        ("matmul --m 1", bench_matmul, "bench_matmul"),
+    ],
+)
+def test_every_bench_is_told_whose_kernels_are_ours(capsys, monkeypatch, flags, module, name):
+    named = []
+
+    def bench(*args, implementation, **options):
+        named.append(implementation)
+        return BenchReport("title", ("kernel",), (), {})
+
+    monkeypatch.setattr(module, name, bench)
+    monkeypatch.setattr(device, "current", lambda: device.by_name("H200"))
+    for more in ([], ["--implementation", "triton"]):
+        assert run(capsys, "bench", *flags.split(), *more)[0] == 0
+    assert named == [None, "triton"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["attention --batch 1", "prefill --batch 1", "matmul", "decode", "prefill --model tiny"]
+)
+def test_a_backend_without_kernels_here_is_one_line(capsys, monkeypatch, kind):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("A100"))
+    code, out, err = run(capsys, "bench", *kind.split(), "--implementation", "mosaic_gpu")
+    assert (code, out) == (2, "")
+    assert err.endswith("fdpp-jax: error: implementation='mosaic_gpu' cannot run here: it has no kernel for sm_80\n")
+
+
+def test_the_backends_that_can_be_named():
+    assert tuple(b.name for b in BACKENDS if b.architectures) == arguments.IMPLEMENTATIONS

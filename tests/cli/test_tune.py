@@ -67,6 +67,44 @@ def test_tune_writes_the_user_s_table_and_goes_on_from_it(capsys, directories, o
     assert "nearest 4096x4096" in plan_matmul(dataclasses.replace(SHAPE, n=6144), H200).reason
 
 
+def test_tune_measures_the_backend_that_is_named(capsys, directories, on_h200):
+    code, out, err = run(capsys, "--implementation", "triton", "--weights", "4096x4096")
+    assert code == 0, err
+    path = directories["user"] / "h200-triton.json"
+    assert f"wrote {path}" in out
+    content = json.loads(path.read_text())
+    assert content["device"]["only_backend"] == "triton"
+    assert {config["arch"] for entry in content["entries"] for config in entry["configs"].values()} == {"sm_80"}
+    code, out, _ = run(capsys, "--implementation", "triton", "--weights", "4096x4096")
+    assert (code, on_h200) == (0, [(4096, 4096)])
+    assert "nothing was measured" in out
+    assert not (directories["user"] / "h200.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "why"),
+    [
+        ("A100", "mosaic_gpu", "'mosaic_gpu' cannot run here: it has no kernel for sm_80"),
+        ("cpu", "triton", "'triton' cannot run here: it has no kernel for cpu"),
+    ],
+)
+def test_tune_of_a_backend_without_kernels(capsys, monkeypatch, name, implementation, why):
+    monkeypatch.setattr(device, "current", lambda: device.by_name(name))
+    code, out, err = run(capsys, "--implementation", implementation)
+    assert (code, out, err) == (2, "", f"fdpp-jax: error: implementation={why}\n")
+
+
+def test_where_triton_is_the_plan_its_table_is_the_device_s(capsys, monkeypatch, directories):
+    monkeypatch.setattr(device, "current", lambda: device.by_name("A100"))
+    monkeypatch.setattr(tuning, "weight_timer", make_timer(any_time))
+    for flags in ([], ["--implementation", "triton"]):
+        code, out, _ = run(capsys, "--weights", "4096x4096", *flags)
+        assert code == 0
+    assert "nothing was measured" in out
+    assert [path.name for path in directories["user"].iterdir()] == ["a100.json"]
+    assert "exact" in plan_matmul(MatmulShape(8, 4096, 4096), "A100").reason
+
+
 def test_tune_has_four_models_by_default(capsys, on_h200, tmp_path):
     assert run(capsys, "--output", tmp_path / "elsewhere", "--dtype", "float16")[0] == 0
     assert len(on_h200) == 19

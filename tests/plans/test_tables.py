@@ -13,7 +13,7 @@ from fdpp_jax import models
 from fdpp_jax.bench import tuning
 from fdpp_jax.heuristics import plan_matmul
 from fdpp_jax.plans import device, tables
-from fdpp_jax.plans.backends import by_name
+from fdpp_jax.plans.backends import BACKENDS, by_name, only
 from fdpp_jax.plans.hopper_matmul import FlatMatmulConfig, GemvConfig
 from fdpp_jax.plans.shapes import MatmulShape
 from fdpp_jax.plans.tables import Sweep, Table
@@ -139,7 +139,28 @@ def test_where_tables_lie(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tables.user_directory() == pathlib.Path("~/.cache/fdpp_jax/tuned").expanduser()
     assert tables.file_name("H200") == "h200.json"
+    assert [tables.name_for(only(name, H200)) for name in (None, "mosaic_gpu", "triton")] == [
+        "h200.json",
+        "h200.json",
+        "h200-triton.json",
+    ]
+    assert tables.name_for(only("triton", device.by_name("A100"))) == "a100.json"
     assert tables.file_name("NVIDIA H200 MIG 1g.18gb") == "nvidia-h200-mig-1g-18gb.json"
+
+
+def test_on_hopper_triton_has_a_table_of_its_own(directories):
+    gpu = only("triton", H200)
+    table, _ = tune([tuning.Weight(4096, 12288, "qkv")], any_time, gpu)
+    tables.save(table, directories["user"] / "h200-triton.json")
+    assert plan_matmul(SHAPE, H200).reason.startswith("rule: ")
+    assert plan_matmul(SHAPE, gpu).reason.startswith("tuned on NVIDIA H200, 2026-11-23: exact, M = 8")
+    by_rule = by_name("triton").matmul.config(SHAPE, H200, "flat")
+    (found,) = (entry for entry in table.entries if entry.shape.m == SHAPE.m)
+    assert found.configs["flat"].arch == by_rule.arch
+    assert found.configs["flat"] != by_rule
+    for implementation in ("triton", "flat"):
+        assert plan_matmul(SHAPE, gpu, implementation).config == found.configs["flat"]
+    assert plan_matmul(SHAPE, H200, "triton").config == found.configs["flat"]
 
 
 # The format.
@@ -268,8 +289,11 @@ def test_every_tuned_plan_is_legal(directories, name):
 
 def test_shipped_tables_are_legal_and_every_entry_is_found(monkeypatch):
     monkeypatch.undo()  # the real ones
+    known = [device.by_name(name) for name in device.names()]
+    known += [only(b.name, gpu) for gpu in known for b in BACKENDS if b.architectures and b.runs_on(gpu)]
+    gpus = {tables.name_for(gpu): gpu for gpu in known}
     for path in sorted(tables.SHIPPED_DIRECTORY.glob("*.json")):
-        (gpu,) = (device.by_name(name) for name in device.names() if tables.file_name(name) == path.name)
+        gpu = gpus[path.name]
         for found in tables.load(path, gpu).entries:
             assert "exact" in check_plan(found.shape, gpu).reason
         for weight, m in itertools.product(ALL_WEIGHTS, range(1, 257)):
