@@ -170,7 +170,7 @@ def rebuilt(structure: Structure, weights: list[jax.Array]) -> CausalLM:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
-def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str]:
+def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str | bool]:
     """XLA's options for a loop of the model's decode steps with a batch of rows."""
     return compiler_options(model.layer_plan(batch))
 
@@ -209,7 +209,7 @@ def decode_step(
 
 
 def executable(
-    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...], options: dict[str, str]
+    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...], options: dict[str, str | bool]
 ) -> tuple[jax.stages.Compiled, float]:
     """The program for arguments like these, and the seconds that it took to get it."""
     started = time.perf_counter()
@@ -227,7 +227,7 @@ def _compile(
     statics: tuple[Hashable, ...],
     treedef: jax.tree_util.PyTreeDef,
     avals: tuple[jax.ShapeDtypeStruct, ...],
-    options: tuple[tuple[str, str], ...],
+    options: tuple[tuple[str, str | bool], ...],
 ) -> jax.stages.Compiled:
     """Compiles ahead of the call, so that compilation is not measured as decoding."""
     return function.lower(*statics, *jax.tree.unflatten(treedef, avals)).compile(compiler_options=dict(options))

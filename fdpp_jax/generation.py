@@ -250,7 +250,8 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
     eos = jnp.asarray(job.eos_ids, jnp.int32)
     options = decode_compiler_options(model, batch)
     # A CUDA graph is one launch, of which nothing queues up; and a loop in a loop takes longer to compile.
-    block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if options else 1
+    has_graphs = "xla_gpu_enable_command_buffer" not in options
+    block_size = 1 if has_graphs else max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0)
     streams = None if job.tokenizer is None else map(job.tokenizer.stream, job.prompts.rows())
     texts = None if streams is None else TextRows(list(streams))
     explained = functools.partial(device_memory.explained, lambda: _held(model, weights, job, capacity), _LOWER)

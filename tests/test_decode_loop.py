@@ -13,6 +13,7 @@ from generation_case import CONFIG, PROMPTS, SOFTMAXES, loud_model, plain_loop
 from fdpp_jax import decode_loop, ops
 from fdpp_jax.generation import generate, stream
 from fdpp_jax.models import KVCache, LlamaForCausalLM
+from fdpp_jax.plans.backend import LayerPlan
 from fdpp_jax.sampling import Sampling
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -20,6 +21,18 @@ from fdpp_jax.unified_max import UnifiedMax
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return loud_model()
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "options"),
+    [(True, {"xla_gpu_enable_command_buffer": ""}), (False, {"xla_gpu_enable_dynamic_slice_fusion": False})],
+)
+def test_a_step_is_one_cuda_graph_unless_its_launches_overlap(overlaps, options, monkeypatch, model):
+    plan = LayerPlan("mosaic_gpu", "fused", None, "in a test", overlaps_attention=overlaps)
+    monkeypatch.setattr(type(model), "layer_plan", lambda *_: plan)
+    assert decode_loop.decode_compiler_options(model, 1) == options
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile(compiler_options=options)  # XLA knows them
+    assert compiled(jnp.ones(3)).tolist() == [2, 2, 2]
 
 
 def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
