@@ -120,6 +120,7 @@ CASES = {
         packs_group=True,
         heads_together=3,
     ),
+    "few queries of many heads": Case(query_length=5, capacity=140, num_heads=16, offset=(120,), lengths=(125,)),
     "no keys": Case(batch=2, query_length=17, capacity=64, lengths=(0, 9), offset=(0, -20), has_sinks=True),
 }
 

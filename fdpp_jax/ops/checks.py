@@ -11,8 +11,8 @@ from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.shapes import PAGE_SIZES, QUANTISED_DTYPES, AttentionImplementation
 from fdpp_jax.unified_max import UnifiedMax
 
-# Positions are int32: a wider window would wrap around.
-_WIDEST_WINDOW = 2**30
+# Positions are int32: with a wider window or a larger offset they would wrap around.
+_FARTHEST = 2**30
 
 
 def as_array(x: Any) -> Any:
@@ -65,7 +65,7 @@ def _window(size: Any) -> tuple[int, int] | None:
     both = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(both) != 2 or any(not isinstance(x, int | np.integer) or isinstance(x, bool) or x < 0 for x in both):
         raise ValueError(f"local_window_size must be an integer w >= 0 or (left, right) of such; got {size!r}")
-    return min(int(both[0]), _WIDEST_WINDOW), min(int(both[1]), _WIDEST_WINDOW)
+    return min(int(both[0]), _FARTHEST), min(int(both[1]), _FARTHEST)
 
 
 def check_cache(arrays: AttentionArrays) -> None:
@@ -152,16 +152,17 @@ def check_integers(arrays: AttentionArrays, query_seq_lengths: jax.Array | None)
         ("query_seq_lengths", query_seq_lengths, query_length),
         ("key_value_seq_lengths", arrays.lengths, arrays.capacity),
         ("key_value_seq_starts", arrays.starts, arrays.capacity),
-        ("query_offset", arrays.query_offset, None),
+        ("query_offset", arrays.query_offset, _FARTHEST),
     ):
         if integers is None:
             continue
         if integers.shape != (batch,) or not jnp.issubdtype(integers.dtype, jnp.integer):
             raise ValueError(f"{name} must be [B={batch}] integers; got {integers.shape} of {integers.dtype}")
-        if limit is not None and not is_traced(integers) and integers.size:
+        if not is_traced(integers) and integers.size:
+            least = -limit if name == "query_offset" else 0
             low, high = np.asarray(integers).min(), np.asarray(integers).max()  # jnp would trace it inside jit
-            if low < 0 or high > limit:
-                raise ValueError(f"{name} must lie in 0..{limit}; got {low}..{high}")
+            if low < least or high > limit:
+                raise ValueError(f"{name} must lie in {least}..{limit}; got {low}..{high}")
 
 
 def check_pages(arrays: AttentionArrays) -> None:

@@ -105,7 +105,8 @@ class AttentionFunction:
 
         one, _ = self._given(operands)
         plan, shape = self.plan(one, device), self.shape(one)
-        is_small = self.is_online and not (_is_known(shape) and shape.query_length > MAX_SPLIT_QUERIES)
+        has_many = _is_known(shape) and (shape.query_length > MAX_SPLIT_QUERIES or has_large_scores(shape))
+        is_small = self.is_online and not has_many
         if plan.backend == "xla" and (plan.algorithm == "cudnn" or is_small):
             return call(*operands)  # as XLA maps it
         call_with_rule, num_results = jax.custom_batching.custom_vmap(call), len(self.types(*operands))
@@ -167,7 +168,7 @@ class AttentionFunction:
             arrays = with_phi(arrays, self.options, shape, plan, policy, key_max_norm)
             return _with_recompute(self.options, plan, recompute, arrays)
         if (
-            plan.algorithm == "cudnn"
+            plan.algorithm in ("cudnn", "blocks")
             or self.is_online
             or not _is_known(shape)
             or shape.query_length > MAX_SPLIT_QUERIES

@@ -205,8 +205,9 @@ def _reason(shape: AttentionShape, device: Device, config: DecodeAttentionConfig
 
 
 def _rule_algorithm(shape: AttentionShape, device: Device) -> str:
-    del device  # the number of queries decides
-    return "prefill" if shape.query_length > MAX_QUERY_LENGTH else "decode"
+    del device  # the number of queries decides, and how many heads of a group each of them has
+    fits_decode = shape.query_length <= MAX_QUERY_LENGTH and padded_rows(shape) <= MAX_ROWS
+    return "decode" if fits_decode else "prefill"
 
 
 def _refuse(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:

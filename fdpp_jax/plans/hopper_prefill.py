@@ -11,7 +11,6 @@ from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, cdiv, round_up
 from fdpp_jax.plans.xla import refuse_cudnn
 
-MIN_QUERY_LENGTH = 17  # the decode kernel takes fewer
 ROWS = 64  # queries per warpgroup: the rows of a wgmma
 CONSUMERS = 2  # warpgroups that compute
 MAX_TILES = 256  # per CTA
@@ -137,8 +136,8 @@ def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefi
 
 
 def _refuse_shape(shape: AttentionShape) -> str | None:
-    if shape.query_length < MIN_QUERY_LENGTH:
-        return f"the prefill kernel takes {MIN_QUERY_LENGTH} queries and more, got T = {shape.query_length}"
+    if shape.query_length < 1:
+        return f"the prefill kernel takes 1 query and more, got T = {shape.query_length}"
     return hopper.refuse_attention(shape, "prefill")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from fdpp_jax.plans import triton
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.device import Device
-from fdpp_jax.plans.hopper_prefill import MIN_QUERY_LENGTH, heads_together
+from fdpp_jax.plans.hopper_prefill import heads_together
 from fdpp_jax.plans.shapes import AttentionShape, cdiv
 
 _MIN_BLOCK = 16  # rows of the smallest product on every matrix unit
@@ -123,8 +123,8 @@ def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefi
 
 
 def _refuse_shape(shape: AttentionShape) -> str | None:
-    if shape.query_length < MIN_QUERY_LENGTH:
-        return f"the prefill kernel takes {MIN_QUERY_LENGTH} queries and more, got T = {shape.query_length}"
+    if shape.query_length < 1:
+        return f"the prefill kernel takes 1 query and more, got T = {shape.query_length}"
     return triton.refuse_attention(shape, "prefill")
 
 

@@ -9,6 +9,7 @@ _CUDNN_DTYPES = ("bfloat16", "float16")
 # Up to so many queries the scores are in proportion to the cache: they are not computed in blocks, and with a unified
 # max in one pass.
 MAX_SPLIT_QUERIES = 16
+MAX_SPLIT_ROWS = 64  # query rows per key/value head
 # The float32 reference holds all scores at once. Beyond so many bytes of them they are computed in blocks.
 MAX_SCORE_BYTES = 256 << 20
 
@@ -67,8 +68,12 @@ def plan_without_cudnn(shape: AttentionShape, why: str) -> AttentionPlan:
 
 
 def has_large_scores(shape: AttentionShape) -> bool:
-    """Whether the float32 reference would hold more scores than `MAX_SCORE_BYTES`, of more than a few queries."""
-    return shape.query_length > MAX_SPLIT_QUERIES and shape.score_bytes > MAX_SCORE_BYTES
+    """Whether the float32 reference would hold more scores than `MAX_SCORE_BYTES`, of more than a few queries or rows.
+
+    Those of fewer are no more than a part of the cache.
+    """
+    has_many = shape.query_length > MAX_SPLIT_QUERIES or shape.live_rows > MAX_SPLIT_ROWS
+    return has_many and shape.score_bytes > MAX_SCORE_BYTES
 
 
 BACKEND = Backend(

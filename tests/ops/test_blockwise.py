@@ -124,6 +124,16 @@ def test_what_is_not_asked_for_is_not_computed():
     assert text.count("stablehlo.dot_general") == 2 + 5
 
 
+def test_few_queries_of_many_heads_are_in_blocks_too():
+    """With which a group has more rows than 64: their scores are no small part of the cache."""
+    (query, key, value), _ = call_arguments(0, query_length=9, has_lengths=False)
+    given = query, key[:, :, :1], value[:, :, :1]
+    for softmax in (None, UnifiedMax(phi=2.0)):
+        out = jax.jit(lambda *arrays, softmax=softmax: op(*arrays, softmax=softmax))
+        assert "while" in out.lower(*given).as_text()
+        assert oracle.relative_error(out(*given), oracle.attention(*given)) < oracle.TOLERANCE["float32"]
+
+
 def _has_all_scores(text):
     """Whether a program has float32 [..., T, S]."""
     return "x27x64xf32" in text

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fdpp_jax
@@ -56,6 +57,10 @@ TABLE = jnp.zeros((2, 3), jnp.int32)
             for size in (-1, 3.5, True, (1, 2, 3), (), (4, -1), (None, 0))
         ),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": [3, 17]}), r"must lie in 0..16; got 3..17"),
+        (
+            (QUERY, KEY, KEY, {"query_offset": np.array([0, 2**33])}),
+            r"must lie in -1073741824..1073741824; got 0..8589934592",
+        ),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": 3}), r"must be \[B=2\] integers; got \(\)"),
         ((QUERY.tolist(), KEY, KEY, {}), "one floating-point dtype"),
         ((QUERY.astype(jnp.float8_e5m2),) + 2 * (KEY.astype(jnp.float8_e5m2),) + ({},), "one floating-point dtype"),

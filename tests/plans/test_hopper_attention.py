@@ -188,14 +188,23 @@ def test_smaller_caches_get_deeper_rings_and_every_tile_counts():
 
 
 @pytest.mark.parametrize(
+    ("changes", "rows"),
+    [({"num_query_heads": 128, "num_kv_heads": 1}, 128), ({"num_query_heads": 256, "query_length": 9}, 72)],
+    ids=str,
+)
+def test_more_rows_than_the_decode_kernel_holds_are_the_prefill_kernel_s(changes, rows):
+    shape = _decode(**changes)
+    assert hopper_attention.refuse(shape, H200) == f"the decode kernel holds 64 query rows a key/value head, got {rows}"
+    assert plan_attention(dataclasses.replace(shape, is_online=False), H200).algorithm == "prefill"
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"query_length": 0}, "takes 1 to 16 queries, got T = 0"),
         ({"dtype": "float32"}, "takes bfloat16 or float16, got float32"),
         ({"kv_dtype": "float16"}, "takes a cache of bfloat16, int8 or float8_e4m3fn, got float16"),
         ({"head_dim": 72}, r"takes head dims \(64, 80, 96, 128, 256\), got H = 72"),
-        ({"num_query_heads": 128, "num_kv_heads": 1}, "holds 64 query rows a key/value head, got 128"),
-        ({"num_query_heads": 256, "query_length": 9}, "holds 64 query rows a key/value head, got 72"),
         ({"page_size": 8}, r"takes page sizes \(16, 32, 64, 128, 256\), got 8"),
         (
             {"num_kv_heads": 2, "kv_dtype": "int8", "scales": "token"},
@@ -256,7 +265,8 @@ _ATTENTION = st.builds(
 def test_any_attention_config_fits_the_sm(shape, name):
     gpu = device.by_name(name)
     plan = plan_attention(shape, gpu)
-    assert (plan.implementation == "mosaic_gpu") == (hopper_attention.refuse(shape, gpu) is None)
-    hypothesis.assume(plan.implementation == "mosaic_gpu")
+    is_ours = (plan.backend, plan.algorithm) == ("mosaic_gpu", "decode")
+    assert is_ours == (hopper_attention.refuse(shape, gpu) is None)
+    hypothesis.assume(is_ours)
     _check_shares(shape, plan.config, gpu)
     assert plan.recompute == "kernel"

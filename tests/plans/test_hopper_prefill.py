@@ -136,8 +136,16 @@ def test_what_is_refused_runs_in_plain_xla_with_the_reason(changes, reason):
         plan_attention(shape, H200, "mosaic_gpu")
 
 
-def test_few_queries_are_the_decode_kernel_s():
-    assert plan_attention(dataclasses.replace(GEMMA, query_length=16), H200).algorithm == "decode"
-    assert hopper_prefill.refuse(dataclasses.replace(GEMMA, query_length=16), H200) == (
-        "the prefill kernel takes 17 queries and more, got T = 16"
-    )
+@pytest.mark.parametrize("gpu", [H200, device.by_name("A100")], ids=lambda gpu: gpu.kind)
+def test_few_queries_of_few_heads_are_the_decode_kernel_s(gpu):
+    """Which holds 64 rows a key/value head."""
+    for query_length, num_heads, algorithm in ((16, 32, "decode"), (16, 40, "prefill"), (5, 128, "prefill")):
+        shape = dataclasses.replace(
+            GEMMA, query_length=query_length, num_query_heads=num_heads, num_kv_heads=8, head_dim=128
+        )
+        assert plan_attention(shape, gpu).algorithm == algorithm
+
+
+def test_a_call_without_queries_is_refused():
+    reason = "the prefill kernel takes 1 query and more, got T = 0"
+    assert hopper_prefill.refuse(dataclasses.replace(GEMMA, query_length=0), H200) == reason

@@ -94,7 +94,7 @@ def test_shared_memory_of_a_config():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"query_length": 16}, "takes 17 queries and more, got T = 16"),
+        ({"query_length": 0}, "takes 1 query and more, got T = 0"),
         ({"has_bias": True}, "takes no bias"),
         ({"has_mask": True}, "takes no mask as an array"),
         ({"dtype": "float32"}, "takes bfloat16 or float16, got float32"),
