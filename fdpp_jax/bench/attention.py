@@ -23,8 +23,8 @@ from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.device import Device
-from fdpp_jax.plans.hopper_attention import MAX_CHUNK, DecodeAttentionConfig, grid_attention_config
-from fdpp_jax.plans.shapes import AttentionShape, ScaleKind
+from fdpp_jax.plans.hopper_attention import MAX_CHUNK, MAX_QUERY_LENGTH, DecodeAttentionConfig, grid_attention_config
+from fdpp_jax.plans.shapes import PAGE_SIZES, AttentionShape, ScaleKind
 from fdpp_jax.unified_max import Recompute, UnifiedMax
 
 type Lengths = Literal["full", "mixed"] | int
@@ -111,10 +111,13 @@ def attention_case(
     Raises:
       ValueError: The sizes do not fit together.
     """
+    if query_length > MAX_QUERY_LENGTH:
+        raise ValueError(
+            f"bench attention is for 1 to {MAX_QUERY_LENGTH} queries per sequence, got {query_length=}; "
+            "bench prefill is for more"
+        )
     if lengths == "mixed" and (batch < 2 or capacity < _SHORTEST_MIXED):
         raise ValueError(f"mixed lengths need two sequences and {_SHORTEST_MIXED} keys, got {batch=} {capacity=}")
-    if lengths == "mixed" and query_length > _SHORTEST_MIXED:
-        raise ValueError(f"mixed lengths begin at {_SHORTEST_MIXED}, the most for query_length, got {query_length=}")
     shortest = _SHORTEST_MIXED if lengths == "mixed" else capacity if lengths == "full" else lengths
     check_sizes(batch, num_heads, num_kv_heads, capacity, head_dim, query_length, shortest, page_size)
     shape = AttentionShape(
@@ -156,6 +159,8 @@ def check_sizes(
         raise ValueError(f"lengths must lie in {query_length=}..{capacity=}, got {shortest}")
     if page_size is not None and (page_size < 1 or capacity % page_size):
         raise ValueError(f"the capacity must be whole pages, got {capacity=} and {page_size=}")
+    if page_size is not None and page_size not in PAGE_SIZES:
+        raise ValueError(f"pages must hold {', '.join(map(str, PAGE_SIZES))} keys, got {page_size=}")
 
 
 TABLE = (

@@ -21,6 +21,7 @@ from fdpp_jax.bench.report import BenchReport
 from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.device import Device
+from fdpp_jax.plans.hopper_attention import MAX_QUERY_LENGTH
 from fdpp_jax.plans.hopper_prefill import PrefillAttentionConfig
 from fdpp_jax.plans.shapes import AttentionImplementation, AttentionShape, ScaleKind
 from fdpp_jax.plans.xla import refuse_cudnn
@@ -126,7 +127,7 @@ def prefill_case(
       batch: Sequences.
       num_heads: Query heads.
       num_kv_heads: Key/value heads.
-      query_length: Queries per sequence, the last of its live keys.
+      query_length: Queries per sequence, the last of its live keys; more than 16, which are prefill's.
       capacity: Keys per sequence; None: as many as queries.
       head_dim: Elements per head.
       dtype: Of queries, keys and values.
@@ -144,6 +145,13 @@ def prefill_case(
     capacity = query_length if capacity is None else capacity
     num_keys = capacity if lengths is None else lengths
     check_sizes(batch, num_heads, num_kv_heads, capacity, head_dim, query_length, num_keys, page_size)
+    if query_length <= MAX_QUERY_LENGTH:
+        raise ValueError(
+            f"bench prefill is for more than {MAX_QUERY_LENGTH} queries per sequence, got {query_length=}; "
+            f"bench attention is for 1 to {MAX_QUERY_LENGTH}"
+        )
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be positive and finite, got {soft_cap}")
     if window is not None and window < 1:
         raise ValueError(f"window must be a positive number of keys, got {window}")
     shape = AttentionShape(

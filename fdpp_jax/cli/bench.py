@@ -111,7 +111,10 @@ def _add_attention_flags(parser: argparse.ArgumentParser) -> None:
     """Any flag of the first group means one shape instead of the table."""
     shape = _add_shape_flags(parser, capacity="4096")
     shape.add_argument(
-        "--query-length", type=int, metavar="T", help="the last T tokens attend, causally: speculation (default: 1)"
+        "--query-length",
+        type=int,
+        metavar="T",
+        help="the last T tokens, at most 16, attend, causally: speculation (default: 1)",
     )
     shape.add_argument(
         "--lengths",
@@ -125,7 +128,10 @@ def _add_attention_flags(parser: argparse.ArgumentParser) -> None:
 def _add_prefill_flags(parser: argparse.ArgumentParser) -> None:
     shape = _add_shape_flags(parser, capacity="as many as queries")
     shape.add_argument(
-        "--query-length", type=int, metavar="T", help="queries, the last of their sequence's live keys (default: 4096)"
+        "--query-length",
+        type=int,
+        metavar="T",
+        help="queries, the last of their sequence's live keys; without --model more than 16 (default: 4096)",
     )
     shape.add_argument(
         "--window", type=int, metavar="W", help="keys that a query sees, its own included (default: all)"

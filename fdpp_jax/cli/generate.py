@@ -84,6 +84,13 @@ def add(commands: Commands) -> None:
         "unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: auto)",
     )
     parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
+    parser.add_argument(
+        "--prefill-chunk-size",
+        type=int,
+        metavar="T",
+        help="tokens of a prompt that run at once; longer prompts run in pieces, and smaller pieces take less memory "
+        "(default: 4096; on a GPU with cuDNN and no kernel for pieces, the whole prompt)",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     shown = parser.add_argument_group("output").add_mutually_exclusive_group()
     shown.add_argument(
@@ -131,6 +138,7 @@ class _Session:
             tokenizer=self.tokenizer,
             cache=cache,
             return_cache=return_cache,
+            prefill_chunk_size=self.args.prefill_chunk_size,
         )
 
     def plans(self, result: "GenerationResult") -> "list[NamedPlan]":
@@ -173,6 +181,8 @@ def run(args: argparse.Namespace) -> None:
     sampling = _sampling(args, directory)
     make_sampling(**dataclasses.asdict(sampling), vocab_size=config.vocab_size)
     positive_int("max_new_tokens", args.max_new_tokens)
+    if args.prefill_chunk_size is not None:
+        positive_int("prefill_chunk_size", args.prefill_chunk_size)
     seed_key(args.seed)
     if prompts:
         check_prompts(config, prompts, max_new_tokens=args.max_new_tokens)

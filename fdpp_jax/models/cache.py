@@ -1,6 +1,7 @@
 """The KV cache: one key and one value array a layer, in the layout that the attention kernel reads."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,21 @@ class KVCache:
     def capacity(self) -> int:
         """Slots a row has, S."""
         return self.keys[0].shape[1]
+
+
+def check_cache(cache: Any, config: DecoderConfig) -> None:
+    """Raises ValueError unless the cache is one for a model of this config, whatever its rows, capacity and dtype."""
+    heads = config.num_key_value_heads, config.head_dim
+    if not isinstance(cache, KVCache):
+        got = type(cache).__name__
+    elif len(cache.keys) == config.num_hidden_layers and cache.keys[0].shape[2:] == heads:
+        return
+    else:
+        got = f"{len(cache.keys)} layers" + (f" of {list(cache.keys[0].shape)}" if cache.keys else "")
+    raise ValueError(
+        f"cache must be a KVCache of this model, {config.num_hidden_layers} layers of "
+        f"[B, S, K={heads[0]}, H={heads[1]}]; got {got}"
+    )
 
 
 def write_prompt(cache: jax.Array, fresh: jax.Array) -> jax.Array:

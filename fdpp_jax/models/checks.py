@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdpp_jax.ops import checks
+from fdpp_jax.unified_max import UnifiedMax
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -36,7 +37,7 @@ def integers(name: str, given: Any, axes: str) -> Any:
       ValueError: It is none.
     """
     try:
-        array = np.asarray(None) if given is None else checks.as_array(given)
+        array = np.asarray(None) if given is None else checks.as_array(name, given)
     except ValueError:  # lists of unequal lengths
         raise ValueError(f"expected integer {name} {axes}, got {given!r:.200}") from None
     if array.ndim != 1 + axes.count(",") or not jnp.issubdtype(array.dtype, jnp.integer):
@@ -97,6 +98,12 @@ def check_room(cached: Any, new: Any, capacity: int, max_positions: int | None) 
         rows = () if limit is None else np.flatnonzero((more > 0) & (before + more > limit))
         for row in rows:
             raise ValueError(f"{what} for {before[row]} cached and {more[row]} new tokens in row {row}")
+
+
+def check_softmax(softmax: Any) -> None:
+    """Raises ValueError unless softmax is a policy, or None."""
+    if softmax is not None and not isinstance(softmax, UnifiedMax):
+        raise ValueError(f'softmax must be None or a UnifiedMax ("auto" is generate\'s alone), got {softmax!r}')
 
 
 def _known(array: Any) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from fdpp_jax import ops, unified_max
 from fdpp_jax.models import checks
-from fdpp_jax.models.cache import KVCache, write_prompt
+from fdpp_jax.models.cache import KVCache, check_cache, write_prompt
 from fdpp_jax.models.config import DecoderConfig
 from fdpp_jax.models.layers import Embedding, LayerNorm, RMSNorm
 from fdpp_jax.models.plans import PrefillPlan, plan_prefill
@@ -167,8 +167,9 @@ class CausalLM(nnx.Module):
           Logits [B, V] float32 of each row's last live token, and the cache with these lengths.
 
         Raises:
-          ValueError: T exceeds the capacity, the batch sizes differ, or prefill_chunk_size is not positive. Tokens or
-            lengths, where they are not traced, are out of range.
+          ValueError: The cache is none of this model, softmax no policy, T exceeds the capacity, the batch sizes
+            differ, or prefill_chunk_size is not positive. Tokens or lengths, where they are not traced, are out of
+            range.
         """
         tokens, lengths = self._checked_prompts(tokens, lengths, cache, is_behind_cache=False)
         batch, length = tokens.shape
@@ -222,8 +223,8 @@ class CausalLM(nnx.Module):
           Logits [B, V] float32 of each row's last live token, and the cache with these tokens.
 
         Raises:
-          ValueError: The batch sizes differ, or prefill_chunk_size is not positive. Tokens or lengths, where they are
-            not traced, are out of range, or the cache has no room.
+          ValueError: The cache is none of this model, softmax no policy, the batch sizes differ, or prefill_chunk_size
+            is not positive. Tokens or lengths, where they are not traced, are out of range, or the cache has no room.
         """
         tokens, lengths = self._checked_prompts(tokens, lengths, cache, is_behind_cache=True)
         batch, length = tokens.shape
@@ -283,9 +284,11 @@ class CausalLM(nnx.Module):
           by the plans no layer overflows, or none redoes.
 
         Raises:
-          ValueError: The batch sizes differ, or an unknown implementation. Tokens, where they are not traced, are out
-            of range, or the cache has no room.
+          ValueError: The cache is none of this model, softmax no policy, the batch sizes differ, or an unknown
+            implementation. Tokens, where they are not traced, are out of range, or the cache has no room.
         """
+        check_cache(cache, self.config)
+        checks.check_softmax(softmax)
         tokens = checks.tokens_like(tokens, "[B]")
         checks.check_rows("tokens", tokens, cache.batch)
         checks.check_live_tokens(tokens[:, None], 1, self.config.vocab_size)
@@ -303,6 +306,7 @@ class CausalLM(nnx.Module):
         self, tokens: Any, lengths: Any, cache: KVCache, *, is_behind_cache: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens [B, T] and lengths [B], which fit each other, the cache and the model as far as they are known."""
+        check_cache(cache, self.config)
         tokens, lengths = checks.tokens_like(tokens, "[B, T]"), checks.integers("lengths", lengths, "[B]")
         for name, array in (("tokens", tokens), ("lengths", lengths)):
             checks.check_rows(name, array, cache.batch)
@@ -330,7 +334,12 @@ class CausalLM(nnx.Module):
         *,
         is_behind_cache: bool = False,
     ) -> PrefillPlan:
-        """How `prefill` of tokens [B, T] runs on the device that JAX runs on now, or behind a cache `extend`."""
+        """How `prefill` of tokens [B, T] runs on the device that JAX runs on now, or behind a cache `extend`.
+
+        Raises:
+          ValueError: softmax is no policy, or a size is no positive integer.
+        """
+        checks.check_softmax(softmax)
         return plan_prefill(
             self.config,
             batch=batch,

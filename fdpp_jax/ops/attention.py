@@ -96,29 +96,34 @@ def dot_product_attention(
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
-    query, key, value = (checks.as_array(x) for x in (query, key, value))
+    operands = {"query": query, "key": key, "value": value}
+    for name, axes in checks.operand_axes(page_table is not None).items():
+        checks.check_array(name, operands[name], axes)
     is_one = query.ndim == key.ndim == value.ndim == 3
 
-    def given(x: Any, ndim: int) -> Any:
-        x = checks.as_array(x)
+    def batched(x: Any, ndim: int) -> Any:
         return x[None] if is_one and x is not None and x.ndim == ndim - 1 else x
 
+    def given(name: str, x: Any, ndim: int) -> Any:
+        return batched(checks.as_array(name, x), ndim)
+
     arrays = AttentionArrays(
-        given(query, 4),
-        given(key, 4),
-        given(value, 4),
-        lengths=given(key_value_seq_lengths, 1),
-        query_offset=given(query_offset, 1),
-        sinks=checks.as_array(sinks),
-        page_table=checks.as_array(page_table),
-        key_scale=given(key_scale, 3),
-        value_scale=given(value_scale, 3),
+        batched(query, 4),
+        batched(key, 4),
+        batched(value, 4),
+        lengths=given("key_value_seq_lengths", key_value_seq_lengths, 1),
+        query_offset=given("query_offset", query_offset, 1),
+        sinks=checks.as_array("sinks", sinks),
+        page_table=checks.as_array("page_table", page_table),
+        key_scale=batched(checks.as_scale("key_scale", key_scale), 3),
+        value_scale=batched(checks.as_scale("value_scale", value_scale), 3),
         scale=scale if isinstance(scale, jax.core.Tracer) else None,
-        bias=checks.with_all_axes(checks.as_array(bias)),
-        mask=checks.with_all_axes(checks.as_array(mask)),
-        starts=given(key_value_seq_starts, 1),
+        bias=checks.with_all_axes(checks.as_array("bias", bias)),
+        mask=checks.with_all_axes(checks.as_array("mask", mask)),
+        starts=given("key_value_seq_starts", key_value_seq_starts, 1),
     )
-    query_seq_lengths, key_max_norm = given(query_seq_lengths, 1), given(key_max_norm, 2)
+    query_seq_lengths = given("query_seq_lengths", query_seq_lengths, 1)
+    key_max_norm = given("key_max_norm", key_max_norm, 2)
     checks.check_cache(arrays)
     options = checks.checked_options(
         arrays.query, scale, is_causal, local_window_size, logits_soft_cap, return_residual

@@ -15,9 +15,30 @@ from fdpp_jax.unified_max import UnifiedMax
 _FARTHEST = 2**30
 
 
-def as_array(x: Any) -> Any:
-    """x, or a numpy array of its numbers, which can be checked, since numpy's are not traced."""
-    return x if x is None or hasattr(x, "shape") else np.asarray(x)
+def as_array(name: str, x: Any) -> Any:
+    """x, or a numpy array of its numbers, which can be checked, since numpy's are not traced.
+
+    Raises:
+      ValueError: x are lists of unequal lengths.
+    """
+    if x is None or hasattr(x, "shape"):
+        return x
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, or lists of equal lengths; got {x!r:.200}") from None
+
+
+def as_scale(name: str, x: Any) -> Any:
+    """`as_array`, but numbers in lists are float32, since no one has named numpy's float64."""
+    array = as_array(name, x)
+    return array if array is x or array.dtype.kind not in "iuf" else array.astype(np.float32)
+
+
+def check_array(name: str, x: Any, axes: str) -> None:
+    """Raises ValueError unless x is an array; its axes, such as "[B, T]", are for the message alone."""
+    if not isinstance(getattr(x, "dtype", None), np.dtype):
+        raise ValueError(f"{name} must be an array {axes}; got {type(x).__name__}")
 
 
 def checked_options(
@@ -68,12 +89,16 @@ def _window(size: Any) -> tuple[int, int] | None:
     return min(int(both[0]), _FARTHEST), min(int(both[1]), _FARTHEST)
 
 
+def operand_axes(is_paged: bool) -> dict[str, str]:
+    """The axes of query, key and value, for messages."""
+    cache = "[P, page_size, K, H]" if is_paged else "[B, S, K, H]"
+    return {"query": "[B, T, N, H]", "key": cache, "value": cache}
+
+
 def check_cache(arrays: AttentionArrays) -> None:
     """Raises unless query, key, value, their scales and the page table fit together."""
     query, key, value, table = arrays.query, arrays.key, arrays.value, arrays.page_table
-    axes = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, H]"}
-    if table is not None:
-        axes["key"] = axes["value"] = "[P, page_size, K, H]"
+    axes = operand_axes(table is not None)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(f"{name} must have 4 axes {axes[name]}; got shape {array.shape}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fdpp_jax import heuristics
 from fdpp_jax.ops import partition, planned, reference
-from fdpp_jax.ops.checks import check_name, check_width
+from fdpp_jax.ops.checks import check_array, check_name, check_width
 from fdpp_jax.ops.planned import Cotangent, Function
 from fdpp_jax.ops.running import module_of
 from fdpp_jax.plans import device as devices
@@ -52,8 +52,10 @@ def flat_matmul(
     """
     if w_order not in get_args(WeightOrder):
         raise ValueError(f"w_order must be one of {', '.join(get_args(WeightOrder))}; got {w_order!r}")
+    axes = ", ".join(w_order).upper()
+    check_array("x", x, "[..., K]")
+    check_array("w", w, f"[{axes}]")
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[w_order.index("k")]:
-        axes = ", ".join(w_order).upper()
         raise ValueError(f"expected x [..., K] and w [{axes}]; got {x.shape=} and {w.shape=} with {w_order=}")
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected x and w of one floating-point dtype; got {x.dtype=} and {w.dtype=}")

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdpp_jax.ops.checks import check_array
+
 
 def merge_attention_states(
     out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
@@ -26,9 +28,12 @@ def merge_attention_states(
     Raises:
       ValueError: Shapes or dtypes do not fit together.
     """
+    operands = (("out_a", out_a), ("out_b", out_b), ("lse_a", lse_a), ("lse_b", lse_b))
+    for name, x in operands:
+        check_array(name, x, "[..., H]" if name.startswith("out") else "[...]")
     if out_a.dtype != out_b.dtype:
         raise ValueError(f"out_a and out_b must have one dtype, got {out_a.dtype} and {out_b.dtype}")
-    for name, x in (("out_a", out_a), ("out_b", out_b), ("lse_a", lse_a), ("lse_b", lse_b)):
+    for name, x in operands:
         is_out = name.startswith("out")
         if x.shape != (out_a.shape if is_out else out_a.shape[:-1]) or not jnp.issubdtype(x.dtype, jnp.floating):
             expected = "[..., H] as out_a's" if is_out else "[...], out_a's without H"

@@ -118,10 +118,15 @@ def test_the_candidates_of_triton_lower_on_hopper(monkeypatch, batch):
         ({"num_heads": 3}, "multiple of the key/value heads, got .* num_heads=3 num_kv_heads=2"),
         ({"capacity": 0}, "expected positive sizes"),
         ({"batch": 1, "lengths": "mixed"}, "mixed lengths need two sequences and 64 keys, got batch=1"),
-        ({"lengths": "mixed", "query_length": 65}, "mixed lengths begin at 64, .* query_length, got query_length=65"),
-        ({"query_length": 65}, "capacity must be at least query_length, got capacity=64 query_length=65"),
+        (
+            {"query_length": 17},
+            "bench attention is for 1 to 16 queries .*, got query_length=17; bench prefill is for more",
+        ),
+        ({"query_length": 0}, "expected positive sizes"),
+        ({"query_length": 9, "capacity": 8}, "capacity must be at least query_length, got capacity=8 query_length=9"),
         ({"lengths": 65}, "lengths must lie in query_length=1..capacity=64, got 65"),
         ({"lengths": 2, "query_length": 3}, "lengths must lie in query_length=3..capacity=64, got 2"),
+        ({"page_size": 8}, "pages must hold 16, 32, 64, 128, 256 keys, got page_size=8"),
         ({"page_size": 24}, "capacity must be whole pages, got capacity=64 and page_size=24"),
     ],
 )

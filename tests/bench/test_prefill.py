@@ -1,6 +1,7 @@
 """The bench of prefill attention on tiny shapes: what it counts, runs and records."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,16 @@ def test_work_is_that_of_the_keys_that_are_seen(case):
         ({"lengths": 63}, "lengths must lie in query_length=64..capacity=64, got 63"),
         ({"page_size": 24}, "capacity must be whole pages, got capacity=64 and page_size=24"),
         ({"window": 0}, "window must be a positive number of keys, got 0"),
+        *(
+            ({"soft_cap": cap}, f"soft_cap must be positive and finite, got {cap}")
+            for cap in (0.0, -1.0, math.inf, math.nan)
+        ),
+        ({"page_size": 8}, "pages must hold 16, 32, 64, 128, 256 keys, got page_size=8"),
+        (
+            {"query_length": 16},
+            "bench prefill is for more than 16 queries .*, got query_length=16; bench attention is for 1 to 16",
+        ),
+        ({"query_length": 0}, "expected positive sizes"),
     ],
 )
 def test_bad_case(arguments, message):

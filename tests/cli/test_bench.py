@@ -45,10 +45,9 @@ def test_a_bench_that_can_only_fail_is_refused_at_once(capsys, flags, message):
         ([], "the table of bench attention needs a GPU, this is cpu; try one small shape"),
         (["--batch", "2", "--only", "32/8"], "--only picks shapes of the table"),
         (["--scale-per", "token"], "--scale-per belongs to --kv-dtype"),
-        (
-            ["--query-length", "100", "--capacity", "50"],
-            "capacity must be at least query_length, got capacity=50 query",
-        ),
+        (["--query-length", "8", "--capacity", "5"], "capacity must be at least query_length, got capacity=5 query"),
+        (["--query-length", "17"], "bench attention is for 1 to 16 queries"),
+        (["--page-size", "8"], "pages must hold 16, 32, 64, 128, 256 keys, got page_size=8"),
         (["--lengths", "5000"], "lengths must lie in query_length=1..capacity=4096, got 5000"),
     ],
 )
@@ -110,6 +109,8 @@ def test_bench_attention_of_the_table(capsys, monkeypatch):
         ),
         (["--lengths", "5000"], "lengths must lie in query_length=4096..capacity=4096, got 5000"),
         (["--window", "0"], "window must be a positive number of keys, got 0"),
+        (["--soft-cap", "-1"], "soft_cap must be positive and finite, got -1.0"),
+        (["--query-length", "16"], "bench prefill is for more than 16 queries"),
         (["--prefill-chunk-size", "64"], "--prefill-chunk-size belongs to --model"),
         (
             ["--model", "tiny", "--batch", "2", "--head-dim", "64", "--not-causal", "--only", "x"],

@@ -309,10 +309,32 @@ def test_a_batch_gives_each_prompt_its_own_text(capsys, checkpoint):
     assert "10 tokens in" in report
 
 
+def test_a_prompt_is_prefilled_in_pieces_of_the_size_that_is_asked_for(capsys, checkpoint, chatting, monkeypatch):
+    sizes, prefill_plan = [], models.CausalLM.prefill_plan
+
+    def plan(*args, **options):
+        made = prefill_plan(*args, **options)
+        sizes.append(made.chunk_size)
+        return made
+
+    monkeypatch.setattr(models.CausalLM, "prefill_plan", plan)
+    argv = ["--prompt", "def main", "--max-new-tokens", "4", "--quiet"]
+    whole, _ = _generate(capsys, checkpoint, *argv)
+    assert set(sizes) == {16}  # the width that prompts are padded to
+    sizes.clear()
+    assert _generate(capsys, checkpoint, *argv, "--prefill-chunk-size", "3")[0] == whole
+    assert set(sizes) == {3}
+    sizes.clear()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\ndef\n"))
+    _generate(capsys, chatting, "--chat", "--max-new-tokens", "4", "--quiet", "--prefill-chunk-size", "3")
+    assert set(sizes) == {3}  # each turn of a conversation, too
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--prefill-chunk-size", "0"], "prefill_chunk_size must be at least 1, got 0"),
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
         (["--temperature", "-1"], "temperature"),
         (["--top-k", "0"], "top_k"),

@@ -1,6 +1,7 @@
 """What prefill, extend and decode refuse before any work starts, and what they take besides arrays."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdpp_jax import models
+from fdpp_jax import UnifiedMax, models
 from fdpp_jax.models import KVCache, LlamaConfig
 from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.opt import OPTConfig
@@ -124,6 +125,39 @@ def test_tokens_beyond_the_vocabulary(model: models.CausalLM) -> None:
             getattr(model, method)(tokens, [3, 5], cache_of(model))  # where it is padding
         with pytest.raises(ValueError, match=message):
             model.decode([1, token], cache_of(model))
+
+
+@pytest.mark.parametrize("softmax", ["auto", 6.0, UnifiedMax])
+def test_softmax_is_a_policy(model: models.CausalLM, softmax: Any) -> None:
+    message = (
+        rf"^softmax must be None or a UnifiedMax \(\"auto\" is generate's alone\), got {re.escape(repr(softmax))}$"
+    )
+    for method in METHODS:
+        for size in (None, 2):
+            with pytest.raises(ValueError, match=message):
+                getattr(model, method)(TOKENS, [5, 5], cache_of(model), softmax=softmax, prefill_chunk_size=size)
+    with pytest.raises(ValueError, match=message):
+        model.decode([1, 2], cache_of(model), softmax=softmax)
+    with pytest.raises(ValueError, match=message):
+        model.prefill_plan(2, 5, 8, softmax)
+
+
+def test_a_cache_is_one_of_this_model(model: models.CausalLM) -> None:
+    deeper, wider = (dataclasses.replace(CONFIG, **{name: 4}) for name in ("num_hidden_layers", "head_dim"))
+    for cache, got in (
+        (None, "NoneType"),
+        (cache_of(model).keys, "tuple"),
+        (KVCache, "type"),
+        (KVCache.create(deeper, 2, 8, jnp.float32), r"4 layers of \[2, 8, 2, 8\]"),
+        (KVCache.create(wider, 2, 8, jnp.float32), r"2 layers of \[2, 8, 2, 4\]"),
+        (KVCache((), (), jnp.zeros(2, jnp.int32)), "0 layers"),
+    ):
+        message = rf"^cache must be a KVCache of this model, 2 layers of \[B, S, K=2, H=8\]; got {got}$"
+        for method in METHODS:
+            with pytest.raises(ValueError, match=message):
+                getattr(model, method)(TOKENS, [5, 5], cache)
+        with pytest.raises(ValueError, match=message):
+            model.decode([1, 2], cache)
 
 
 def test_lists_are_arrays(model: models.CausalLM) -> None:

@@ -62,7 +62,34 @@ TABLE = jnp.zeros((2, 3), jnp.int32)
             r"must lie in -1073741824..1073741824; got 0..8589934592",
         ),
         ((QUERY, KEY, KEY, {"key_value_seq_lengths": 3}), r"must be \[B=2\] integers; got \(\)"),
-        ((QUERY.tolist(), KEY, KEY, {}), "one floating-point dtype"),
+        ((QUERY.tolist(), KEY, KEY, {}), r"^query must be an array \[B, T, N, H\]; got list$"),
+        ((QUERY, None, KEY, {}), r"^key must be an array \[B, S, K, H\]; got NoneType$"),
+        ((QUERY, KEY, 1.0, {}), r"^value must be an array \[B, S, K, H\]; got float$"),
+        ((QUERY, KEY, jax.random.split(jax.random.key(0)), {}), r"^value must be an array .* got \w+$"),
+        ((QUERY, None, KEY, {"page_table": TABLE}), r"^key must be an array \[P, page_size, K, H\]; got NoneType$"),
+        *(
+            (
+                (QUERY, KEY, KEY, {name: [[1], [1, 2]]}),
+                rf"^{name} must be an array, or lists of .* got \[\[1\], \[1, 2\]\]$",
+            )
+            for name in (
+                "bias",
+                "mask",
+                "sinks",
+                "query_offset",
+                "page_table",
+                "key_scale",
+                "value_scale",
+                "key_max_norm",
+            )
+            + ("query_seq_lengths", "key_value_seq_lengths", "key_value_seq_starts")
+        ),
+        ((QUERY, INT8, INT8, {"key_scale": [1, None], "value_scale": [1, 1]}), r"got \(\(2,\), 'object'\)"),
+        (
+            (QUERY, INT8, INT8, {"key_scale": ["a", "b"], "value_scale": [1, 1]}),
+            r"got \(\(2,\), '\w+'\) and .*'float32'",
+        ),
+        ((QUERY, INT8, INT8, {"key_scale": [1, 1, 1], "value_scale": [1, 1, 1]}), r"got \(\(3,\), 'float32'\)"),
         ((QUERY.astype(jnp.float8_e5m2),) + 2 * (KEY.astype(jnp.float8_e5m2),) + ({},), "one floating-point dtype"),
         ((QUERY[..., :0], KEY[..., :0], KEY[..., :0], {}), "head dim, .* of at least 1"),
         ((QUERY, KEY[:0], KEY[:0], {"page_table": TABLE}), "pages in a pool, of at least 1"),
@@ -139,6 +166,19 @@ def test_only_pages_of_live_keys_must_be_in_the_pool():
     assert fdpp_jax.dot_product_attention(QUERY, KEY, KEY, **arguments).shape == QUERY.shape
     with pytest.raises(ValueError, match=r"got 99 as page 0 of sequence 0"):
         fdpp_jax.dot_product_attention(QUERY, KEY, KEY, **(arguments | dict(key_value_seq_starts=[15, 16])))
+
+
+@pytest.mark.parametrize("scales", [[2.0, 3.0], [2, 3], [[[1.0, 2.0]] * 16] * 2])
+def test_lists_are_scales(scales):
+    query, key = jnp.ones((2, 1, 4, 64)), jnp.ones((2, 16, 2, 64), jnp.int8)
+    call = functools.partial(fdpp_jax.dot_product_attention, query, key, key)
+    arrays = jnp.asarray(scales, jnp.float32)
+    expected = call(key_scale=arrays, value_scale=arrays)
+    assert jnp.array_equal(call(key_scale=scales, value_scale=scales), expected)
+    assert jnp.array_equal(call(key_scale=scales, value_scale=arrays), expected)
+    of_one = scales if arrays.ndim == 1 else scales[0]
+    one = fdpp_jax.dot_product_attention(query[0], key[0], key[0], key_scale=of_one, value_scale=of_one)
+    assert jnp.array_equal(one, expected[0])
 
 
 def test_lengths_known_inside_jit_are_checked_too():

@@ -73,6 +73,13 @@ def test_matmul_says_what_is_wrong(x, w, keywords, message):
         fdpp_jax.flat_matmul(jnp.zeros((2, 8)), jnp.zeros((8, 4), jnp.bfloat16))
 
 
+def test_operands_that_are_no_arrays():
+    with pytest.raises(ValueError, match=r"^x must be an array \[\.\.\., K\]; got list$"):
+        fdpp_jax.flat_matmul([[1.0]], jnp.zeros((1, 4)))
+    with pytest.raises(ValueError, match=r"^w must be an array \[N, K\]; got NoneType$"):
+        fdpp_jax.flat_matmul(jnp.zeros((2, 8)), None, w_order="nk")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("w_order", ["kn", "nk"])
 @pytest.mark.parametrize("implementation", ["gemv", "flat", "xla"])

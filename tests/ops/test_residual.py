@@ -163,6 +163,8 @@ def test_outs_keep_their_dtype():
     [
         (dict(out_b=jnp.zeros((2, 4))), r"out_b must be floating point \[..., H\] as out_a's.*got float32 of \(2, 4\)"),
         (dict(lse_a=jnp.zeros((3, 4))), r"lse_a must be floating point \[...\], out_a's without H"),
+        (dict(lse_a=None), r"^lse_a must be an array \[\.\.\.\]; got NoneType$"),
+        (dict(out_a=[[0.0]]), r"^out_a must be an array \[\.\.\., H\]; got list$"),
         (dict(lse_b=jnp.zeros(3, int)), r"lse_b must be .* got int32 of \(3,\)"),
     ],
 )
