@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fdpp_jax import unified_max
 from fdpp_jax.pallas.decode_attention import decode_attention
 from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
-from fdpp_jax.plans.shapes import round_up
+from fdpp_jax.plans.shapes import AttentionShape, round_up
 
 ON_GPU = jax.default_backend() == "gpu"
 
@@ -57,6 +57,22 @@ class Case:
     scales: str | None = None
     starts_early: bool = False
     starts: tuple[int, ...] | None = None  # the first live key of each sequence
+
+    @property
+    def shape(self):
+        """What a plan's limits are asked about."""
+        return AttentionShape(
+            self.batch,
+            self.query_length,
+            self.capacity,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.dtype,
+            kv_dtype=self.kv_dtype,
+            page_size=self.page_size,
+            scales=self.scales,
+        )
 
     @property
     def options(self):

@@ -9,7 +9,7 @@ from fdpp_jax.plans import hopper
 from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, cdiv, round_up
-from fdpp_jax.plans.xla import refuse_cudnn
+from fdpp_jax.plans.xla import leave_to_cudnn
 
 ROWS = 64  # queries per warpgroup: the rows of a wgmma
 CONSUMERS = 2  # warpgroups that compute
@@ -130,9 +130,7 @@ def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefi
     refusal = hopper.refuse_device(device) or _refuse_shape(shape)
     if refusal is None and (num_bytes := prefill_attention_config(shape, device).smem_bytes(shape)) > device.smem_bytes:
         return f"the prefill kernel needs {num_bytes} bytes of shared memory, a CTA gets {device.smem_bytes}"
-    if refusal is None and algorithm is None and shape.is_online and refuse_cudnn(shape, device) is None:
-        return "without a unified max cuDNN is as fast as the prefill kernel, and has a gradient in blocks"
-    return refusal
+    return refusal or leave_to_cudnn(shape, device, algorithm)
 
 
 def _refuse_shape(shape: AttentionShape) -> str | None:

@@ -8,7 +8,6 @@ from fdpp_jax.plans.backend import AttentionOp, AttentionPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import bound
 from fdpp_jax.plans.shapes import AttentionShape, cdiv
-from fdpp_jax.plans.xla import refuse_cudnn
 
 # Who merges the partial sums of a sequence: the last CTA to leave its own ("kernel"), or a second launch ("launch").
 Combine = Literal["kernel", "launch"]
@@ -193,12 +192,9 @@ def _rule_algorithm(shape: AttentionShape, device: Device) -> str:
 
 
 def _refuse(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:
-    if (algorithm or _rule_algorithm(shape, device)) != "prefill":
-        return refuse(shape, device)
-    refusal = triton_prefill.refuse(shape, device)
-    if refusal is None and algorithm is None and shape.is_online and refuse_cudnn(shape, device) is None:
-        return "without a unified max cuDNN is as fast as a prefill kernel, and has a gradient in blocks"
-    return refusal
+    if (algorithm or _rule_algorithm(shape, device)) == "prefill":
+        return triton_prefill.refuse(shape, device, algorithm)
+    return refuse(shape, device)
 
 
 def _config(

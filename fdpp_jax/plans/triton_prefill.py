@@ -7,6 +7,7 @@ from fdpp_jax.plans.backend import AttentionPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper_prefill import heads_together
 from fdpp_jax.plans.shapes import AttentionShape, cdiv
+from fdpp_jax.plans.xla import leave_to_cudnn
 
 _MIN_BLOCK = 16  # rows of the smallest product on every matrix unit
 _FLOAT8_CAPABILITY = 89  # NVIDIA's first with the conversion
@@ -113,13 +114,12 @@ def _that_fits(config: PrefillAttentionConfig, shape: AttentionShape, smem_bytes
 
 def refuse(shape: AttentionShape, device: Device, algorithm: str | None = "prefill") -> str | None:
     """Why the kernel cannot compute `shape` on `device`, or None if it can; see `backend.Op`."""
-    del algorithm  # there is one
     refusal = triton.refuse_device(device) or _refuse_shape(shape)
     if refusal is None and shape.kv_dtype == "float8_e4m3fn" and not converts_float8(device.arch):
         return f"{device.arch} has no conversion of float8_e4m3fn, which sm_{_FLOAT8_CAPABILITY} and newer have"
     if refusal is None and (num_bytes := prefill_attention_config(shape, device).smem_bytes(shape)) > device.smem_bytes:
         return f"the prefill kernel needs {num_bytes} bytes of shared memory, a program gets {device.smem_bytes}"
-    return refusal
+    return refusal or leave_to_cudnn(shape, device, algorithm)
 
 
 def _refuse_shape(shape: AttentionShape) -> str | None:

@@ -44,6 +44,13 @@ def refuse_cudnn(shape: AttentionShape, device: Device) -> str | None:
     return None
 
 
+def leave_to_cudnn(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:
+    """Why a prefill kernel that is not named leaves `shape` to cuDNN, or None if it does not."""
+    if algorithm is None and shape.is_online and refuse_cudnn(shape, device) is None:
+        return "without a unified max cuDNN is as fast as the prefill kernel, and has a gradient in blocks"
+    return None
+
+
 def _refuse_attention(shape: AttentionShape, device: Device, algorithm: str | None) -> str | None:
     return refuse_cudnn(shape, device) if algorithm == "cudnn" else None
 

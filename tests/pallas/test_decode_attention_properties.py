@@ -16,7 +16,6 @@ from fdpp_jax.ops import reference
 from fdpp_jax.plans import device, hopper, hopper_attention
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.plans.hopper_attention import DecodeAttentionConfig
-from fdpp_jax.plans.shapes import AttentionShape
 
 # The interpreter multiplies in numpy, which warns of the infinities that these tests are about.
 pytestmark = [
@@ -139,21 +138,9 @@ def random_case(seed):
             scales=kv_dtype and choice("head", "token"),
             starts_early=choice(True, False),
         )
-        shape = AttentionShape(
-            case.batch,
-            case.query_length,
-            case.capacity,
-            case.num_heads,
-            case.num_kv_heads,
-            case.head_dim,
-            case.dtype,
-            kv_dtype=case.kv_dtype,
-            page_size=case.page_size,
-            scales=case.scales,
-        )
         size = case.batch * case.capacity * case.num_kv_heads * case.head_dim  # of the oracle's work
-        fits = size <= 400_000 and case.config.smem_bytes(shape) <= 227 * 1024
-        if fits and hopper_attention.refuse(shape, device.by_name("H200")) is None:
+        fits = size <= 400_000 and case.config.smem_bytes(case.shape) <= 227 * 1024
+        if fits and hopper_attention.refuse(case.shape, device.by_name("H200")) is None:
             return case, mode
 
 

@@ -72,23 +72,7 @@ def test_the_rule_s_config_is_right_and_the_same_each_time(kind, arch):
 
 def _planned(case, arch):
     gpu = dataclasses.replace(device.by_name("H200"), arch=arch)
-    return dataclasses.replace(case, config=triton_attention.decode_attention_config(_shape(case), gpu))
-
-
-def _shape(case, **changes):
-    return AttentionShape(
-        case.batch,
-        case.query_length,
-        case.capacity,
-        case.num_heads,
-        case.num_kv_heads,
-        case.head_dim,
-        case.dtype,
-        kv_dtype=case.kv_dtype,
-        page_size=case.page_size,
-        scales=case.scales,
-        **changes,
-    )
+    return dataclasses.replace(case, config=triton_attention.decode_attention_config(case.shape, gpu))
 
 
 # ---- everything at random
@@ -131,9 +115,9 @@ def random_case(seed, arch):
             scales=kv_dtype and choice("head", "token"),
         )
         size = case.batch * case.capacity * case.num_kv_heads * case.head_dim  # of the oracle's work
-        fits = size <= 400_000 and case.config.smem_bytes(_shape(case)) <= 160 * 1024
+        fits = size <= 400_000 and case.config.smem_bytes(case.shape) <= 160 * 1024
         few_registers = triton_attention.padded_rows(group * query_length) * case.head_dim <= 2048 * config.num_warps
-        if fits and few_registers and triton_attention.refuse(_shape(case), device.by_name("H200")) is None:
+        if fits and few_registers and triton_attention.refuse(case.shape, device.by_name("H200")) is None:
             return case, mode
 
 
