@@ -1,4 +1,7 @@
-"""ChatGLM2 and ChatGLM3 in Flax NNX: a LLaMA with few key/value heads that turns half of the head dim, pair by pair."""
+"""ChatGLM2 and ChatGLM3 in Flax NNX: a LLaMA with few key/value heads that turns half of the head dim.
+
+Loading permutes the rows of queries and keys, so that pairs which turn lie as LLaMA's do.
+"""
 
 import dataclasses
 import functools
@@ -7,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fdpp_jax.models.config import DecoderConfig, common_problems, refuse
 from fdpp_jax.models.decoder import CausalLM, Implied, Layer, LayerAttend
 from fdpp_jax.models.layers import Embedding, Linear, RMSNorm
-from fdpp_jax.models.rotary import RopeScaling, rotation_at, stored_frequencies
+from fdpp_jax.models.rotary import RopeScaling, rotate, rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
 from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm, Rotation
 
@@ -50,7 +54,7 @@ class ChatGLMConfig(DecoderConfig):
         return LayerSpec(
             norm=Norm("rms", self.layernorm_epsilon),
             has_qkv_bias=self.add_qkv_bias,
-            rotation=Rotation("neighbours", share=0.5),
+            rotation=Rotation(share=0.5),
         )
 
     @classmethod
@@ -114,11 +118,22 @@ class _Rotary:
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (x[2i], x[2i + 1]) of the first half of x [B, T, N, H] by the rotary angles, in float32."""
+    """Turns the first half of x [B, T, N, H] by the rotary angles."""
     turned, kept = jnp.split(x, 2, axis=-1)
-    even, odd = turned[..., 0::2].astype(jnp.float32), turned[..., 1::2].astype(jnp.float32)
-    pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)  # [B, T, N, H / 4, 2]
-    return jnp.concatenate([pairs.reshape(turned.shape).astype(x.dtype), kept], axis=-1)
+    return jnp.concatenate([rotate(turned, cos, sin), kept], axis=-1)
+
+
+def _checkpoint_rows(config: ChatGLMConfig) -> tuple[int, ...]:
+    """Of queries, keys and values the checkpoint's rows in our order, in which a pair that turns is (i, i + H / 4).
+
+    In the checkpoint it is (2i, 2i + 1). Queries and keys change alike, so their scores stay.
+    """
+    head_dim, num_turned = config.head_dim, config.num_attention_heads + config.num_key_value_heads
+    turned = np.arange(head_dim // 2).reshape(-1, 2).T.reshape(-1)  # even rows, then odd ones
+    head = np.concatenate([turned, np.arange(head_dim // 2, head_dim)])
+    rows = np.arange(config.qkv_size).reshape(-1, head_dim)
+    rows[:num_turned] = rows[:num_turned, head]
+    return tuple(rows.reshape(-1).tolist())
 
 
 class SelfAttention(nnx.Module):
@@ -127,7 +142,8 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: ChatGLMConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.config = config
         hidden, linear = config.hidden_size, functools.partial(Linear, dtype=dtype, rngs=rngs)
-        self.query_key_value = linear(hidden, config.qkv_size, use_bias=config.add_qkv_bias)
+        rows = _checkpoint_rows(config)
+        self.query_key_value = linear(hidden, config.qkv_size, use_bias=config.add_qkv_bias, rows=rows)
         self.dense = linear(config.query_size, hidden)
 
     def __call__(

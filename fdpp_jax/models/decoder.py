@@ -383,7 +383,7 @@ class CausalLM(nnx.Module):
             return LayerCache(*step.arrays(layer), step.slots, rotation)
 
         result: Any = fused.first(step.settle(layers[0].input_norm(hidden)), weights[0], cache(0))
-        head = HeadWeights(self.final_norm.weight[...], self.head_weight) if plan.fuses_head else None
+        head = self._head_weights if plan.fuses_head else None
         for i in range(len(layers)):
             step.replace(i, result.keys, result.values)
             query = result.query[:, None]  # [B, 1, N, H]
@@ -392,6 +392,11 @@ class CausalLM(nnx.Module):
             following, next_cache = (head, None) if is_last else (weights[i + 1], cache(i + 1))
             hidden, result = fused.after_attention(attended, hidden, weights[i], following, next_cache)
         return self.head(self.final_norm(hidden)) if result is None else result
+
+    @property
+    def _head_weights(self) -> HeadWeights:
+        norm = self.final_norm
+        return HeadWeights(norm.weight[...], self.head_weight, norm.bias[...] if isinstance(norm, LayerNorm) else None)
 
     def _causal_attend(
         self,

@@ -23,7 +23,7 @@ from fdpp_jax.models.layers import Embedding, RMSNorm
 from fdpp_jax.models.llama import MLP, Attention
 from fdpp_jax.models.rotary import rope_problems, rotation_at, stored_frequencies
 from fdpp_jax.plans.calls import LayerWeights
-from fdpp_jax.plans.shapes import LayerShape, LayerSpec, MatmulImplementation, Norm
+from fdpp_jax.plans.shapes import LayerSpec, MatmulImplementation, Norm
 from fdpp_jax.unified_max import UnifiedMax, window
 
 # What transformers assumes where config.json is silent.
@@ -93,12 +93,8 @@ class Gemma2Config(LlamaConfig):
             norm=Norm("rms", self.rms_norm_eps, gain_offset=1.0),
             norms_products=True,
             activation="gelu_tanh",
+            logits_soft_cap=self.final_logit_softcapping,
         )
-
-    def layer_shape(self, batch: int, dtype: jax.typing.DTypeLike) -> LayerShape:
-        shape = super().layer_shape(batch, dtype)
-        # A fused head is one product, and knows no cap.
-        return shape if self.final_logit_softcapping is None else dataclasses.replace(shape, vocab_size=0)
 
     def uncalibrated_softmax(self, dtype: str) -> tuple[UnifiedMax | None, str]:
         cap, keys = self.attn_logit_softcapping, self.max_position_embeddings

@@ -46,6 +46,7 @@ class Linear(nnx.Module):
       out_size: Columns of the result, rows of the weight.
       use_bias: Whether there is a bias [out].
       parts: Where a checkpoint has several linear maps of x: the name and the rows of each, in our order.
+      rows: [out], the row in the checkpoint of each of ours, where their order is another.
       dtype: Of the parameters.
       rngs: Source of the random initial weights.
     """
@@ -57,10 +58,11 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         parts: tuple[tuple[str, int], ...] = (),
+        rows: tuple[int, ...] | None = None,
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.parts = parts
+        self.parts, self.rows = parts, rows
         self.weight = nnx.Param(_normal(rngs, (out_size, in_size), dtype))
         self.bias = nnx.Param(jnp.zeros(out_size, dtype)) if use_bias else None
 

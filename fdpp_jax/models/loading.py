@@ -94,7 +94,11 @@ def load(
         update = stack.enter_context(bar(title, len(parameters), is_shown=progress))
         for done, (name, parameter) in enumerate(parameters, start=1):
             parts = [stored[source].read() for source in sources[name]]
-            parameter.set_value(_fuse(parts, jnp.dtype(dtype)).block_until_ready())
+            module = modules[name.rpartition(".")[0]]
+            fused = _fuse(parts, jnp.dtype(dtype))
+            if isinstance(module, Linear) and module.rows is not None:
+                fused = fused[np.asarray(module.rows)]
+            parameter.set_value(fused.block_until_ready())
             update(done=done)
     model.checkpoint = directory.absolute()
     return model

@@ -88,26 +88,23 @@ def matmul(
     return out.reshape(*x.shape[:-1], w.shape[w_order.index("n")])
 
 
-def layer_state(shape: LayerShape, plan: LayerPlan) -> jax.Array:
-    """What the launches of one decode step hand on from one to the next: counters, at zero."""
-    depth = max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size)
-    return fused_layer.counters_for(depth, plan.config)
+def layer_state(shape: LayerShape, plan: LayerPlan) -> fused_layer.Handover:
+    """What the launches of one decode step hand on from one to the next, at its start."""
+    return fused_layer.handover(shape, plan.config)
 
 
 def first_layer(
     x: jax.Array,
     weights: LayerWeights,
     cache: LayerCache,
-    state: jax.Array,
+    state: fused_layer.Handover,
     spec: LayerSpec,
     plan: LayerPlan,
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[NextAttention, jax.Array]:
+) -> tuple[NextAttention, fused_layer.Handover]:
     """The first layer up to its attention, of x [B, D] behind its norm; and the state."""
-    return fused_layer.fused_qkv(
-        x, weights.qkv, weights.qkv_bias, cache, state, spec=spec, config=plan.config, interpret=interpret
-    )
+    return fused_layer.fused_qkv(x, weights, cache, state, spec=spec, config=plan.config, interpret=interpret)
 
 
 def layer(
@@ -116,21 +113,13 @@ def layer(
     weights: LayerWeights,
     following: LayerWeights | HeadWeights | None,
     cache: LayerCache | None,
-    state: jax.Array,
+    state: fused_layer.Handover,
     spec: LayerSpec,
     plan: LayerPlan,
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[jax.Array, NextAttention | jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, NextAttention | jax.Array | None, fused_layer.Handover]:
     """A layer after its attention, up to what follows: the next layer's attention, the logits, or nothing."""
-    next_norm, next_qkv, next_bias, head = None, None, None, None
-    if isinstance(following, LayerWeights):
-        next_norm, next_qkv, next_bias = following.input_norm, following.qkv, following.qkv_bias
-    elif following is not None:
-        next_norm, head = following
-    between = fused_layer.BetweenWeights(
-        weights.o, weights.mlp_norm, weights.mlp_in, weights.mlp_out, next_norm, next_qkv, next_bias, head
-    )
     return fused_layer.fused_layer(
-        attended, hidden, between, cache, state, spec=spec, config=plan.config, interpret=interpret
+        attended, hidden, weights, following, cache, state, spec=spec, config=plan.config, interpret=interpret
     )

@@ -144,10 +144,11 @@ class LayerWeights(NamedTuple):
 
 
 class HeadWeights(NamedTuple):
-    """What follows the last layer: the final norm [D], and the head [V, D]."""
+    """What follows the last layer: the final norm [D], the head [V, D], and of a layer norm its bias [D]."""
 
     norm: jax.Array
     weight: jax.Array
+    norm_bias: jax.Array | None = None
 
 
 class LayerCache(NamedTuple):

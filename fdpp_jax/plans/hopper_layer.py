@@ -9,7 +9,7 @@ from fdpp_jax.plans import hopper
 from fdpp_jax.plans.backend import LayerPlan, Op
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import SMEM_RESERVE, with_stages_that_fit
-from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Rotation, round_up
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, round_up
 
 # Limits of the kernel.
 UNIT_WIDTH = 32  # columns of a result that one CTA finishes, half the rows of wgmma's large operand
@@ -24,9 +24,21 @@ _X_TILES = 6  # of the ring of x
 _X_BYTES = 64 * 1024
 
 
+def rows_behind_norm(spec: LayerSpec, batch: int) -> int:
+    """Rows of a product's x behind a norm, by the kind of the norm (`pallas.fused_layer.norms`)."""
+    if spec.norms_products:
+        return 2 * batch
+    return batch + 2 if spec.norm.kind == "layer" else batch
+
+
+def inner_width(spec: LayerSpec) -> int:
+    """Columns of the MLP that a unit makes: without a gate its partner columns are some, too."""
+    return UNIT_WIDTH if spec.is_gated else 2 * UNIT_WIDTH
+
+
 def padded_rows(shape: LayerShape) -> int:
-    """Rows of the products: the batch, padded to a multiple of 8."""
-    return round_up(shape.batch, 8)
+    """Rows of the products, padded to a multiple of 8."""
+    return round_up(rows_behind_norm(shape.spec, shape.batch), 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +82,12 @@ def refuse(shape: LayerShape, device: Device, algorithm: str | None = "fused") -
         return f"the fused layer takes bfloat16, got {shape.dtype}"
     if not 1 <= shape.batch <= MAX_ROWS:
         return f"1 to {MAX_ROWS} rows are faster fused, more in a launch for each product, got B = {shape.batch}"
-    if shape.head_dim % (2 * UNIT_WIDTH):
-        return f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}"
+    num_rotated = 0.0 if shape.spec.rotation is None else shape.head_dim * shape.spec.rotation.share
+    if shape.head_dim % (2 * UNIT_WIDTH) or num_rotated % (2 * UNIT_WIDTH):
+        turned = "" if num_rotated == shape.head_dim else f", of which {num_rotated:g} rotate"
+        return (
+            f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}{turned}"
+        )
     sizes = shape.hidden_size, shape.intermediate_size
     if any(size % _SWIZZLE_COLUMNS for size in sizes):
         return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
@@ -84,27 +100,15 @@ def refuse(shape: LayerShape, device: Device, algorithm: str | None = "fused") -
 
 def refuse_spec(spec: LayerSpec) -> str | None:
     """Why the kernel does not compute such a layer whatever its sizes, or None if it does."""
-    if spec.norms_products:
-        gelu = ", and no GELU" if spec.activation == "gelu_tanh" else ""
-        return f"the fused layer knows no norms after a product{gelu}"
-    if spec.norm.kind != "rms" or spec.norm.gain_offset:
-        return "the fused layer is that of LLaMA: its norms are RMSNorm, with the weights as gains"
-    if spec.activation != "silu" or not spec.is_gated:
-        got = f"{spec.activation}, {'gated' if spec.is_gated else 'not gated'}"
-        return f"the fused layer is that of LLaMA: its MLP is a gated SiLU, got {got}"
-    if spec.rotation != Rotation():
-        return "the fused layer is that of LLaMA: it turns whole heads, one half with the other"
-    if spec.has_o_bias or spec.has_mlp_bias:
-        return "the fused layer adds biases to queries, keys and values only"
-    if spec.norms_queries_and_keys:
-        return "the fused layer does not normalise queries and keys"
+    if spec.norms_products and spec.norm.kind != "rms":
+        return f"the fused layer normalises products by RMSNorm only, got a {spec.norm.kind} norm"
     return None
 
 
 def fused_layer_config(shape: LayerShape, device: Device) -> FusedLayerConfig:
     """Tiles by rule: as deep a ring as shared memory holds, up to what a wait for the grid lasts."""
     # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
-    num_ctas = min(device.num_sms, shape.intermediate_size // UNIT_WIDTH)
+    num_ctas = min(device.num_sms, shape.intermediate_size // inner_width(shape.spec))
     rows = padded_rows(shape)
     num_x_tiles = 2 if rows == 8 else 1
     num_x_stages = min(_X_TILES, _X_BYTES // (2 * rows * _BLOCK_K)) // num_x_tiles
@@ -120,7 +124,7 @@ def _config(shape: LayerShape, device: Device, algorithm: str) -> FusedLayerConf
 def _plan(shape: LayerShape, device: Device, why: str) -> LayerPlan:
     del why  # it is the first choice wherever it runs
     config = fused_layer_config(shape, device)
-    fuses_head = shape.vocab_size > 0 and shape.vocab_size % (2 * UNIT_WIDTH) == 0
+    fuses_head = shape.vocab_size > 0 and shape.vocab_size % UNIT_WIDTH == 0
     reason = f"one stream of weights through {config.num_ctas} CTAs, which wait for each other in memory"
     return LayerPlan(hopper.NAME, "fused", config, reason, fuses_head, overlaps_attention=True)
 

@@ -140,14 +140,12 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Rotary embedding of queries and keys.
+    """Rotary embedding of queries and keys: elements i and i + R / 2 of a head turn together.
 
     Attributes:
-      pairs: Which elements of a head turn together: "halves" (i, i + R / 2), or "neighbours" (2i, 2i + 1).
-      share: R / H, the share of the head dim that turns; the rest stays as it is.
+      share: R / H, the share of the head dim that turns, its first elements; the rest stays as it is.
     """
 
-    pairs: Literal["halves", "neighbours"] = "halves"
     share: float = 1.0
 
 
@@ -169,6 +167,7 @@ class LayerSpec:
       has_o_bias: Whether attention's output projection has one.
       has_mlp_bias: Whether both products of the MLP have them.
       rotation: Of queries and keys; None: positions are added to the embedding.
+      logits_soft_cap: Logits become cap * tanh(logits / cap); None: they stay.
     """
 
     norm: Norm = Norm()
@@ -180,6 +179,7 @@ class LayerSpec:
     has_o_bias: bool = False
     has_mlp_bias: bool = False
     rotation: Rotation | None = Rotation()
+    logits_soft_cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,8 +87,8 @@ FAMILIES = {
     "qwen2": LlamaConfig(**SIZES, qkv_bias=True),
     "qwen3": LlamaConfig(**SIZES, qk_norm=True),
     "gemma2": Gemma2Config(**SIZES, tie_word_embeddings=True),
-    "chatglm": ChatGLMConfig(**SIZES),
-    "opt": OPTConfig(**SIZES | dict(num_key_value_heads=2)),
+    "chatglm": ChatGLMConfig(**SIZES | dict(head_dim=128)),
+    "opt": OPTConfig(**SIZES | dict(hidden_size=128, num_key_value_heads=2)),
 }
 LAYERS = {name: config.layer_shape(2, jnp.bfloat16) for name, config in FAMILIES.items()}
 FUSED = [case for case in backend_case.taken("layer", LAYERS) if any(case.values[0].layer.configs.values())]
@@ -152,7 +152,16 @@ def test_a_familys_weights_are_those_of_its_spec(name):
 @pytest.mark.parametrize("softmax", [None, UnifiedMax(0.0), UnifiedMax.bound()])
 @pytest.mark.parametrize(
     ("name", "vocab_size"),
-    [("llama-2-7b", 512), ("llama-3.2-1b", 512), ("mistral-7b-v0.1", 528), ("qwen2.5-0.5b", 512)],
+    [
+        ("llama-2-7b", 512),
+        ("llama-3.2-1b", 512),
+        ("mistral-7b-v0.1", 528),
+        ("qwen2.5-0.5b", 512),
+        ("qwen3-8b", 512),
+        ("gemma-2-9b", 512),
+        ("chatglm2-6b", 512),
+        ("opt-6.7b", 544),  # a multiple of 32 alone
+    ],
 )
 def test_decodes_like_xla(name, vocab_size, softmax):
     config = dataclasses.replace(PRESETS[name], num_hidden_layers=3, vocab_size=vocab_size)
@@ -187,9 +196,10 @@ def test_decodes_like_xla(name, vocab_size, softmax):
         ("llama-2-70b", "fused", "one stream of weights"),
         ("mistral-7b-v0.1", "fused", "one stream of weights"),
         ("qwen2.5-7b", "fused", "one stream of weights"),
-        ("qwen3-8b", "unfused", "normalise"),
-        ("gemma-2-9b", "unfused", "no GELU"),
-        ("opt-6.7b", "unfused", "that of LLaMA"),
+        ("qwen3-8b", "fused", "one stream of weights"),
+        ("gemma-2-9b", "fused", "one stream of weights"),
+        ("chatglm2-6b", "fused", "one stream of weights"),
+        ("opt-6.7b", "fused", "one stream of weights"),
     ],
 )
 def test_plans_say_why(name, implementation, why):

@@ -1,5 +1,5 @@
 """All matmuls between two attentions in one launch; `kernel` has the algorithm, the other files its roles."""
 
-from fdpp_jax.pallas.fused_layer.kernel import BetweenWeights, counters_for, fused_layer, fused_qkv
+from fdpp_jax.pallas.fused_layer.kernel import Handover, fused_layer, fused_qkv, handover
 
-__all__ = ["BetweenWeights", "counters_for", "fused_layer", "fused_qkv"]
+__all__ = ["Handover", "fused_layer", "fused_qkv", "handover"]

@@ -3,9 +3,11 @@
 Four products follow each other. Each needs the whole result of the one before, and ends in an epilogue:
 
     hidden += attended @ o^T
-    inner = activation(gate) * up,   gate, up = norm(hidden) @ gate_up^T
-    hidden += inner @ down^T
+    inner = activation(gate) * up,   gate, up = norm(hidden) @ mlp_in^T
+    hidden += inner @ mlp_out^T
     query, key, value = norm(hidden) @ qkv^T; query and key are rotated, key and value go to their slots of the cache
+
+A `LayerSpec` says what else there is: biases, other norms and activations, no gate, norms of products or of heads.
 
 Behind the last layer the fourth product is logits = norm(hidden) @ head^T. Before the first attention the product of
 queries, keys and values runs alone (`fused_qkv`).
@@ -23,13 +25,14 @@ four warpgroups run independently of each other:
   counts queue behind the loads of weights, so this takes longer than a tile's product. Meanwhile the products of the
   next unit go on.
 
-The norm needs no pass of its own. The CTA that finishes columns of hidden also stores them times the norm's gain, and
-their sum of squares. 1 / rms is one factor per row, which the next product applies to its result.
+Norms need no pass of their own (`norms`). The CTA that finishes columns of hidden also stores them times the norm's
+gain, and their sum of squares. 1 / rms is one factor per row, which the next product applies to its result.
 
 Source: FlashDecoding++ (arXiv 2311.01282), section 4 (flat GEMM with double buffering), across products.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -38,45 +41,51 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fdpp_jax.pallas.fused_layer.norms import added_up, kind_of
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Step
 from fdpp_jax.pallas.fused_layer.products import Products
-from fdpp_jax.pallas.fused_layer.refs import NUM_HELPER_ROWS, NUM_RESULT_ROWS, GlobalRefs, SharedRefs
+from fdpp_jax.pallas.fused_layer.refs import NUM_COUNTER_ROWS, GlobalRefs, SharedRefs
 from fdpp_jax.pallas.fused_layer.results import Results
 from fdpp_jax.pallas.parts import grid_sync, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT, WIDTH
-from fdpp_jax.plans.calls import LayerCache, NextAttention
-from fdpp_jax.plans.hopper_layer import FusedLayerConfig, refuse_spec
+from fdpp_jax.plans.calls import HeadWeights, LayerCache, LayerWeights, NextAttention
+from fdpp_jax.plans.hopper_layer import FusedLayerConfig, refuse_spec, rows_behind_norm
 from fdpp_jax.plans.manual_axes import vary_as_operands
-from fdpp_jax.plans.shapes import LayerSpec, cdiv, round_up
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, cdiv, round_up
 
 
-class BetweenWeights(NamedTuple):
-    """The weights between two attentions, bfloat16; matrices are [out, in].
+class Handover(NamedTuple):
+    """What one launch leaves for the next, besides the residual stream and the cache.
 
     Attributes:
-      o: [D, N * H].
-      post_norm: [D], of the norm before the MLP.
-      gate_up: [2 * F, D].
-      down: [D, F].
-      next_norm: [D], of the norm before next_qkv or head; None without both.
-      next_qkv: [(N + 2 K) * H, D], of the next layer; None after the last layer.
-      next_bias: [(N + 2 K) * H], of the next layer's queries, keys and values; None without.
-      head: [V, D], V a multiple of 64; after the last layer only, and optional there.
+      counters: The grid's.
+      added: [B, D] bfloat16, what has yet to be added to the residual stream; None unless products are normed.
+      sums: [kinds, sums, rows] float32, by which it has to be normed; None as added.
     """
 
-    o: jax.Array
-    post_norm: jax.Array
-    gate_up: jax.Array
-    down: jax.Array
-    next_norm: jax.Array | None = None
-    next_qkv: jax.Array | None = None
-    next_bias: jax.Array | None = None
-    head: jax.Array | None = None
+    counters: jax.Array
+    added: jax.Array | None = None
+    sums: jax.Array | None = None
 
 
-def counters_for(max_depth: int, config: FusedLayerConfig) -> jax.Array:
-    """The grid's counters at zero, for products with up to max_depth columns of x."""
-    return grid_sync.counters(NUM_RESULT_ROWS + NUM_HELPER_ROWS, max(cdiv(max_depth, config.chunk), config.num_ctas))
+def handover(shape: LayerShape, config: FusedLayerConfig) -> Handover:
+    """That of the first launch: counters at zero, and nothing to be added."""
+    depth = max(shape.num_query_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size)
+    num_heads = shape.num_query_heads + 2 * shape.num_kv_heads
+    num_counters = max(cdiv(depth, config.chunk), config.num_ctas, num_heads)
+    counters = grid_sync.counters(NUM_COUNTER_ROWS, num_counters)
+    if not shape.spec.norms_products:
+        return Handover(counters)
+    sums = _sums(shape.spec, shape.batch, shape.hidden_size)
+    return Handover(
+        counters, jnp.zeros((shape.batch, shape.hidden_size), jnp.bfloat16), jnp.zeros(sums.shape, sums.dtype)
+    )
+
+
+def _sums(spec: LayerSpec, batch: int, hidden_size: int) -> jax.ShapeDtypeStruct:
+    """Of the sums that a join leaves."""
+    num_sums = round_up(2 * hidden_size // WIDTH, HEIGHT)
+    return jax.ShapeDtypeStruct((kind_of(spec).num_sums, num_sums, round_up(batch, 8)), jnp.float32)
 
 
 # Jitted so that all layers of a model share one trace and one lowering.
@@ -85,30 +94,33 @@ def counters_for(max_depth: int, config: FusedLayerConfig) -> jax.Array:
 def fused_layer(
     attended: jax.Array,
     hidden: jax.Array,
-    weights: BetweenWeights,
+    weights: LayerWeights,
+    following: LayerWeights | HeadWeights | None,
     cache: LayerCache | None,
-    counters: jax.Array,
+    before: Handover,
     *,
     spec: LayerSpec,
     config: FusedLayerConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[jax.Array, NextAttention | jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, NextAttention | jax.Array | None, Handover]:
     """A layer after its attention, and the next layer up to its own.
 
     Args:
       attended: [B, N, H] bfloat16, attention's output.
       hidden: [B, D] bfloat16, the residual stream before the layer.
-      weights: Of this layer and the next.
+      weights: Of this layer, bfloat16.
+      following: Of the next layer; after the last one of the head, V a multiple of 32, or None without one.
       cache: Of the next layer, bfloat16; its keys and values are donated. None after the last layer.
-      counters: counters_for(max(N * H, D, F), config), then the counters that the last launch returned.
+      before: What the launch before left.
       spec: What the layer computes.
       config: Tiles and stages.
       interpret: Runs the kernel interpreted on the CPU, one launch per step, since the interpreter runs one CTA after
         the other.
 
     Returns:
-      hidden [B, D] after the layer; what the next layer's attention reads, or after the last layer logits [B, V]
-      float32, or None without a head; and counters.
+      hidden [B, D] after the layer, as the next launch wants it (see `Handover.added`); what the next layer's attention
+      reads, or after the last layer logits [B, V] float32, or None without a head; and what is left for the next
+      launch. Without anything that follows, hidden is the whole residual stream.
 
     Raises:
       NotImplementedError: The kernel does not compute such a layer.
@@ -116,9 +128,10 @@ def fused_layer(
     if refusal := refuse_spec(spec):
         raise NotImplementedError(refusal)
     batch, num_heads, head_dim = attended.shape
-    hidden_size, inner_size = hidden.shape[1], weights.down.shape[1]
+    hidden_size, inner_size = hidden.shape[1], weights.mlp_out.shape[1]
+    is_last = not isinstance(following, LayerWeights)
     facts = LayerFacts(
-        num_rows=round_up(batch, 8),
+        batch=batch,
         num_heads=num_heads,
         num_kv_heads=0 if cache is None else cache.keys.shape[2],
         head_dim=head_dim,
@@ -127,52 +140,61 @@ def fused_layer(
         spec=spec,
         config=config,
         is_interpreted=interpret is not None,
-        vocab_size=0 if weights.head is None else weights.head.shape[0],
+        vocab_size=following.weight.shape[0] if isinstance(following, HeadWeights) else 0,
     )
-    inputs: dict[str, jax.Array] = dict(attended=_loadable(attended.reshape(batch, -1)), hidden=hidden)
-    inputs |= {name: weight for name, weight in weights._asdict().items() if weight is not None}
+    inputs: dict[str, jax.Array | None] = dict(attended=_loadable(attended.reshape(batch, -1)), hidden=hidden)
+    inputs |= dict(added=before.added, sums=before.sums)
+    inputs |= {name: x for name, x in weights._asdict().items() if name.startswith(("o", "mlp"))}
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    x = rows((ring.loadable_rows(batch), hidden_size))
-    squares = jax.ShapeDtypeStruct((round_up(2 * hidden_size // WIDTH, HEIGHT), facts.num_rows), jnp.float32)
-    outputs: dict[str, jax.ShapeDtypeStruct] = dict(
-        middle=rows(hidden.shape), scaled_middle=x, middle_squares=squares,
-        inner=rows((x.shape[0], inner_size)), last=rows(hidden.shape),
+    scaled = rows((ring.loadable_rows(rows_behind_norm(spec, batch)), hidden_size))
+    sums, added = _sums(spec, batch, hidden_size), rows(hidden.shape) if spec.norms_products else None
+    outputs: dict[str, jax.ShapeDtypeStruct | None] = dict(
+        middle=rows(hidden.shape), scaled_middle=scaled, middle_sums=sums, added_middle=added,
+        inner=rows((ring.loadable_rows(batch), inner_size)), last=rows(hidden.shape), added_last=added,
     )  # fmt: skip
-    if weights.next_norm is not None:
-        outputs |= dict(scaled_last=x, last_squares=squares)
-    if weights.head is not None:
-        outputs["logits"] = jax.ShapeDtypeStruct((batch, facts.vocab_size), jnp.float32)
-    results, following = _run(facts, inputs, outputs, cache, counters, interpret)
-    return results["last"], results.get("logits") if following is None else following, results["counters"]
+    if following is not None or spec.norms_products:
+        outputs["last_sums"] = sums
+    match following:
+        case LayerWeights():
+            inputs |= _projections(following)
+            inputs |= dict(next_norm=following.input_norm, next_norm_bias=following.input_norm_bias)
+            outputs["scaled_last"] = scaled
+        case HeadWeights():
+            inputs |= dict(next_norm=following.norm, next_norm_bias=following.norm_bias, head=following.weight)
+            outputs |= dict(scaled_last=scaled, logits=jax.ShapeDtypeStruct((batch, facts.vocab_size), jnp.float32))
+    results, attention = _run(facts, inputs, outputs, cache, before.counters, interpret)
+    hidden, left = results["last"], results.get("added_last")
+    if following is None and left is not None:
+        hidden = added_up(hidden, left, results["last_sums"], spec.norm.eps)
+    after = Handover(results["counters"], left, None if left is None else results["last_sums"])
+    return hidden, results.get("logits") if is_last else attention, after
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config", "interpret"))
 @vary_as_operands
 def fused_qkv(
     x: jax.Array,
-    qkv: jax.Array,
-    bias: jax.Array | None,
+    weights: LayerWeights,
     cache: LayerCache,
-    counters: jax.Array,
+    before: Handover,
     *,
     spec: LayerSpec,
     config: FusedLayerConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[NextAttention, jax.Array]:
+) -> tuple[NextAttention, Handover]:
     """The first layer up to its attention.
 
     Args:
       x: [B, D] bfloat16, after the layer's first norm.
-      qkv: [(N + 2 K) * H, D] bfloat16.
-      bias: [(N + 2 K) * H] bfloat16, if there is one.
+      weights: Of the first layer, bfloat16.
       cache: Of the first layer, as in `fused_layer`.
-      counters: As in `fused_layer`, which gets the ones returned.
+      before: `handover(shape, config)`.
       spec: What the layer computes.
       config: Tiles and stages.
       interpret: Runs the kernel interpreted on the CPU.
 
     Returns:
-      What the layer's attention reads, and counters.
+      What the layer's attention reads, and what is left for the next launch.
 
     Raises:
       NotImplementedError: The kernel does not compute such a layer.
@@ -181,8 +203,8 @@ def fused_qkv(
         raise NotImplementedError(refusal)
     num_kv_heads, head_dim = cache.keys.shape[2:]
     facts = LayerFacts(
-        num_rows=round_up(x.shape[0], 8),
-        num_heads=qkv.shape[0] // head_dim - 2 * num_kv_heads,
+        batch=x.shape[0],
+        num_heads=weights.qkv.shape[0] // head_dim - 2 * num_kv_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         hidden_size=x.shape[1],
@@ -192,10 +214,15 @@ def fused_qkv(
         is_interpreted=interpret is not None,
         is_first=True,
     )
-    inputs = dict(scaled_last=_loadable(x), next_qkv=qkv) | ({} if bias is None else dict(next_bias=bias))
-    results, following = _run(facts, inputs, {}, cache, counters, interpret)
-    assert following is not None
-    return following, results["counters"]
+    inputs = dict(scaled_last=_loadable(x)) | _projections(weights)
+    results, attention = _run(facts, inputs, {}, cache, before.counters, interpret)
+    assert attention is not None
+    return attention, before._replace(counters=results["counters"])
+
+
+def _projections(weights: LayerWeights) -> dict[str, jax.Array | None]:
+    """Of queries, keys and values."""
+    return dict(qkv=weights.qkv, qkv_bias=weights.qkv_bias, query_norm=weights.query_norm, key_norm=weights.key_norm)
 
 
 def _loadable(x: jax.Array) -> jax.Array:
@@ -205,22 +232,28 @@ def _loadable(x: jax.Array) -> jax.Array:
 
 def _run(
     facts: LayerFacts,
-    inputs: dict[str, jax.Array],
-    outputs: dict[str, jax.ShapeDtypeStruct],
+    maybe_inputs: Mapping[str, jax.Array | None],
+    maybe_outputs: Mapping[str, jax.ShapeDtypeStruct | None],
     cache: LayerCache | None,
     counters: jax.Array,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> tuple[dict[str, jax.Array], NextAttention | None]:
     """The outputs and counters by name, and what the next attention reads, if there is one."""
-    num_ctas, f32 = facts.config.num_ctas, jnp.float32
-    parts = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, HEIGHT * facts.num_rows), f32)
-    outputs, state = outputs | dict(parts=parts), dict(counters=counters)
+    inputs = {name: x for name, x in maybe_inputs.items() if x is not None}
+    outputs = {name: x for name, x in maybe_outputs.items() if x is not None}
+    state, num_ctas, f32 = dict(counters=counters), facts.config.num_ctas, jnp.float32
+    product_size = max(phase.product_size for phase in facts.phases)
+    outputs["parts"] = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, product_size), f32)
     if cache is not None:
         batch, capacity, num_kv_heads, head_dim = cache.keys.shape
         outputs["query"] = jax.ShapeDtypeStruct((batch, facts.num_heads * head_dim), jnp.bfloat16)
         rows = jnp.where(cache.slots < capacity, jnp.arange(batch) * capacity + cache.slots, batch * capacity)
-        assert cache.rotation is not None
-        inputs = inputs | dict(cache_rows=rows.astype(jnp.int32), rotation=cache.rotation)
+        inputs["cache_rows"] = rows.astype(jnp.int32)
+        if cache.rotation is not None:
+            inputs["rotation"] = cache.rotation
+        if facts.spec.norms_queries_and_keys:
+            num_sums = 2 * facts.units_per_head * (facts.num_heads + 2 * num_kv_heads)
+            outputs["head_sums"] = jax.ShapeDtypeStruct((num_sums, facts.num_rows), f32)
         flat = batch * capacity, num_kv_heads * head_dim
         state |= dict(keys=cache.keys.reshape(flat), values=cache.values.reshape(flat))
     refs = {name: jax.new_ref(x) for name, x in state.items()}  # updated in place
@@ -228,7 +261,9 @@ def _run(
         results = _launch(facts, facts.steps, inputs, refs, outputs, interpret)
     else:  # memory that nobody has written is NaN
         made = {name: jax.new_ref(jnp.full(x.shape, jnp.nan, x.dtype)) for name, x in outputs.items()}
-        for step in facts.steps:
+        # Where heads are normalised, the second run of their step finds the sums of all units.
+        is_again = facts.spec.norms_queries_and_keys and cache is not None
+        for step in (*facts.steps, *facts.steps[-1:] * is_again):
             _launch(facts, (step,), inputs, refs | made, {}, interpret)
         results = {name: jax.freeze(ref) for name, ref in made.items()}
     results |= {name: jax.freeze(ref) for name, ref in refs.items()}
@@ -248,7 +283,8 @@ def _launch(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> dict[str, jax.Array]:
     """One launch; inputs, refs and outputs are named as in `GlobalRefs`."""
-    config, num_rows, bf16, f32 = facts.config, facts.num_rows, jnp.bfloat16, jnp.float32
+    config, bf16, f32 = facts.config, jnp.bfloat16, jnp.float32
+    num_rows = max(phase.num_rows for phase in facts.phases)
     transforms = ring.tile_transforms(config.block_k)
     operands: dict[str, jax.Array | jax.Ref] = inputs | refs
     barriers = dict(
@@ -275,7 +311,7 @@ def _launch(
         scratch_types=dict(
             w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
             x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
-            y=plgpu.SMEM((HEIGHT * num_rows,), f32),
+            y=plgpu.SMEM((max(phase.product_size for phase in facts.phases),), f32),
             seen=plgpu.SMEM((1,), jnp.int32),
             **barriers,
         ),

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdpp_jax.pallas.parts import ring
-from fdpp_jax.plans.hopper_layer import UNIT_WIDTH, FusedLayerConfig
-from fdpp_jax.plans.shapes import LayerSpec, cdiv
+from fdpp_jax.plans.hopper_layer import UNIT_WIDTH, FusedLayerConfig, inner_width, rows_behind_norm
+from fdpp_jax.plans.shapes import LayerSpec, cdiv, round_up
 
 # A nearly full round stays whole, since splitting has a cost, too:
 # docs/experiments/fused_layer.md#what-each-change-gave
@@ -33,18 +33,26 @@ class Phase:
       name: Of its weights.
       depth: Columns of x.
       num_units: Units of its columns. Partner columns are up's for gate's, the other half of the head for queries, keys
-        and values (they rotate together), and the neighbours for logits; products that join the residual stream have
-        none.
+        and values that rotate together, and else the neighbours; products that join the residual stream have none.
+      num_rows: Rows of x, padded to a multiple of 8.
+      part_width: Columns of x that a unit of the product before makes.
     """
 
-    name: Literal["o", "gate_up", "down", "qkv", "head"]
+    name: Literal["o", "mlp_in", "mlp_out", "qkv", "head"]
     depth: int
     num_units: int
+    num_rows: int
+    part_width: int = UNIT_WIDTH
 
     @property
     def is_residual(self) -> bool:
         """Whether the result joins the residual stream."""
-        return self.name in ("o", "down")
+        return self.name in ("o", "mlp_out")
+
+    @property
+    def product_size(self) -> int:
+        """Elements of a unit's product, with its partner columns."""
+        return 2 * UNIT_WIDTH * self.num_rows
 
     @property
     def num_blocks(self) -> int:
@@ -74,7 +82,7 @@ class LayerFacts:
     """Static facts of a launch.
 
     Attributes:
-      num_rows: B, padded to a multiple of 8.
+      batch: Rows of the residual stream, B.
       num_heads: N.
       num_kv_heads: K; 0 if no layer follows.
       head_dim: H.
@@ -87,7 +95,7 @@ class LayerFacts:
       is_first: Whether the launch computes the first layer's queries, keys and values only.
     """
 
-    num_rows: int
+    batch: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -99,22 +107,45 @@ class LayerFacts:
     vocab_size: int = 0
     is_first: bool = False
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of results: B, padded to a multiple of 8."""
+        return round_up(self.batch, 8)
+
+    @property
+    def num_normed_rows(self) -> int:
+        """Rows of x in a product behind a norm, padded to a multiple of 8. The first layer's x is normed in full."""
+        return self.num_rows if self.is_first else round_up(rows_behind_norm(self.spec, self.batch), 8)
+
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
         """The products in their order."""
+        hidden, inner, pair = self.hidden_size, self.inner_size, 2 * UNIT_WIDTH
+        rows, normed_rows = self.num_rows, self.num_normed_rows
         phases = []
         if not self.is_first:
+            width = inner_width(self.spec)
             phases += [
-                Phase("o", self.num_heads * self.head_dim, self.hidden_size // UNIT_WIDTH),
-                Phase("gate_up", self.hidden_size, self.inner_size // UNIT_WIDTH),
-                Phase("down", self.inner_size, self.hidden_size // UNIT_WIDTH),
+                Phase("o", self.num_heads * self.head_dim, hidden // UNIT_WIDTH, rows),
+                Phase("mlp_in", hidden, inner // width, normed_rows),
+                Phase("mlp_out", inner, hidden // UNIT_WIDTH, rows, part_width=width),
             ]
         if self.num_kv_heads:
             columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-            phases.append(Phase("qkv", self.hidden_size, columns // (2 * UNIT_WIDTH)))
+            phases.append(Phase("qkv", hidden, columns // pair, normed_rows))
         elif self.vocab_size:
-            phases.append(Phase("head", self.hidden_size, self.vocab_size // (2 * UNIT_WIDTH)))
+            phases.append(Phase("head", hidden, cdiv(self.vocab_size, pair), normed_rows))
         return tuple(phases)
+
+    @property
+    def num_rotated(self) -> int:
+        """Columns of a head that rotate: its first ones."""
+        return 0 if self.spec.rotation is None else int(self.head_dim * self.spec.rotation.share)
+
+    @property
+    def units_per_head(self) -> int:
+        """Units of a head's columns."""
+        return self.head_dim // (2 * UNIT_WIDTH)
 
     def num_tiles(self, phase: Phase) -> int:
         """Tiles of weights per unit."""
@@ -185,11 +216,13 @@ class LayerFacts:
         """First of a unit's columns and first of their partners; without partners, the first column twice."""
         if phase.is_residual:
             return unit * UNIT_WIDTH, unit * UNIT_WIDTH
-        if phase.name == "gate_up":
+        if phase.name == "mlp_in" and self.spec.is_gated:
             return unit * UNIT_WIDTH, unit * UNIT_WIDTH + self.inner_size
-        if phase.name == "head":
+        if phase.name != "qkv":
             return 2 * unit * UNIT_WIDTH, 2 * unit * UNIT_WIDTH + UNIT_WIDTH
-        half = self.head_dim // 2
-        units_per_head = jnp.int32(half // UNIT_WIDTH)
-        low = lax.div(unit, units_per_head) * self.head_dim + lax.rem(unit, units_per_head) * UNIT_WIDTH
-        return low, low + half
+        head, place = (f(unit, jnp.int32(self.units_per_head)) for f in (lax.div, lax.rem))
+        first, num_rotated = head * self.head_dim, self.num_rotated
+        rotated, others = first + place * UNIT_WIDTH, first + 2 * place * UNIT_WIDTH
+        is_rotated = 2 * place * UNIT_WIDTH < num_rotated
+        low = jnp.where(is_rotated, rotated, others)
+        return low, low + jnp.where(is_rotated, num_rotated // 2, UNIT_WIDTH)

@@ -69,16 +69,16 @@ class Products:
         self, step: Step, chunk: jax.Array, done: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         """Loads a chunk of x once it is complete. done: chunks loaded before, end of those known to be complete."""
-        facts, config, gmem, smem = self.facts, self.facts.config, self.gmem, self.smem
+        config, gmem, smem = self.facts.config, self.gmem, self.smem
         x, _ = gmem.operands(step.phase)
         chunks_done, complete = done
         slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
         pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
         if self.awaits_grid and step.index > 0:
-            row, num_parts = gmem.result_counters.at[step.index - 1], step.phase.depth // WIDTH
+            row, width = gmem.result_counters.at[step.index - 1], step.phase.part_width
 
             def await_chunk() -> jax.Array:
-                return grid_sync.await_ahead(row, chunk, num_parts, config.chunk // WIDTH, smem.seen)
+                return grid_sync.await_ahead(row, chunk, step.phase.depth // width, config.chunk // width, smem.seen)
 
             # The second block of the last tile may lie beyond K.
             is_awaited = (chunk >= complete) & (chunk * config.chunk < step.phase.depth)
@@ -86,9 +86,13 @@ class Products:
         for i in range(config.num_x_tiles):
             # TMA fills rows and columns beyond the array with zeros. Pallas allows such a box if its start is traced.
             columns = pl.ds(chunk * config.chunk + i * config.block_k, config.block_k)
-            source = x.at[pl.ds(self.cta * 0, facts.num_rows), columns]
-            plgpu.copy_gmem_to_smem(source, smem.x.at[slot, i], smem.x_ready.at[slot])
+            source = x.at[pl.ds(self.cta * 0, step.phase.num_rows), columns]
+            plgpu.copy_gmem_to_smem(source, self._x_tile(step.phase, slot, i), smem.x_ready.at[slot])
         return chunks_done + 1, complete
+
+    def _x_tile(self, phase: Phase, slot: jax.Array, i: jax.Array | int) -> Any:
+        """[rows of the phase, block_k]: tile i of a stage of x, which has room for the phase with most rows."""
+        return self.smem.x.at[slot, i, pl.ds(0, phase.num_rows)]
 
     # Warpgroup 0
 
@@ -109,9 +113,9 @@ class Products:
         @pl.when(num_tiles > 0)
         def _multiply() -> None:
             product = functools.partial(self._product, phase, segment, tiles_done, chunks_done)
-            y = pl.run_scoped(product, *[plgpu.ACC((HEIGHT, facts.num_rows), jnp.float32)] * phase.num_blocks)
+            y = pl.run_scoped(product, *[plgpu.ACC((HEIGHT, phase.num_rows), jnp.float32)] * phase.num_blocks)
             pl.when(products_done > 0)(lambda: plgpu.barrier_wait(smem.y_free))
-            accumulators.leave(y, smem.y, is_interpreted=facts.is_interpreted)
+            accumulators.leave(y, smem.y.at[pl.ds(0, phase.product_size)], is_interpreted=facts.is_interpreted)
             plgpu.barrier_arrive(smem.y_ready)
 
         is_product = (num_tiles > 0).astype(jnp.int32)
@@ -147,7 +151,7 @@ class Products:
                 pl.when((i == 0) | is_first)(functools.partial(plgpu.barrier_wait, smem.x_ready.at[x_slot(block)]))
                 if j == 0:
                     plgpu.barrier_wait(smem.w_ready.at[slot])
-                plgpu.wgmma(acc, smem.w.at[slot], smem.x.at[x_slot(block), i].transpose((1, 0)))
+                plgpu.wgmma(acc, smem.w.at[slot], self._x_tile(phase, x_slot(block), i).transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # the product with the block before is done
                 before = functools.partial(release, block - 1, j == 0, i == 0)
                 pl.when(jnp.logical_not(is_first))(before)

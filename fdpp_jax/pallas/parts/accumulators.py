@@ -82,11 +82,30 @@ def leave(y: jax.Array, target: jax.Ref, *, is_interpreted: bool) -> None:
     emit(target, y)
 
 
-def left(source: jax.Ref, num_rows: int, *, is_partner: bool, is_interpreted: bool) -> jax.Array:
-    """The product [64, num_rows] that `leave` stored in source; if is_partner, with its two halves swapped."""
-    shape = HEIGHT, num_rows
+def left(
+    source: jax.Ref,
+    num_rows: int,
+    *,
+    is_partner: bool,
+    first_row: int = 0,
+    is_repeated: bool = False,
+    is_interpreted: bool,
+) -> jax.Array:
+    """Rows of the product that `leave` stored in source: [64, num_rows].
+
+    Args:
+      source: [64 * rows of the product] float32.
+      num_rows: Rows of the result, a multiple of 8. Those beyond the product's last row mean nothing.
+      is_partner: Whether the two halves of the product's columns are swapped.
+      first_row: Row of the product that is row 0 of the result.
+      is_repeated: Whether all rows of the result are first_row.
+      is_interpreted: Whether the interpreter runs the kernel.
+    """
+    shape, last_row = (HEIGHT, num_rows), source.shape[0] // HEIGHT - 1
     if is_interpreted:
-        return jnp.roll(source[...].reshape(shape), WIDTH if is_partner else 0, axis=0)
+        rows = np.minimum(first_row + np.arange(num_rows) * (not is_repeated), last_row)
+        columns = jnp.roll(source[...].reshape(HEIGHT, -1), WIDTH if is_partner else 0, axis=0)
+        return jnp.stack([columns[:, row] for row in rows], axis=1)
     returned = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=LAYOUT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returned)
@@ -94,13 +113,54 @@ def left(source: jax.Ref, num_rows: int, *, is_partner: bool, is_interpreted: bo
         count = num_rows // 2
         space, address = _address(source)
         how = "relaxed.gpu.global" if space == "global" else space
-        loads = [f"ld.{how}.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in range(count // 2)]
+        if first_row == 0 and not is_repeated:
+            loads = [f"ld.{how}.v2.f32 {{${2 * i}, ${2 * i + 1}}}, [place + {1024 * i}];" for i in range(count // 2)]
+        else:
+            places = _places(num_rows)
+            rows = [f"{first_row}, 0" if is_repeated else f"t2, {first_row + 8 * n + e}" for n, _, e in places]
+            loads = _elsewhere(space, how, places, rows, last_row)
         text = registers.ptx_block(*_place(space, count, other_half=is_partner), *loads)
         types = [ir.F32Type.get()] * count
         elements = mgpu.utils.inline_ptx(text, address, result_types=types, has_side_effects=True)
         return registers.from_elements(elements, shape)
 
     return emit(source)
+
+
+def _elsewhere(space: str, how: str, places: list[tuple[int, int, int]], rows: list[str], last_row: int) -> list[str]:
+    """PTX that loads elements of other rows than a thread's own, given `place`, where its own are.
+
+    Args:
+      space: State space of the addresses.
+      how: That of the loads, with their qualifiers.
+      places: (n, r, e) of each register.
+      rows: PTX operands whose sum is the row of each register; t2 is 2 t.
+      last_row: Row beyond which none is loaded.
+    """
+    bits = 64 if space == "global" else 32
+    lines = [
+        ".reg .b32 t2, row, part;",
+        f".reg .b{bits} start, address;",
+        "and.b32 t2, thread, 3;",
+        # place - 8 t is that of the first of the four threads that share columns.
+        f"mul.{'wide' if bits == 64 else 'lo'}.u32 start, t2, 8;",
+        f"sub.u{bits} start, place, start;",
+        "shl.b32 t2, t2, 1;",
+    ]
+    for i, ((_, r, _), row) in enumerate(zip(places, rows, strict=True)):
+        lines += [
+            f"add.u32 row, {row};",
+            f"min.u32 row, row, {last_row};",
+            # Row 8 n + 2 t + e is 2048 n + 8 t + 4 e bytes away, and 8 t + 4 e is 4 (row mod 8).
+            "and.b32 part, row, 7;",
+            "shl.b32 part, part, 2;",
+            "shr.u32 row, row, 3;",
+            "mad.lo.u32 part, row, 2048, part;",
+            f"cvt.u{bits}.u32 address, part;",
+            f"add.u{bits} address, address, start;",
+            f"ld.{how}.f32 ${i}, [address + {1024 * r}];",
+        ]
+    return lines
 
 
 def discard(source_gmem: jax.Ref, *, is_interpreted: bool) -> None:
@@ -219,13 +279,17 @@ def store(
       target_gmem: [rows, columns] bfloat16, float16 or float32.
       column: [] int32.
       height: WIDTH or HEIGHT.
-      is_interpreted: Whether the interpreter runs the kernel; no column may lie beyond the target then.
+      is_interpreted: Whether the interpreter runs the kernel; all or no columns may lie beyond the target then.
       rows_gmem: [rows of y] int32, the row of the target that each row goes to; beyond the last row it is dropped.
     """
     if is_interpreted:
         part = y[:height].T.astype(target_gmem.dtype)
         if rows_gmem is None:
-            target_gmem[:, pl.ds(column, height)] = part[: target_gmem.shape[0]]
+
+            @pl.when(column < target_gmem.shape[1])
+            def _() -> None:
+                target_gmem[:, pl.ds(column, height)] = part[: target_gmem.shape[0]]
+
             return
         for i in range(rows_gmem.shape[0]):
 
@@ -258,7 +322,7 @@ def store(
         declared, kept, policy = registers.kept_in_l2(rows_gmem is None)  # new keys and values go to memory
         lines = [declared, _TO_FOURS if itemsize == 2 else ""]
         lines += ["add.u32 h, h, $1;", f"mad.wide.u32 base, h, {itemsize}, $0;"]
-        if num_columns % height:  # the last block is ragged, by multiples of 16
+        if num_columns % HEIGHT:  # the last block is ragged, by multiples of 16
             lines.append(f"setp.lt.and.u32 inside, h, {num_columns}, inside;")
         if itemsize == 2:
             for n in range(y.shape[1] // 8):
@@ -304,8 +368,8 @@ def _fours(pack: str, first: int) -> list[str]:
     ]
 
 
-def store_squares(y: jax.Array, sums_gmem: jax.Ref, *, is_interpreted: bool) -> None:
-    """sums_gmem[w, row] = sum of y[h, row]^2 over the h of warp w, for the two warps that hold the first WIDTH.
+def store_sums(y: jax.Array, sums_gmem: jax.Ref, *, is_interpreted: bool) -> None:
+    """sums_gmem[w, row] = sum of y[h, row] over the h of warp w, for the two warps that hold the first WIDTH.
 
     Args:
       y: [64, rows] float32.
@@ -313,8 +377,7 @@ def store_squares(y: jax.Array, sums_gmem: jax.Ref, *, is_interpreted: bool) -> 
       is_interpreted: Whether the interpreter runs the kernel.
     """
     if is_interpreted:
-        squares = y[:WIDTH] * y[:WIDTH]
-        sums_gmem[...] = squares.reshape(2, WIDTH // 2, -1).sum(axis=1)
+        sums_gmem[...] = y[:WIDTH].reshape(2, WIDTH // 2, -1).sum(axis=1)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
@@ -334,7 +397,7 @@ def store_squares(y: jax.Array, sums_gmem: jax.Ref, *, is_interpreted: bool) -> 
             for e in range(2):
                 low, high = (f"${1 + len(elements) + r}" for r in range(2))
                 elements += [by_place[n, r, e] for r in range(2)]
-                lines += [f"mul.f32 sum, {low}, {low};", f"fma.rn.f32 sum, {high}, {high}, sum;"]
+                lines.append(f"add.f32 sum, {low}, {high};")
                 for lanes in (4, 8, 16):
                     lines += [
                         f"shfl.sync.bfly.b32 other, sum, {lanes}, 31, 0xffffffff;",
