@@ -149,18 +149,23 @@ def test_a_familys_weights_are_those_of_its_spec(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("softmax", [None, UnifiedMax(0.0), UnifiedMax.bound()])
 @pytest.mark.parametrize(
-    ("name", "vocab_size"),
+    ("name", "vocab_size", "softmax"),
     [
-        ("llama-2-7b", 512),
-        ("llama-3.2-1b", 512),
-        ("mistral-7b-v0.1", 528),
-        ("qwen2.5-0.5b", 512),
-        ("qwen3-8b", 512),
-        ("gemma-2-9b", 512),
-        ("chatglm2-6b", 512),
-        ("opt-6.7b", 544),  # a multiple of 32 alone
+        *(
+            (name, vocab_size, softmax)
+            for name, vocab_size in (
+                ("llama-2-7b", 512),
+                ("llama-3.2-1b", 512),
+                ("mistral-7b-v0.1", 528),
+                ("qwen2.5-0.5b", 512),
+            )
+            for softmax in (None, UnifiedMax(0.0), UnifiedMax.bound())
+        ),
+        ("qwen3-8b", 512, UnifiedMax(0.0)),
+        ("gemma-2-9b", 512, UnifiedMax(0.0)),
+        ("chatglm2-6b", 512, UnifiedMax.bound()),
+        ("opt-6.7b", 544, None),  # a multiple of 32 alone
     ],
 )
 def test_decodes_like_xla(name, vocab_size, softmax):

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from fdpp_jax import heuristics
 from fdpp_jax.pallas.decode_attention.kernel import attend
 from fdpp_jax.pallas.flat_matmul import flat_matmul
-from fdpp_jax.pallas.fused_layer import BetweenWeights, counters_for, fused_layer, fused_qkv
+from fdpp_jax.pallas.fused_layer import fused_layer, fused_qkv, handover
 from fdpp_jax.pallas.gemv import gemv
-from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, LayerCache, attention_shape
+from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, LayerCache, LayerWeights, attention_shape
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, MatmulShape
 
 INTERPRET = {"lowered": None, "interpreted": plgpu.InterpretGPUParams()}
@@ -68,21 +68,21 @@ def test_matmul(interpret, kernel, rows):
 def test_fused_layer(interpret):
     shape = LayerShape(4, 256, 512, 4, 2, 64)
     config = heuristics.plan_layer(shape, "H200").config
-    weights = BetweenWeights(
+    weights = LayerWeights(
+        input_norm=bf16(4, 256),
+        qkv=bf16(5, 512, 256),
         o=bf16(0, 256, 256),
-        post_norm=bf16(1, 256),
-        gate_up=bf16(2, 1024, 256),
-        down=bf16(3, 256, 512),
-        next_norm=bf16(4, 256),
-        next_qkv=bf16(5, 512, 256),
+        mlp_norm=bf16(1, 256),
+        mlp_in=bf16(2, 1024, 256),
+        mlp_out=bf16(3, 256, 512),
     )
     cache = LayerCache(bf16(6, 8, 32, 2, 64), bf16(7, 8, 32, 2, 64), jnp.zeros(8, jnp.int32), jnp.ones((2, 8, 32)))
     keywords = dict(spec=LayerSpec(), config=config, interpret=INTERPRET[interpret])
 
     def body(attended, hidden, weights, cache):
-        following, counters = fused_qkv(hidden, weights.next_qkv, None, cache, counters_for(512, config), **keywords)
+        following, left = fused_qkv(hidden, weights, cache, handover(shape, config), **keywords)
         cache = cache._replace(keys=following.keys, values=following.values)
-        hidden, following, _ = fused_layer(attended, hidden, weights, cache, counters, **keywords)
+        hidden, following, _ = fused_layer(attended, hidden, weights, weights, cache, left, **keywords)
         return hidden, following
 
     cache_specs = LayerCache(P("a"), P("a"), P("a"), P(None, "a"))
