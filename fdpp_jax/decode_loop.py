@@ -109,7 +109,7 @@ def _first_tokens(
     logits: jax.Array, cache: KVCache, sampling: Sampling, eos_ids: jax.Array, key: jax.Array
 ) -> tuple[Loop, jax.Array]:
     """The loop behind a prefill, and the first token of every row [B] int32, NOT_FINITE where none can be drawn."""
-    key, sample_key = jax.random.split(key)
+    key, sample_key = _next_keys(key, sampling)
     tokens = sample(logits, sample_key, sampling)
     loop = Loop(
         cache=cache,
@@ -120,6 +120,14 @@ def _first_tokens(
         key=key,
     )
     return loop, jnp.where(rows_are_finite(logits, sampling), tokens, NOT_FINITE)
+
+
+def _next_keys(key: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The loop's next key, and that of a draw. Greedy steps draw nothing, and need not launch what makes keys."""
+    if sampling.temperature is None:
+        return key, key
+    next_key, sample_key = jax.random.split(key)
+    return next_key, sample_key
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -149,7 +157,7 @@ def decode_chunk(
         del i
         (loop, chunk, step), counts = carry, is_live(carry)
         logits, cache, redone = decode_step(model, loop.tokens, loop.cache, softmax)
-        key, sample_key = jax.random.split(loop.key)
+        key, sample_key = _next_keys(loop.key, sampling)
         tokens = jnp.where(loop.finished, pad, sample(logits, sample_key, sampling))
         marked = jnp.where(loop.finished | rows_are_finite(logits, sampling), tokens, NOT_FINITE)
         next_loop = Loop(

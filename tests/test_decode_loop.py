@@ -67,6 +67,13 @@ def test_one_cond_a_step_and_none_without_unified_max(model, softmax, num_conds)
     assert str(decode_loop.decode_chunk.trace(*arguments).jaxpr).count("= cond[") == num_conds
 
 
+@pytest.mark.parametrize(("sampling", "num_splits"), [(Sampling(), 0), (Sampling(temperature=jnp.float32(1)), 1)])
+def test_a_greedy_step_makes_no_keys(model, sampling, num_splits):
+    *arguments, _, eos_ids, softmax = _decode_chunk_arguments(model, 2, 64, None)
+    jaxpr = str(decode_loop.decode_chunk.trace(*arguments, sampling, eos_ids, softmax).jaxpr)
+    assert jaxpr.count("= random_split") == num_splits
+
+
 @pytest.mark.parametrize(("has_kernel", "num_conds"), [((True, True), 0), ((False, True), 1)])
 def test_what_a_kernel_redoes_is_counted_without_a_cond(model, monkeypatch, has_kernel, num_conds):
     unchecked, layers = ops.unchecked_decode_attention, itertools.cycle(has_kernel)
