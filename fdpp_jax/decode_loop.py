@@ -5,14 +5,17 @@ are redone inside the attention kernel. Where there is none, the whole step is r
 softmax: it writes the same cache slots again.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import time
 from collections.abc import Hashable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fdpp_jax.models.cache import KVCache
@@ -38,6 +41,22 @@ class Loop:
     lengths: jax.Array  # [B] int32
     recomputed_steps: jax.Array  # [] int32
     key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkReport[Array: (jax.Array, np.ndarray)]:
+    """What the host hears of a chunk of decode steps: arrays apart from the loop, which the next chunk is given."""
+
+    tokens: Array  # [B, chunk_size] int32, NOT_FINITE for a row whose logits were not finite
+    num_steps: Array  # [] int32, those that count
+    lengths: Array  # [B] int32, as the loop's
+    recomputed_steps: Array  # [] int32, as the loop's
+    is_over: Array  # [] bool, whether every row has ended
+
+
+# The report, and the seconds from the start of the chunk, or the end of the one before, to its own end.
+type RunningChunk = concurrent.futures.Future[tuple[ChunkReport[np.ndarray], float]]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -90,7 +109,7 @@ def _first_tokens(
     logits: jax.Array, cache: KVCache, sampling: Sampling, eos_ids: jax.Array, key: jax.Array
 ) -> tuple[Loop, jax.Array]:
     """The loop behind a prefill, and the first token of every row [B] int32, NOT_FINITE where none can be drawn."""
-    key, sample_key = jax.random.split(key)
+    key, sample_key = _next_keys(key, sampling)
     tokens = sample(logits, sample_key, sampling)
     loop = Loop(
         cache=cache,
@@ -101,6 +120,14 @@ def _first_tokens(
         key=key,
     )
     return loop, jnp.where(rows_are_finite(logits, sampling), tokens, NOT_FINITE)
+
+
+def _next_keys(key: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The loop's next key, and that of a draw. Greedy steps draw nothing, and need not launch what makes keys."""
+    if sampling.temperature is None:
+        return key, key
+    next_key, sample_key = jax.random.split(key)
+    return next_key, sample_key
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -114,13 +141,10 @@ def decode_chunk(
     sampling: Sampling,
     eos_ids: jax.Array,
     softmax: UnifiedMax | None,
-) -> tuple[Loop, jax.Array, jax.Array]:
+) -> tuple[Loop, ChunkReport[jax.Array]]:
     """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block changes nothing.
 
     block_size divides chunk_size: of the steps in a block none asks whether to go on.
-
-    Returns:
-      (loop, tokens [B, chunk_size], NOT_FINITE for a row whose logits were not finite, steps that count).
     """
     model = rebuilt(structure, weights)
     pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
@@ -133,7 +157,7 @@ def decode_chunk(
         del i
         (loop, chunk, step), counts = carry, is_live(carry)
         logits, cache, redone = decode_step(model, loop.tokens, loop.cache, softmax)
-        key, sample_key = jax.random.split(loop.key)
+        key, sample_key = _next_keys(loop.key, sampling)
         tokens = jnp.where(loop.finished, pad, sample(logits, sample_key, sampling))
         marked = jnp.where(loop.finished | rows_are_finite(logits, sampling), tokens, NOT_FINITE)
         next_loop = Loop(
@@ -150,7 +174,51 @@ def decode_chunk(
         return jax.lax.fori_loop(0, block_size, take_step, carry)
 
     chunk = jnp.full((loop.tokens.shape[0], chunk_size), pad, jnp.int32)
-    return jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))
+    loop, chunk, step = jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))
+    return loop, ChunkReport(chunk, step, loop.lengths, loop.recomputed_steps, loop.finished.all())
+
+
+class Chunks:
+    """Runs chunks of decode steps one behind the other, while the host does something else.
+
+    A thread of its own calls the programs: on a GPU, XLA reads on the host whether a loop goes on, so that the call
+    returns when the loop has ended. Another thread fetches the reports, and notes when each was there.
+
+    Attributes:
+      loop: Behind the last chunk whose report was waited for, if none was started since.
+    """
+
+    def __init__(self, weights: list[jax.Array], loop: Loop):
+        self._weights, self.loop = weights, loop
+        self._caller, self._reader = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
+        self._last_ready = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the chunk that runs, so that the memory of the loop is free then; what has not begun never does."""
+        for thread in (self._caller, self._reader):
+            thread.shutdown(cancel_futures=True)
+
+    def start(self, program: jax.stages.Compiled, *args: Any) -> RunningChunk:
+        """Has the program of `decode_chunk` run with the weights, the loop and args, behind the chunks before."""
+        return self._reader.submit(self._read, self._caller.submit(self._call, program, args))
+
+    def _call(self, program: jax.stages.Compiled, args: tuple[Any, ...]) -> tuple[float, ChunkReport[jax.Array]]:
+        started = time.perf_counter()
+        self.loop, report = program(self._weights, self.loop, *args)
+        return started, report
+
+    def _read(
+        self, called: concurrent.futures.Future[tuple[float, ChunkReport[jax.Array]]]
+    ) -> tuple[ChunkReport[np.ndarray], float]:
+        started, on_device = called.result()
+        report = jax.device_get(on_device)
+        started, self._last_ready = max(started, self._last_ready), time.perf_counter()
+        return report, self._last_ready - started
 
 
 def flattened(model: CausalLM) -> tuple[Structure, list[jax.Array]]:

@@ -1,9 +1,11 @@
 """`generate` and `stream`: the host's side of generation.
 
 The prompt is padded to a power of two and prefilled, at once or in pieces, behind what a cache holds. Then chunks of
-decode steps run as one jitted loop each (`decode_loop`), which the host hears of only at its end.
+decode steps run as one jitted loop each (`decode_loop`), which the host hears of only at its end. By then the next one
+has been started, which does nothing if every row has ended.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -17,7 +19,9 @@ import numpy as np
 from fdpp_jax import calibration, decode_loop, device_memory
 from fdpp_jax.decode_loop import (
     NOT_FINITE,
+    Chunks,
     Loop,
+    RunningChunk,
     Structure,
     decode_chunk,
     decode_compiler_options,
@@ -50,6 +54,7 @@ _CAPACITY_MULTIPLE = 64
 _STEPS_OF_DRIFT = 64  # how often phi fails is judged over the latest so many steps, or a chunk if that has more
 _LOWER = "Lower max_new_tokens, the number of prompts, their length or prefill_chunk_size, or take a smaller model"
 _MAX_BLOCK = 8  # launches of so many decode steps queue up before the host looks whether to go on
+_MAX_RUNNING = 2  # chunks: one begins when the other ends, whenever the host looks
 
 
 def generate(
@@ -86,8 +91,8 @@ def generate(
       softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone. "auto": what the
         calibration beside the model's checkpoint says (`calibration.choose_softmax`), and None for a model without a
         checkpoint. The answer is the same; the result's softmax_reason says which it was.
-      max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is
-        left runs with online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
+      max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is not
+        running yet gets online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
         that a short call lacks count as good ones. 1: never.
       tokenizer: Makes tokens of texts, and texts of tokens. None: the one beside the model's checkpoint.
       cache: The `cache` of an earlier result of this model. The prompts are then new tokens only, which go on where
@@ -111,7 +116,7 @@ def generate(
     """
     positional = temperature, top_k, top_p, key, softmax, max_recompute_rate, tokenizer, _STEPS_OF_DRIFT
     options: dict[str, Any] = dict(cache=cache, return_cache=return_cache, prefill_chunk_size=prefill_chunk_size)
-    # Between two chunks the GPU waits, and drift is looked for: docs/experiments/decode_step.md#chunks-of-generate
+    # A chunk's end costs time, and drift is looked for there: docs/experiments/decode_step.md#chunks-of-generate
     chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *positional, **options)
     while True:
         try:
@@ -143,6 +148,8 @@ def stream(
 
     The arguments are checked at once, before the first chunk is asked for. The generator returns the
     GenerationResult (the value of its StopIteration, or of `yield from`).
+
+    While the caller has a chunk, the next one runs. A generator that is closed early waits for its end.
 
     Args:
       chunk_size: Tokens between two synchronisations with the host. The others: see `generate`.
@@ -249,9 +256,9 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         capacity = max(capacity, job.cache.kv.capacity)
     eos = jnp.asarray(job.eos_ids, jnp.int32)
     options = decode_compiler_options(model, batch)
-    # A CUDA graph is one launch, of which nothing queues up; and a loop in a loop takes longer to compile.
-    has_graphs = "xla_gpu_enable_command_buffer" not in options
-    block_size = 1 if has_graphs else max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0)
+    # A step that is a CUDA graph is one launch: nothing queues up, and a loop in a loop takes longer to compile.
+    has_many_launches = model.layer_plan(batch).overlaps_attention
+    block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if has_many_launches else 1
     streams = None if job.tokenizer is None else map(job.tokenizer.stream, job.prompts.rows())
     texts = None if streams is None else TextRows(list(streams))
     explained = functools.partial(device_memory.explained, lambda: _held(model, weights, job, capacity), _LOWER)
@@ -267,47 +274,53 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
     new_tokens = np.full((batch, max_new_tokens), job.eos_ids[0] if job.eos_ids else 0, np.int32)
     new_tokens[:, 0] = _finite(np.asarray(first)[:, None], 0, model.dtype)[:, 0]
     prefill_seconds = time.perf_counter() - started
-    num_tokens, decode_seconds, online_from, run_chunk = 1, 0.0, None, None
-    judged = 0, 0  # steps that are known to be without drift, and of these the redone ones
-    lengths, is_over = np.asarray(loop.lengths), max_new_tokens == 1 or bool(np.asarray(loop.finished).all())
+    lengths, is_over = np.array(loop.lengths), max_new_tokens == 1 or bool(np.array(loop.finished).all())
     yield chunk_of(new_tokens[:, :1].copy(), lengths, is_over)
 
-    while not is_over:
-        started = time.perf_counter()
+    num_tokens, num_started, decode_seconds = 1, 1, 0.0  # tokens that are here, and with those of started chunks
+    recomputed_steps, online_from, program = 0, None, None
+    judged = 0, 0  # steps that are known to be without drift, and of these the redone ones
+    running = collections.deque[RunningChunk]()
+    with Chunks(weights, loop) as chunks:
+        while not is_over:
+            with explained():
+                while len(running) < _MAX_RUNNING and num_started < max_new_tokens:
+                    num_steps = min(chunk_size, max_new_tokens - num_started)
+                    chunk_args = jnp.int32(num_steps), sampling, eos, softmax
+                    if program is None:  # looking it up takes as long as a step
+                        statics = structure, chunk_size, block_size
+                        program, seconds = executable(decode_chunk, statics, (weights, loop, *chunk_args), options)
+                        compile_seconds += seconds
+                    running.append(chunks.start(program, *chunk_args))
+                    num_started += num_steps
+                report, seconds = running.popleft().result()
+            decode_seconds += seconds
+            new = _finite(report.tokens[:, : int(report.num_steps)], num_tokens, model.dtype)
+            new_tokens[:, num_tokens : num_tokens + new.shape[1]] = new
+            num_tokens += new.shape[1]
+            lengths, recomputed_steps = report.lengths, int(report.recomputed_steps)
+            is_over = num_tokens == max_new_tokens or bool(report.is_over)
+            yield chunk_of(new, lengths, is_over)
+            if softmax is not None:
+                done = num_tokens - 1, recomputed_steps
+                recent, redone = done[0] - judged[0], done[1] - judged[1]
+                if redone > job.max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
+                    is_last = is_over or num_started == max_new_tokens
+                    _warn_of_drift(softmax, recent, redone, is_last)
+                    softmax, program = None, None
+                    online_from = None if is_last else num_started - 1
+                elif recent >= _STEPS_OF_DRIFT:
+                    judged = done
         with explained():
-            num_steps = jnp.int32(min(chunk_size, max_new_tokens - num_tokens))
-            chunk_args = (weights, loop, num_steps, sampling, eos, softmax)
-            if run_chunk is None:  # looking it up takes as long as a step
-                statics = structure, chunk_size, block_size
-                run_chunk, seconds = executable(decode_chunk, statics, chunk_args, options)
-                compile_seconds += seconds
-                started += seconds
-            loop, chunk, steps_run = jax.block_until_ready(run_chunk(*chunk_args))
-        new = _finite(np.asarray(chunk)[:, : int(steps_run)], num_tokens, model.dtype)
-        new_tokens[:, num_tokens : num_tokens + new.shape[1]] = new
-        decode_seconds += time.perf_counter() - started
-        num_tokens += new.shape[1]
-        lengths, is_over = (
-            np.asarray(loop.lengths),
-            num_tokens == max_new_tokens or bool(np.asarray(loop.finished).all()),
-        )
-        yield chunk_of(new, lengths, is_over)
-        if softmax is not None:
-            done = num_tokens - 1, int(loop.recomputed_steps)
-            recent, redone = done[0] - judged[0], done[1] - judged[1]
-            if redone > job.max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
-                _warn_of_drift(softmax, recent, redone, is_over)
-                if not is_over:
-                    softmax, online_from, run_chunk = None, num_tokens - 1, None
-            elif recent >= _STEPS_OF_DRIFT:
-                judged = done
+            for chunk in running:  # of no steps, since every row has ended
+                chunk.result()
 
     return GenerationResult(
         tokens=new_tokens,
-        lengths=np.array(loop.lengths),
-        recomputed_steps=int(loop.recomputed_steps),
+        lengths=np.array(lengths),
+        recomputed_steps=recomputed_steps,
         softmax_reason=job.softmax_reason,
-        online_from=online_from,
+        online_from=online_from if online_from is not None and online_from < num_tokens - 1 else None,
         decode_steps=num_tokens - 1,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
@@ -316,7 +329,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         prompts=job.prompts.rows(),
         cached_tokens=job.prompts.cached,
         tokenizer=functools.partial(tokenizer_of, model) if job.tokenizer is None else lambda: job.tokenizer,
-        kept_cache=_kept(job, loop, new_tokens, num_tokens) if job.keeps_cache else None,
+        kept_cache=_kept(job, chunks.loop, new_tokens, num_tokens) if job.keeps_cache else None,
     )
 
 

@@ -20,9 +20,11 @@ class GenerationResult:
       recomputed_steps: Decode steps of which a row, or all, was redone, having left the safe window.
       softmax_reason: Which softmax it began with, and why, in one line.
       online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
+        Steps that ran while this was found out are before it.
       decode_steps: Decode steps that ran; the first token comes from the prefill.
       prefill_seconds: From the start to the first token on the host, without compilation.
-      decode_seconds: The time of all decode steps, without compilation and without the consumer of a stream.
+      decode_seconds: The time of all decode steps, until their tokens are on the host, without compilation. Of the time
+        that a stream's consumer takes, only that in which steps run counts.
       compile_seconds: Spent tracing and compiling; 0 when the shapes were seen before.
       cache_capacity: Slots a row of the KV cache had, S: what the attention kernel was planned for.
       prompts: The tokens of each prompt; behind a cache, with those in front that the cache had no keys of.

@@ -1,6 +1,9 @@
-"""The jitted loop: the recompute's place in it, and logits that are not finite."""
+"""The jitted loop: the recompute's place in it, logits that are not finite, and chunks behind one another."""
 
+import dataclasses
+import functools
 import itertools
+import threading
 import warnings
 
 import jax
@@ -8,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from generation_case import CONFIG, PROMPTS, SOFTMAXES, loud_model, plain_loop
+from generation_case import CONFIG, PROMPTS, SOFTMAXES, drain, loud_model, plain_loop
 
-from fdpp_jax import decode_loop, ops
+from fdpp_jax import decode_loop, generation, ops
 from fdpp_jax.generation import generate, stream
 from fdpp_jax.models import KVCache, LlamaForCausalLM
 from fdpp_jax.plans.backend import LayerPlan
@@ -62,6 +65,13 @@ def _decode_chunk_arguments(model, batch: int, capacity: int, softmax):
 def test_one_cond_a_step_and_none_without_unified_max(model, softmax, num_conds):
     arguments = _decode_chunk_arguments(model, 2, 64, softmax)
     assert str(decode_loop.decode_chunk.trace(*arguments).jaxpr).count("= cond[") == num_conds
+
+
+@pytest.mark.parametrize(("sampling", "num_splits"), [(Sampling(), 0), (Sampling(temperature=jnp.float32(1)), 1)])
+def test_a_greedy_step_makes_no_keys(model, sampling, num_splits):
+    *arguments, _, eos_ids, softmax = _decode_chunk_arguments(model, 2, 64, None)
+    jaxpr = str(decode_loop.decode_chunk.trace(*arguments, sampling, eos_ids, softmax).jaxpr)
+    assert jaxpr.count("= random_split") == num_splits
 
 
 @pytest.mark.parametrize(("has_kernel", "num_conds"), [((True, True), 0), ((False, True), 1)])
@@ -167,3 +177,147 @@ def test_a_row_that_has_ended_may_hold_anything(model):
     wrong = _poisoned(model, end, np.nan)  # which row 1 feeds itself for ever
     result = generate(wrong, PROMPTS, max_new_tokens=20, eos_ids=[end])
     assert result.tokens[0].tolist() == expected[0]
+
+
+# Chunks that run while the host looks at others.
+
+
+class _Calls:
+    """Between `generate` and the programs of its chunks: counts their calls, each of which waits for `may_run`."""
+
+    def __init__(self, monkeypatch):
+        self.num, self.statics, self.may_run, self._changed = 0, list[tuple](), lambda num: True, threading.Condition()
+        compiled = generation.executable
+
+        def executable(function, statics, args, options):
+            program, seconds = compiled(function, statics, args, options)
+            if function is not decode_loop.decode_chunk:
+                return program, seconds
+            self.statics.append(statics)
+            return functools.partial(self._call, program), seconds
+
+        monkeypatch.setattr(generation, "executable", executable)
+
+    def _call(self, program, *args):
+        with self._changed:
+            self.num += 1
+            self._changed.notify_all()
+            self._wait_for(lambda: self.may_run(self.num))
+        return program(*args)
+
+    def _wait_for(self, condition):
+        assert self._changed.wait_for(condition, timeout=60)
+
+    def let_run(self, may_run):
+        with self._changed:
+            self.may_run = may_run
+            self._changed.notify_all()
+
+    def wait_for(self, num):
+        with self._changed:
+            self._wait_for(lambda: self.num >= num)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return _Calls(monkeypatch)
+
+
+def test_the_next_chunk_runs_before_the_host_has_seen_the_last(model, calls):
+    chunks = stream(model, PROMPTS, max_new_tokens=20, chunk_size=4)
+    next(chunks)  # of the prefill
+    assert calls.num == 0  # a first token waits for no compilation
+    for num in range(1, 6):
+        next(chunks)
+        calls.wait_for(min(num + 1, 5))  # no one has asked for the next one
+    assert calls.num == 5
+    with pytest.raises(StopIteration):
+        next(chunks)
+
+
+def test_a_chunk_is_there_while_the_next_one_runs(model, calls):
+    """Even where the call of a program returns at its end."""
+    expected = [plain_loop(prompt, 20) for prompt in PROMPTS]
+    calls.may_run = lambda num: num < 2
+    chunks = stream(model, PROMPTS, max_new_tokens=20, chunk_size=4)
+    assert [next(chunks).tokens.shape[1] for _ in range(2)] == [1, 4]
+    for num in range(3, 6):
+        calls.let_run(lambda num, allowed=num: num < allowed)
+        assert next(chunks).lengths.tolist() == [4 * num - 3] * 2
+    calls.let_run(lambda num: True)
+    (last,), result = drain(chunks)
+    assert last.tokens.shape[1] == 3
+    assert result.tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("end_step", [1, 4, 5, 19])
+def test_no_more_than_one_chunk_is_started_behind_the_end(model, calls, end_step):
+    expected = [plain_loop(prompt, 20) for prompt in PROMPTS]
+    ends = [expected[0][end_step], expected[1][end_step]]
+    lengths = [1 + min(row.index(end) for end in ends if end in row) for row in expected]
+    chunks, result = drain(stream(model, PROMPTS, max_new_tokens=20, eos_ids=ends, chunk_size=4, return_cache=True))
+    needed = -(-(max(lengths) - 1) // 4)
+    assert needed <= calls.num <= min(needed + 1, 5)
+    assert result.decode_steps == max(lengths) - 1
+    assert result.lengths.tolist() == lengths == chunks[-1].lengths.tolist()
+    assert np.asarray(result.cache.kv.lengths).tolist() == [4 + min(n, max(lengths) - 1) + 1 for n in lengths]
+    longer = generate(model, [[1], [2]], max_new_tokens=3, cache=result.cache)
+    whole = [[*row, token] for row, token in zip(result.cache.tokens, (1, 2), strict=True)]
+    assert longer.tokens.tolist() == generate(model, whole, max_new_tokens=3).tokens.tolist()
+
+
+def test_a_stream_that_is_left_early(model, calls):
+    expected = generate(model, PROMPTS, max_new_tokens=20).tokens.tolist()
+    calls.num = 0
+    chunks = stream(model, PROMPTS, max_new_tokens=20, chunk_size=4)
+    for _ in range(2):
+        next(chunks)
+    num_threads = threading.active_count()
+    chunks.close()
+    assert calls.num <= 2  # nothing begins after that
+    assert threading.active_count() == num_threads - 2
+    assert generate(model, PROMPTS, max_new_tokens=20).tokens.tolist() == expected
+
+
+def test_steps_are_in_blocks_where_their_launches_overlap(model, calls, monkeypatch):
+    plan = model.layer_plan(2)
+    for overlaps, block_size in ((False, 1), (True, 8)):
+        plan = dataclasses.replace(plan, overlaps_attention=overlaps)
+        monkeypatch.setattr(type(model), "layer_plan", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(generation, "decode_compiler_options", lambda *_: {})  # says nothing of it
+        generate(model, PROMPTS, max_new_tokens=4)
+        assert calls.statics[-1][-2:] == (64, block_size)
+
+
+def test_what_fails_while_the_host_looks_elsewhere_is_its_error(model, calls):
+    chunks = stream(model, PROMPTS, max_new_tokens=20, chunk_size=4)
+    next(chunks)
+
+    def may_run(num):
+        if num == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+        return True
+
+    calls.may_run = may_run
+    assert next(chunks).tokens.shape[1] == 4
+    with pytest.raises(MemoryError, match=r"allocate 12345 bytes\. Of the device's"):
+        next(chunks)
+
+
+def test_seconds_of_chunks_are_those_in_which_one_runs(monkeypatch):
+    now = 0.0
+
+    def program(weights, loop, seconds):
+        nonlocal now
+        now += seconds
+        return loop + 1, jnp.int32(loop)
+
+    monkeypatch.setattr(decode_loop.time, "perf_counter", lambda: now)
+    with decode_loop.Chunks([], 0) as chunks:
+        assert chunks.start(program, 5.0).result() == (0, 5.0)
+        now += 100.0  # nothing runs
+        assert chunks.start(program, 3.0).result() == (1, 3.0)
+        now += 100.0
+        (third, some), (fourth, others) = [chunk.result() for chunk in [chunks.start(program, 2.0) for _ in range(2)]]
+        assert (third, fourth, some + others) == (2, 3, 4.0)
+    assert chunks.loop == 4

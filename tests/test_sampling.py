@@ -1,11 +1,12 @@
 """Sampling: which tokens the filters leave, and that draws follow the probabilities."""
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdpp_jax.sampling import Sampling, best_tokens, make_sampling, rows_are_finite, sample
+from fdpp_jax.sampling import Sampling, candidates, make_sampling, rows_are_finite, sample
 
 VOCAB = 8
 PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.2, 0.1, 0.15, 0.03, 0.05])
@@ -14,9 +15,29 @@ NUM_DRAWS = 20_000
 
 
 def _kept(logits, **filters) -> list[int]:
-    """The tokens left, best first."""
-    scores, tokens = best_tokens(jnp.asarray(logits)[None], make_sampling(1.0, vocab_size=len(logits), **filters))
-    return tokens[0][jnp.isfinite(scores[0])].tolist()
+    """The tokens left, best first and lower ones first among equals."""
+    logits = np.asarray(logits, np.float32)
+    return _kept_rows(logits[None] - logits.max(), make_sampling(1.0, vocab_size=len(logits), **filters))[0]
+
+
+def _kept_rows(scores, sampling) -> list[list[int]]:
+    left, tokens = jax.jit(candidates)(jnp.asarray(scores), sampling)
+    tokens = np.broadcast_to(np.arange(left.shape[1]), left.shape) if tokens is None else np.asarray(tokens)
+    rows = zip(np.asarray(left), tokens, strict=True)
+    # Stable, and over tokens in their order: the lower of two equals comes first.
+    ordered = ((row[np.argsort(tokens)], np.sort(tokens)) for row, tokens in rows)
+    kept = [(row[row > -np.inf], tokens[row > -np.inf]) for row, tokens in ordered]
+    return [tokens[np.argsort(-row, kind="stable")].tolist() for row, tokens in kept]
+
+
+def _sorted_and_cut(scores, top_k=None, top_p=None) -> list[int]:
+    """What `candidates` keeps of one row, by a sort and in float64."""
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    masses = np.exp(scores[order].astype(np.float64))
+    before = np.cumsum(masses) - masses
+    stays = np.full(len(order), True) if top_p is None else before < top_p * masses.sum()
+    stays[0] = True
+    return [token for token, live in zip(order.tolist(), stays, strict=True) if live and scores[token] > -np.inf]
 
 
 def _frequencies(temperature: float, **filters) -> np.ndarray:
@@ -61,6 +82,97 @@ def test_top_p_counts_what_top_k_left():
     # Of 0.4, 0.2 and 0.15, renormalised: 0.53, 0.27, 0.2.
     assert _kept(LOGITS, top_k=3, top_p=0.79) == [1, 3]
     assert _kept(LOGITS, top_k=3, top_p=0.81) == [1, 3, 5]
+
+
+def _rows(kind: str, vocab_size: int, num_rows: int) -> np.ndarray:
+    """Scores of random tokens, the best 0."""
+    rng = np.random.default_rng(vocab_size)
+    logits = rng.standard_normal((num_rows, vocab_size)).astype(np.float32) * np.float32(3)
+    match kind:
+        case "tied":
+            logits = np.round(logits)
+        case "all equal":
+            logits[:] = 1.5
+        case "two values":
+            logits = np.where(logits > 0, np.float32(0), np.float32(-1))
+        case "forbidden":
+            logits[rng.random(logits.shape) < 0.5] = -np.inf
+            logits[:, vocab_size // 2] = 1
+        case "one":
+            logits[:, :] = -np.inf
+            logits[:, vocab_size // 2] = 1
+        case "cold":
+            logits = (logits - logits.max(axis=1, keepdims=True)) * np.float32(2.0**100)
+        case "hot":
+            logits = (logits - logits.max(axis=1, keepdims=True)) * np.float32(2.0**-100)
+        case "narrow":
+            logits = 1 + logits * np.float32(1e-6)
+    return logits - logits.max(axis=1, keepdims=True)
+
+
+KINDS = ("random", "tied", "all equal", "two values", "forbidden", "one", "cold", "hot", "narrow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [2, 7, 100, 1009])
+def test_top_k_keeps_what_a_sort_does(kind, vocab_size):
+    rows = _rows(kind, vocab_size, 5)
+    for top_k in sorted({1, 2, min(5, vocab_size), vocab_size // 3 + 1, vocab_size}):
+        kept = _kept_rows(rows, make_sampling(1.0, top_k=top_k, vocab_size=vocab_size))
+        assert kept == [_sorted_and_cut(row, top_k) for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(1, None), (2, None), (7, None), (100, 9), (1009, None), (1009, 40)])
+def test_top_p_keeps_what_a_sort_does(kind, vocab_size, top_k):
+    rows = _rows(kind, vocab_size, 5)
+    for top_p in (1e-30, 1e-6, 0.037, 0.4, 0.77, 0.93, 0.9999):
+        kept = _kept_rows(rows, make_sampling(1.0, top_k=top_k, top_p=top_p, vocab_size=vocab_size))
+        for row, tokens in zip(rows, kept, strict=True):
+            # Sums of float32 may round to either side of top_p.
+            fewest, most = (_sorted_and_cut(row, top_k, top_p * scale) for scale in (1 - 1e-5, 1 + 1e-5))
+            assert tokens == most[: len(tokens)]
+            assert len(fewest) <= len(tokens) <= len(most)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [None, 20])
+def test_a_top_p_of_one_keeps_all_that_can_be_drawn(kind, top_k):
+    rows = _rows(kind, 1009, 5)
+    kept = _kept_rows(rows, make_sampling(1.0, top_k=top_k, top_p=1.0, vocab_size=1009))
+    for row, tokens in zip(rows, kept, strict=True):
+        everything = _sorted_and_cut(row, top_k)
+        assert tokens == everything[: len(tokens)]
+        assert np.exp(row[everything[len(tokens) :]].astype(np.float64)).sum() < 1e-5 * np.exp(row).sum()
+
+
+def test_filters_sort_no_vocabulary():
+    def longest_sort(jaxpr) -> int:
+        inner = (
+            x.jaxpr for eqn in jaxpr.eqns for x in eqn.params.values() if isinstance(x, jax.extend.core.ClosedJaxpr)
+        )
+        sorts = (eqn for eqn in jaxpr.eqns if eqn.primitive.name in ("sort", "top_k", "cumsum"))
+        return max(*(eqn.invars[0].aval.shape[-1] for eqn in sorts), *map(longest_sort, inner), 0, 0)
+
+    logits = jnp.zeros((2, 10_000))
+    for filters, longest in (({"top_k": 5}, 225), ({"top_k": 5, "top_p": 0.9}, 225), ({"top_p": 0.9}, 0)):
+        sampling = make_sampling(1.0, **filters, vocab_size=10_000)
+        assert longest_sort(jax.make_jaxpr(sample)(logits, jax.random.key(0), sampling).jaxpr) == longest
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 30}, {"top_p": 0.6}, {"top_k": 30, "top_p": 0.6}])
+def test_draws_of_a_large_vocabulary_follow_the_probabilities(filters):
+    """Pearson's chi-square over the tokens that stay, among them equal ones at the end."""
+    scores = np.round(_rows("random", 500, 1)[0] * 4) / 4
+    draws = sample(
+        jnp.broadcast_to(scores, (NUM_DRAWS, 500)), jax.random.key(2), make_sampling(1.0, **filters, vocab_size=500)
+    )
+    kept = _sorted_and_cut(scores, **filters)
+    expected = np.exp(scores[kept]) / np.exp(scores[kept]).sum() * NUM_DRAWS
+    counts = np.bincount(draws, minlength=500)
+    assert counts.sum() == counts[kept].sum() == NUM_DRAWS
+    freedom = len(kept) - 1
+    assert ((counts[kept] - expected) ** 2 / expected).sum() < freedom + 5 * np.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +238,21 @@ def test_strengths_are_traced():
     for temperature, top_p in ((0.5, 0.9), (0.6, 0.9), (0.6, 0.1)):
         draw(LOGITS[None], make_sampling(temperature, top_p=top_p, vocab_size=VOCAB))
     assert traces == 1
+
+
+@pytest.mark.parametrize("setting", ["jax_enable_x64", "jax_numpy_dtype_promotion"])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_sampling_under_the_user_s_settings(setting, filters):
+    rows = _rows("tied", 100, 3)
+    sampling = make_sampling(0.7, **filters, vocab_size=100)
+    expected = _kept_rows(rows, sampling)
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, True if setting == "jax_enable_x64" else "strict")
+    try:
+        assert _kept_rows(rows, sampling) == expected
+        assert sample(jnp.asarray(rows), jax.random.key(0), sampling).dtype == jnp.int32
+    finally:
+        jax.config.update(setting, before)
 
 
 @pytest.mark.parametrize(
