@@ -208,7 +208,7 @@ def test_a_cap_rules_out_overflow_but_not_underflow() -> None:
 
 
 def test_plans_know_both_kinds_of_attention() -> None:
-    plans = models.model_plans(PRESETS["gemma-2-9b"], batch=8, capacity=8192, device="H200")
+    plans = models.model_plans(PRESETS["gemma-2-9b"], batch=64, capacity=8192, device="H200")
     shapes = {name: shape for name, shape, _ in plans}
     assert list(shapes) == ["qkv", "attention (window 4096)", "attention", "layer", "o", "gate_up", "down", "head"]
     assert shapes["attention"].logits_soft_cap == shapes["attention (window 4096)"].logits_soft_cap == 50.0

@@ -156,7 +156,7 @@ def test_norm_is_computed_in_float32(dtype: Any) -> None:
 
 
 def test_plans_have_no_gate() -> None:
-    plans = models.model_plans(PRESETS["opt-6.7b"], batch=8, capacity=2048, device="H200")
+    plans = models.model_plans(PRESETS["opt-6.7b"], batch=64, capacity=2048, device="H200")
     shapes = {name: (shape.k, shape.n) for name, shape, _ in plans if name not in ("attention", "layer")}
     assert shapes == {
         "qkv": (4096, 12288),
