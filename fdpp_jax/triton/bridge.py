@@ -84,7 +84,7 @@ def _dce_rule(used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
 
 
 def _lower_as_ffi(make_target: Any, context: Any, *operands: Any, **parameters: Any) -> Any:
-    """As jax-triton 0.4 lowers a call: XLA may record its launch into a CUDA graph, and what is updated has one pointer.
+    """As jax-triton 0.4 lowers a call: XLA may record it into a CUDA graph, and what is updated has one pointer.
 
     The launch takes its parameters from the buffers in their order. Those of updated arrays as results come last.
     """

@@ -7,9 +7,16 @@ from cli_case import run
 
 
 def test_plan_of_a_preset_on_a_named_device(capsys):
-    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "8", "--context", "4096", "--device", "A100")
+    where = "--context", "4096", "--device", "A100"
+    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "8", *where)
     assert code == 0
-    for expected in ("qkv", "attention", "gate_up", "down", "head", "[8, 4096] @ [4096, 12288]", "no fused layer for"):
+    for expected in ("attention", "layer", "head", "[8, 4096] @ [4096, 32000]", "4 launches"):
+        assert expected in out
+    for runs in ("triton decode", "triton fused", "triton flat"):
+        assert f" {runs} " in out
+    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "64", *where)
+    assert code == 0
+    for expected in ("qkv", "attention", "gate_up", "down", "head", "[64, 4096] @ [4096, 12288]", "1 to 16 rows gain"):
         assert expected in out
     for runs in ("triton decode", "xla unfused", "triton flat"):
         assert f" {runs} " in out
