@@ -96,7 +96,7 @@ def plan_matmul(shape: MatmulShape, device: Device | str, implementation: str | 
 
 @functools.cache
 def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
-    """Whether a layer's matmuls between one attention and the next run as one launch on `device`.
+    """Whether all between one attention and the next runs as a backend's fused layer on `device`.
 
     Args:
       shape: The static facts of the layer.

@@ -54,7 +54,7 @@ class MatmulPlan(Plan):
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan(Plan):
-    """Whether a layer's matmuls are one launch ("fused") or one each ("unfused").
+    """Whether all between two attentions is a backend's own ("fused"), or matmuls with XLA between them ("unfused").
 
     Attributes:
       fuses_head: Whether the last layer's launch has the model's head, too.
