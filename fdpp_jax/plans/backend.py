@@ -123,6 +123,19 @@ class MatmulOp(Op[MatmulShape, MatmulPlan]):
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerOp(Op[LayerShape, LayerPlan]):
+    """How a backend computes a layer by products that have the tiles of its matmuls, which tables may have measured.
+
+    Attributes:
+      products: products(shape) -> the matmuls by name.
+      with_tiles: with_tiles(plan, tiles) -> the plan with other configs of some products, by name, as far as it can.
+    """
+
+    products: Callable[[LayerShape], Mapping[str, MatmulShape]]
+    with_tiles: Callable[[LayerPlan, Mapping[str, Any]], LayerPlan]
+
+
+@dataclasses.dataclass(frozen=True)
 class Backend:
     """A backend: a folder of kernels, and what plans know of it.
 

@@ -1,9 +1,10 @@
 """The fused layer in Triton (`triton.fused_layer`): its config, what it refuses, and the rule that plans it."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from fdpp_jax.plans import hopper, triton, triton_matmul
-from fdpp_jax.plans.backend import LayerPlan, Op
+from fdpp_jax.plans.backend import LayerOp, LayerPlan
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, MatmulShape
 from fdpp_jax.plans.triton_matmul import MatmulConfig
@@ -120,10 +121,21 @@ def _plan(shape: LayerShape, device: Device, why: str) -> LayerPlan:
     return LayerPlan(triton.NAME, "fused", rule_config(shape, device), reason)
 
 
-OP = Op(
+def _with_tiles(plan: LayerPlan, tiles: Mapping[str, MatmulConfig]) -> LayerPlan:
+    """With measured tiles where they leave K whole."""
+    whole = {name: config for name, config in tiles.items() if config.split_k == 1}
+    if not whole:
+        return plan
+    reason = f"{plan.reason}; measured tiles of {', '.join(whole)}"
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **whole), reason=reason)
+
+
+OP = LayerOp(
     configs={"fused": FusedLayerConfig},
     algorithm=lambda *_: "fused",
     refuse=refuse,
     config=rule_config,
     plan=_plan,
+    products=products,
+    with_tiles=_with_tiles,
 )

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import tuning_case
 
 from fdpp_jax import heuristics
 from fdpp_jax.models import PRESETS, model_plans
@@ -67,6 +68,26 @@ def test_a_refused_layer_says_why(changes, why):
     plan = heuristics.plan_layer(dataclasses.replace(LLAMA, **changes), A100)
     assert plan.implementation == "unfused"
     assert why in plan.reason
+
+
+@pytest.mark.parametrize("is_fastest", [True, False])
+def test_measured_tiles_go_before_the_rule_s(is_fastest, tmp_path, monkeypatch):
+    """Where K is whole in them, and whether or not XLA's product was faster."""
+    shape = dataclasses.replace(LLAMA, batch=8)
+    directory = tuning_case.empty_directories(tmp_path, monkeypatch)["user"]
+    rule = heuristics.plan_layer(shape, A100)
+    tiles = FlatMatmulConfig("sm_80", 32, 64, 1, 1, 4, 3)
+    entries = [
+        tuning_case.entry(k=4096, n=22016, config=tiles),
+        tuning_case.entry(k=11008, n=4096, config=dataclasses.replace(tiles, split_k=2)),
+    ]
+    if not is_fastest:
+        entries = [dataclasses.replace(entry, implementation="xla") for entry in entries]
+    tuning_case.write(directory, *entries, kind="A100")
+    plan = heuristics.plan_layer(shape, A100)
+    names = "mlp_in, qkv"  # whose weight is near the measured one
+    assert plan.reason == f"{rule.reason}; measured tiles of {names}"
+    assert plan.config == dataclasses.replace(rule.config, mlp_in=tiles, qkv=tiles)
 
 
 def test_hopper_has_it_where_triton_alone_is_asked():
