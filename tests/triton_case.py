@@ -33,7 +33,7 @@ SHARED_BYTES = {
     "gfx942": 64 * 1024,
 }
 ARCHITECTURES = tuple(SHARED_BYTES)
-_MAX_SPILLED_BYTES = 0 if installed.version("triton") >= (3, 7) else 4  # Triton 3.6: one register, on sm_86
+_MAX_SPILLED_BYTES = 0 if installed.version("triton") >= (3, 7) else 8  # of 3.6: on sm_86, sm_120
 # Of tests that lower whole programs.
 needs_plugin = pytest.mark.skipif(
     not hasattr(gpu_triton, "TritonKernel"), reason="needs JAX's plugin for GPUs: .ci/run installs it"

@@ -47,13 +47,15 @@ def fused_product(
     is_live = is_column & (rows < NUM_ROWS)
     places = rows * WIDTH + columns[:, None]
     dtype = out_ptr.dtype.element_ty
-    if HAS_RESIDUAL:
+    if HAS_RESIDUAL and not IS_ROW:  # the product hides the latency; of one row, each thread would load all columns
         before = tl.load(hidden_ptr + places, is_live, other=0.0)
     y = _linear(
         x_ptr, w_ptr, bias_ptr, squares_ptr, columns, dtype, IS_ROW, NUM_ROWS, PADDED_ROWS, DEPTH, WIDTH, BLOCK_N,
         BLOCK_K, K_GROUPS, NUM_STAGES, HAS_BIAS, NUM_PARTS, EPS,
     )  # fmt: skip
     if HAS_RESIDUAL:
+        if IS_ROW:
+            before = tl.load(hidden_ptr + places, is_live, other=0.0)
         y = _rounded(before.to(tl.float32) + y, dtype)
     tl.store(out_ptr + places, y.to(dtype), is_live)
     if HAS_GAIN:
@@ -283,7 +285,7 @@ def _linear(
     if IS_ROW:
         y = products.of_row(
             x_ptr, w_ptr, columns, WIDTH, 0, NUM_TILES, True, DEPTH, WIDTH, BLOCK_N, BLOCK_K, NUM_STAGES
-        )[:, None]
+        ).reshape(BLOCK_N, 1)
         if NUM_PARTS > 0:  # before the product they would take registers that it needs
             y *= _factor(_squares(squares_ptr, NUM_PARTS, NUM_ROWS, PADDED_ROWS), DEPTH, EPS)
     else:
