@@ -34,11 +34,6 @@ class FusedLayerConfig:
     mlp_out: MatmulConfig
     qkv: MatmulConfig
 
-    @property
-    def text(self) -> str:
-        """ "o 16 x 256 by 4 groups, split 1, 4 warps, 4 stages, sm_80; mlp_in ..."."""
-        return "; ".join(f"{field.name} {getattr(self, field.name).text}" for field in dataclasses.fields(self))
-
     def smem_bytes(self, shape: LayerShape) -> int:
         """Shared memory per program of the product that takes most."""
         return max(getattr(self, name).smem_bytes(product) for name, product in products(shape).items())

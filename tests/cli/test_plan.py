@@ -12,6 +12,9 @@ def test_plan_of_a_preset_on_a_named_device(capsys):
     assert code == 0
     for expected in ("attention", "layer", "head", "[8, 4096] @ [4096, 32000]", "4 launches"):
         assert expected in out
+    lines = " ".join(out.replace("\u2502", " ").split())
+    assert re.search(r"o \(\d+ x \d+ by \d groups?, split", lines)
+    assert "'" not in lines  # of a dictionary
     for runs in ("triton decode", "triton fused", "triton flat"):
         assert f" {runs} " in out
     code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "64", *where)

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import triton_case
+from jax.sharding import PartitionSpec as P
 from layer_case import CAPACITY, SPECS, Case
 
 from fdpp_jax.plans import device, triton_layer
@@ -82,6 +83,21 @@ def test_refuses_another_layer_with_the_reason():
     spec = dataclasses.replace(case.shape.spec, norm=Norm("layer"))
     with pytest.raises(NotImplementedError, match="norms after a product are RMSNorm, got layer"):
         jax.eval_shape(functools.partial(fused_layer, spec=spec, config=config), *jax.eval_shape(case.inputs))
+
+
+@triton_case.needs_plugin
+def test_results_vary_within_shard_map_as_operands_do():
+    """Rows divided among two devices, each with the cache of its own."""
+    over = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    case, config = planned(8, LLAMA_3_2_1B)
+    attended, hidden, weights, following, cache = jax.eval_shape(case.inputs)
+    call = functools.partial(fused_layer, spec=case.shape.spec, config=config)
+    cached = jax.tree.map(lambda x: P(None, "a") if x.ndim == 3 else P("a"), cache)
+    specs = P("a"), P("a"), jax.tree.map(lambda _: P(), weights), jax.tree.map(lambda _: P(), following), cached
+    run = jax.jit(jax.shard_map(call, mesh=over, in_specs=specs, out_specs=(P("a"), P("a"))))
+    traced = run.trace(attended, hidden, weights, following, cache)
+    assert traced.out_info[0].shape == hidden.shape
+    assert "output_operand_alias<" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 # On a GPU.
