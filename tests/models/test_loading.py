@@ -1,6 +1,5 @@
 """Checkpoints from disk: what is read, and that every kind of damage is named before weights move."""
 
-import dataclasses
 import json
 import pathlib
 import shutil

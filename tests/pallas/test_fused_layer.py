@@ -1,58 +1,83 @@
 """The fused layer against float64, interpreted on the CPU (a launch a product) and as it is on a GPU."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import layer_case
 import numpy as np
 import oracle
 import pytest
-from layer_case import (
-    CAPACITY,
-    EPS,
-    Case,
-    case,
-    expected,
-    expected_hidden,
-    expected_next,
-    in_exact,
-    interpreted,
-    lib,
-    normed,
-    product,
-    whole,
-    with_spec,
-)
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from layer_case import CAPACITY, ON_GPU, SPECS, check_slots, exact, lib, product
 
 from fdpp_jax.pallas.fused_layer import fused_layer, fused_qkv, handover
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts
 from fdpp_jax.pallas.fused_layer.refs import NUM_RESULT_ROWS
 from fdpp_jax.plans import device
 from fdpp_jax.plans.calls import HeadWeights, NextAttention
-from fdpp_jax.plans.hopper_layer import fused_layer_config
+from fdpp_jax.plans.hopper_layer import FusedLayerConfig, fused_layer_config
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Norm, Rotation
 
 pytestmark = pytest.mark.usefixtures("fresh_interpreter")
 
 
+@dataclasses.dataclass(frozen=True)
+class Case(layer_case.Case):
+    config: FusedLayerConfig | None = None
+
+    def handover(self):
+        """Of a launch before, whose last product still lacks its norm where a layer has such norms."""
+        before = handover(self.shape, self.config)
+        if before.added is None:
+            return before
+        added = jax.random.normal(jax.random.key(77), before.added.shape, jnp.bfloat16)
+        return before._replace(added=added, sums=jnp.ones_like(before.sums))
+
+    def run(self, inputs, before=None, *, detect_races=False):
+        interpret = interpreted(detect_races=detect_races)
+        run = functools.partial(fused_layer, spec=self.shape.spec, config=self.config, interpret=interpret)
+        results = jax.block_until_ready(jax.jit(run)(*inputs, self.handover() if before is None else before))
+        assert ON_GPU or not detect_races or not gpu_callbacks.get_races().races_found  # JAX 0.12 raises by itself
+        return results
+
+    def whole(self, hidden, left):
+        """The residual stream, of what a launch leaves."""
+        hidden = exact(hidden)
+        if left.added is None:
+            return hidden
+        hidden_size = self.shape.hidden_size
+        squares = exact(left.sums)[0, : 2 * hidden_size // 32, : self.shape.batch].sum(axis=0)
+        factor = 1 / lib.sqrt(squares / hidden_size + self.shape.spec.norm.eps)[:, None]
+        return hidden + exact(left.added) * factor
+
+    def expected_of(self, attended, hidden, *others):
+        """hidden, query, keys, values."""
+        return self.expected(attended, self.whole(hidden, self.handover()), *others)
+
+
+def interpreted(*, detect_races):
+    return None if ON_GPU else plgpu.InterpretGPUParams(detect_races=detect_races)
+
+
+def case(batch, hidden, inner, heads, kv_heads, head_dim, tiles, name="llama"):
+    shape = LayerShape(batch, hidden, inner, heads, kv_heads, head_dim, spec=SPECS[name])
+    return Case(shape, config=FusedLayerConfig(*tiles))
+
+
+def with_spec(case, name):
+    return dataclasses.replace(case, shape=dataclasses.replace(case.shape, spec=SPECS[name]))
+
+
 def check(case, inputs, results):
     hidden, following, left = results
-    for out, exact in zip(
-        (whole(case, hidden, left), *following), expected(case, *inputs, case.handover()), strict=True
-    ):
+    outs = case.whole(hidden, left), *following
+    for out, expected in zip(outs, case.expected_of(*inputs), strict=True):
         # Four products with inputs rounded to bfloat16 stand one on the other.
-        assert oracle.relative_error(out, exact) < 2 * oracle.TOLERANCE["bfloat16"]
+        assert oracle.relative_error(out, expected) < 2 * oracle.TOLERANCE["bfloat16"]
     check_slots(inputs[-1], following)
-
-
-def check_slots(cache, following):
-    """No slot changed but the rows' own."""
-    rows, slots = np.arange(len(cache.slots)), np.asarray(cache.slots)
-    for before, after in ((cache.keys, following.keys), (cache.values, following.values)):
-        changed = np.array((before != after).any(axis=(2, 3)))
-        live = slots < CAPACITY
-        changed[rows[live], slots[live]] = False
-        assert not changed.any()
 
 
 SMALL = case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2))
@@ -60,32 +85,23 @@ SMALL = case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2))
 RAGGED = case(9, 192, 320, 1, 1, 64, (5, 128, 2, 2, 2))
 # Of every product some units are split along K: owners with one helper and with two, chunks begun in their middle.
 SPLIT = case(2, 256, 256, 2, 1, 64, (3, 64, 3, 2, 2))
-# What the families have: gains and biases of every kind meet.
-QWEN2 = dict(has_qkv_bias=True)
-QWEN3 = dict(norms_queries_and_keys=True)
-GEMMA_2 = dict(norm=Norm(eps=EPS, gain_offset=1.0), norms_products=True, activation="gelu_tanh", logits_soft_cap=2.0)
-CHATGLM = dict(rotation=Rotation(0.5), has_qkv_bias=True)
-OPT = dict(
-    norm=Norm("layer", EPS), activation="relu", is_gated=False, rotation=None,
-    has_qkv_bias=True, has_o_bias=True, has_mlp_bias=True,
-)  # fmt: skip
 WIDE_HEADS = case(3, 256, 256, 2, 1, 128, (3, 64, 3, 2, 2))
 KINDS = {
-    "qwen2": with_spec(SPLIT, **QWEN2),
-    "qwen3": with_spec(WIDE_HEADS, **QWEN3),
-    "gemma 2": with_spec(SPLIT, **GEMMA_2),
-    "gemma 2, many rows": with_spec(RAGGED, **GEMMA_2),  # rows of x: 18, padded to 24
-    "chatglm": with_spec(WIDE_HEADS, **CHATGLM),
-    "opt": with_spec(SPLIT, **OPT),
-    "opt, many rows": with_spec(RAGGED, **OPT),
-    "biases of a gated mlp": with_spec(SMALL, has_mlp_bias=True, has_o_bias=True),
+    "qwen2": with_spec(SPLIT, "qwen2"),
+    "qwen3": with_spec(WIDE_HEADS, "qwen3"),
+    "gemma": with_spec(SPLIT, "gemma"),
+    "gemma, many rows": with_spec(RAGGED, "gemma"),  # rows of x: 18, padded to 24
+    "chatglm": with_spec(WIDE_HEADS, "chatglm"),
+    "opt": with_spec(SPLIT, "opt"),
+    "opt, many rows": with_spec(RAGGED, "opt"),
+    "all biases": with_spec(SMALL, "all biases"),
 }
 H200 = device.by_name("H200")
 
 
-def planned(batch, *sizes, **spec):
-    shape = LayerShape(batch, *sizes, spec=LayerSpec(**{"norm": Norm(eps=EPS)} | spec))
-    return Case(shape, fused_layer_config(shape, H200))
+def planned(batch, *sizes, name="llama"):
+    shape = LayerShape(batch, *sizes, spec=SPECS[name])
+    return Case(shape, config=fused_layer_config(shape, H200))
 
 
 LLAMA_2_7B = 4096, 11008, 32, 32, 128
@@ -99,12 +115,12 @@ OTHERS = [
     *(planned(batch, *LLAMA_3_8B) for batch in (1, 16, 32)),
     planned(3, 8192, 28672, 64, 8, 128),  # Llama 70B
     planned(4, 2048, 8192, 32, 8, 64),  # Llama-3.2-1B
-    planned(2, 3584, 18944, 28, 4, 128, **QWEN2),  # Qwen2.5-7B
-    *(planned(batch, *QWEN3_8B, **QWEN3) for batch in (1, 5, 32)),
-    planned(3, 1024, 3072, 16, 8, 128, **QWEN3),  # Qwen3-0.6B
-    *(planned(batch, *GEMMA_2_9B, **GEMMA_2) for batch in (1, 4, 8, 32)),
-    *(planned(batch, 4096, 13696, 32, 2, 128, **CHATGLM) for batch in (1, 12)),
-    *(planned(batch, 4096, 16384, 32, 32, 128, **OPT) for batch in (1, 6, 7, 32)),
+    planned(2, 3584, 18944, 28, 4, 128, name="qwen2"),  # Qwen2.5-7B
+    *(planned(batch, *QWEN3_8B, name="qwen3") for batch in (1, 5, 32)),
+    planned(3, 1024, 3072, 16, 8, 128, name="qwen3"),  # Qwen3-0.6B
+    *(planned(batch, *GEMMA_2_9B, name="gemma") for batch in (1, 4, 8, 32)),
+    *(planned(batch, 4096, 13696, 32, 2, 128, name="chatglm") for batch in (1, 12)),
+    *(planned(batch, 4096, 16384, 32, 32, 128, name="opt") for batch in (1, 6, 7, 32)),
 ]
 
 
@@ -129,9 +145,9 @@ def test_agrees_with_float64(case):
             pytest.param(case, marks=pytest.mark.gpu)
             for case in (
                 planned(9, *LLAMA_2_7B),
-                planned(9, *QWEN3_8B, **QWEN3),
-                with_spec(RAGGED, **GEMMA_2),
-                with_spec(RAGGED, **OPT),
+                planned(9, *QWEN3_8B, name="qwen3"),
+                with_spec(RAGGED, "gemma"),
+                with_spec(RAGGED, "opt"),
             )
         ),
     ],
@@ -142,18 +158,18 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     cache = cache._replace(slots=cache.slots.at[1].set(CAPACITY).at[7].set(CAPACITY + 5))
     inputs = attended, hidden, weights, following, cache
     hidden, attention, left = case.run((attended.at[3, 0, 5].set(jnp.nan), *inputs[1:]))
-    hidden = whole(case, hidden, left)
+    hidden = case.whole(hidden, left)
     for out in (hidden, attention.query):
         assert np.isnan(out[3]).all()
     slot = int(cache.slots[3])
-    exact = expected(case, *inputs, case.handover())
+    expected = case.expected_of(*inputs)
     repaired = [np.array(out, np.float64) for out in (hidden, attention.query)]
-    for out, x in zip(repaired, exact, strict=False):
+    for out, x in zip(repaired, expected, strict=False):
         out[3] = x[3]
     keys, values = (
-        x.at[3, slot].set(y[3, slot].astype(x.dtype)) for x, y in zip(attention[1:], exact[2:], strict=True)
+        x.at[3, slot].set(y[3, slot].astype(x.dtype)) for x, y in zip(attention[1:], expected[2:], strict=True)
     )
-    for out, x in zip((*repaired, keys, values), exact, strict=True):
+    for out, x in zip((*repaired, keys, values), expected, strict=True):
         assert oracle.relative_error(out, x) < 2 * oracle.TOLERANCE["bfloat16"]
     check_slots(cache, NextAttention(attention.query, keys, values))
 
@@ -163,8 +179,8 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     [
         (SMALL, None),
         (SPLIT, 256),
-        (KINDS["gemma 2"], None),
-        (KINDS["gemma 2"], 96),  # its last unit is half a one
+        (KINDS["gemma"], None),
+        (KINDS["gemma"], 96),  # its last unit is half a one
         (KINDS["opt"], 96),
         pytest.param(SMALL, 256, marks=pytest.mark.gpu),  # on the CPU: tests/models/test_decoder.py
         pytest.param(SPLIT, None, marks=pytest.mark.gpu),
@@ -173,8 +189,8 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
             for sizes in ((3, *LLAMA_2_7B), (32, *LLAMA_3_8B))
             for vocab_size in (None, 256)
         ),
-        *(pytest.param(planned(3, *GEMMA_2_9B, **GEMMA_2), size, marks=pytest.mark.gpu) for size in (None, 96)),
-        pytest.param(planned(3, 4096, 16384, 32, 32, 128, **OPT), 96, marks=pytest.mark.gpu),
+        *(pytest.param(planned(3, *GEMMA_2_9B, name="gemma"), size, marks=pytest.mark.gpu) for size in (None, 96)),
+        pytest.param(planned(3, 4096, 16384, 32, 32, 128, name="opt"), 96, marks=pytest.mark.gpu),
     ],
 )
 def test_behind_the_last_layer_are_logits(case, vocab_size):
@@ -187,17 +203,17 @@ def test_behind_the_last_layer_are_logits(case, vocab_size):
         matrix *= case.shape.hidden_size**-0.5
         head = HeadWeights(following.input_norm, matrix, following.input_norm_bias)
     out, logits, left = case.run((attended, hidden, weights, head, None))
-    exact = expected_hidden(case, attended, hidden, weights, case.handover())
-    out = out if vocab_size is None else whole(case, out, left)
-    assert oracle.relative_error(out, exact) < 2 * oracle.TOLERANCE["bfloat16"]
+    expected = case.expected_hidden(attended, case.whole(hidden, case.handover()), weights)
+    out = out if vocab_size is None else case.whole(out, left)
+    assert oracle.relative_error(out, expected) < 2 * oracle.TOLERANCE["bfloat16"]
     if vocab_size is None:
         assert logits is None
         return
     assert logits.dtype == jnp.float32
-    exact = product(normed(case.spec, exact, head.norm, head.norm_bias), in_exact(head.weight).T)
-    if cap := case.spec.logits_soft_cap:
-        exact = cap * lib.tanh(exact / cap)
-    assert oracle.relative_error(logits, exact) < 2 * oracle.TOLERANCE["bfloat16"]
+    expected = product(case.normed(expected, head.norm, head.norm_bias), exact(head.weight).T)
+    if cap := case.shape.spec.logits_soft_cap:
+        expected = cap * lib.tanh(expected / cap)
+    assert oracle.relative_error(logits, expected) < 2 * oracle.TOLERANCE["bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -210,11 +226,11 @@ def test_behind_the_last_layer_are_logits(case, vocab_size):
             pytest.param(case, marks=pytest.mark.gpu)
             for case in (
                 *(planned(batch, *LLAMA_2_7B) for batch in (1, 32)),
-                planned(2, 3584, 18944, 28, 4, 128, **QWEN2),
-                planned(3, *QWEN3_8B, **QWEN3),
-                planned(3, *GEMMA_2_9B, **GEMMA_2),
-                planned(3, 4096, 13696, 32, 2, 128, **CHATGLM),
-                planned(3, 4096, 16384, 32, 32, 128, **OPT),
+                planned(2, 3584, 18944, 28, 4, 128, name="qwen2"),
+                planned(3, *QWEN3_8B, name="qwen3"),
+                planned(3, *GEMMA_2_9B, name="gemma"),
+                planned(3, 4096, 13696, 32, 2, 128, name="chatglm"),
+                planned(3, 4096, 16384, 32, 32, 128, name="opt"),
             )
         ),
     ],
@@ -222,12 +238,14 @@ def test_behind_the_last_layer_are_logits(case, vocab_size):
 def test_before_the_first_attention_are_queries_keys_and_values(case):
     _, x, weights, _, cache = case.inputs()
     cache = cache._replace(slots=cache.slots.at[-1].set(CAPACITY + 1))
-    run = functools.partial(fused_qkv, spec=case.spec, config=case.config, interpret=interpreted(detect_races=False))
+    run = functools.partial(
+        fused_qkv, spec=case.shape.spec, config=case.config, interpret=interpreted(detect_races=False)
+    )
     attention, left = jax.jit(run)(x, weights, cache, handover(case.shape, case.config))
     is_counted = np.asarray(left.counters.any(axis=(1, 2)))
     assert not np.delete(is_counted, NUM_RESULT_ROWS).any()  # that of heads is cleared by the next launch
-    for out, exact in zip(attention, expected_next(case, in_exact(x), weights, cache), strict=True):
-        assert oracle.relative_error(out, exact) < oracle.TOLERANCE["bfloat16"]
+    for out, expected in zip(attention, case.expected_attention(exact(x), weights, cache), strict=True):
+        assert oracle.relative_error(out, expected) < oracle.TOLERANCE["bfloat16"]
     check_slots(cache, attention)
 
 
@@ -238,9 +256,9 @@ def test_before_the_first_attention_are_queries_keys_and_values(case):
         planned(1, *LLAMA_2_7B),
         planned(8, *LLAMA_3_8B),
         RAGGED,
-        planned(1, *QWEN3_8B, **QWEN3),
-        planned(9, *GEMMA_2_9B, **GEMMA_2),
-        planned(1, 4096, 16384, 32, 32, 128, **OPT),
+        planned(1, *QWEN3_8B, name="qwen3"),
+        planned(9, *GEMMA_2_9B, name="gemma"),
+        planned(1, 4096, 16384, 32, 32, 128, name="opt"),
     ],
 )
 def test_gives_the_same_each_time(case):
@@ -252,7 +270,7 @@ def test_gives_the_same_each_time(case):
     @jax.jit
     def step(hidden):
         attention, left = fused_qkv(
-            hidden, weights, cache, handover(case.shape, case.config), spec=case.spec, config=case.config
+            hidden, weights, cache, handover(case.shape, case.config), spec=case.shape.spec, config=case.config
         )
         for _ in range(4):
             query = attention.query + attended
@@ -272,14 +290,14 @@ def test_gives_the_same_each_time(case):
         SPLIT,
         RAGGED,
         *(planned(1, *sizes) for sizes in (LLAMA_2_7B, LLAMA_3_8B, (5120, 13824, 40, 40, 128))),
-        planned(1, 4096, 16384, 32, 32, 128, **OPT),
+        planned(1, 4096, 16384, 32, 32, 128, name="opt"),
     ],
 )
 def test_every_tile_is_multiplied_once(case):
     """CTAs have equally many, but for one round of units; a split unit's parts follow upon its owner's."""
     shape, num_ctas = case.shape, case.config.num_ctas
     sizes = shape.num_query_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size, shape.intermediate_size
-    facts = LayerFacts(shape.batch, *sizes, case.spec, case.config, True)
+    facts = LayerFacts(shape.batch, *sizes, case.shape.spec, case.config, True)
     ctas = jnp.arange(num_ctas)
     for index, phase in enumerate(facts.phases):
         num_tiles, num_split = facts.num_tiles(phase), facts.num_split(phase)
@@ -309,7 +327,7 @@ def test_lowers_for_cuda():
     """One launch, which updates the cache and the counters in place."""
     case = planned(8, *LLAMA_2_7B)
     inputs = jax.eval_shape(case.inputs)
-    run = functools.partial(fused_layer, spec=case.spec, config=case.config)
+    run = functools.partial(fused_layer, spec=case.shape.spec, config=case.config)
     text = jax.jit(run).trace(*inputs, jax.eval_shape(case.handover)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert text.count("output_operand_alias<") == 3
@@ -326,7 +344,7 @@ def test_units_have_every_column_once(rotation):
 
 
 def test_refuses_another_layer_with_the_reason():
-    case = with_spec(SMALL, norms_products=True, norm=Norm("layer"))
-    run = functools.partial(fused_layer, spec=case.spec, config=case.config)
+    case, spec = SMALL, LayerSpec(norms_products=True, norm=Norm("layer"))
+    run = functools.partial(fused_layer, spec=spec, config=case.config)
     with pytest.raises(NotImplementedError, match="RMSNorm only"):
         jax.eval_shape(run, *jax.eval_shape(case.inputs), jax.eval_shape(case.handover))
