@@ -72,13 +72,14 @@ class FusedLayers:
 
         Args:
           attended: [B, N, H], attention's output.
-          hidden: [B, D], the residual stream before the layer.
+          hidden: [B, D], the residual stream before the layer: what this returned for the layer before.
           weights: Of the layer.
           following: The next layer's weights; behind the last layer those of the head, or None to leave it out.
           cache: Of the next layer; None behind the last one.
 
         Returns:
-          hidden [B, D] after the layer; what the next layer's attention reads, or logits [B, V] float32, or None.
+          hidden [B, D] after the layer, of which a part may still be in the state if something follows; what the next
+          layer's attention reads, or logits [B, V] float32, or None.
         """
         hidden, result, self._state = self._module.layer(
             attended, hidden, weights, following, cache, self._state, self._spec, self._plan, **self._options
