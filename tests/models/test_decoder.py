@@ -52,19 +52,16 @@ def assert_close(out, exact, tolerance):
     assert np.sqrt(((out - exact) ** 2).mean()) < tolerance * exact.std()
 
 
-@pytest.mark.parametrize(
-    ("changes", "lengths"),  # of prompts whose largest norms are apart: their spread is the yardstick for them
-    [(dict(vocab_size=96), (5, 9)), (dict(tie_word_embeddings=True), (2, 13))],
-)
-def test_is_the_unfused_step(changes, lengths):
-    """With a tied head in the last layer, or none for the vocabulary of 96; the next test has heads of their own."""
-    biased = dataclasses.replace(SMALL, qkv_bias=True, **changes)
-    model, tokens, cache = prefilled(biased, lengths, 16, with_key_norms=True)
+def test_is_the_unfused_step():
+    """Without a head in the last layer, for the vocabulary of 80; in the next test there are heads."""
+    biased = dataclasses.replace(SMALL, qkv_bias=True, vocab_size=80)
+    # The spread of the prompts' largest norms, which are apart, is the yardstick for them.
+    model, tokens, cache = prefilled(biased, (5, 9), 16, with_key_norms=True)
     for layer in model.model.layers:
         bias = layer.self_attn.qkv_proj.bias
         bias[...] = 0.1 * jax.random.normal(jax.random.key(1), bias.shape, bias.dtype)
     config = FusedLayerConfig(num_ctas=2, block_k=64, num_stages=3, num_x_tiles=1, num_x_stages=2)
-    plan = LayerPlan("mosaic_gpu", "fused", config, "a small one", fuses_head=biased.vocab_size % 64 == 0)
+    plan = LayerPlan("mosaic_gpu", "fused", config, "a small one")
 
     # Jitted: with operations of the host between them, interpreted kernels may wait for each other.
     @functools.partial(jax.jit, static_argnums=0)

@@ -87,15 +87,12 @@ RAGGED = case(9, 192, 320, 1, 1, 64, (5, 128, 2, 2, 2))
 SPLIT = case(2, 256, 256, 2, 1, 64, (3, 64, 3, 2, 2))
 WIDE_HEADS = case(3, 256, 256, 2, 1, 128, (3, 64, 3, 2, 2))
 KINDS = {
-    "qwen2": with_spec(SPLIT, "qwen2"),
     "qwen3": with_spec(WIDE_HEADS, "qwen3"),
-    "gemma": with_spec(SPLIT, "gemma"),
     "gemma, many rows": with_spec(RAGGED, "gemma"),  # rows of x: 18, padded to 24
-    "chatglm": with_spec(WIDE_HEADS, "chatglm"),
-    "opt": with_spec(SPLIT, "opt"),
     "opt, many rows": with_spec(RAGGED, "opt"),
     "all biases": with_spec(SMALL, "all biases"),
 }
+SMALL_GEMMA, SMALL_OPT = with_spec(SPLIT, "gemma"), with_spec(SPLIT, "opt")
 H200 = device.by_name("H200")
 
 
@@ -108,7 +105,11 @@ LLAMA_2_7B = 4096, 11008, 32, 32, 128
 LLAMA_3_8B = 4096, 14336, 32, 8, 128
 QWEN3_8B = 4096, 12288, 32, 8, 128
 GEMMA_2_9B = 3584, 14336, 16, 8, 256
-OTHERS = [
+OTHERS = [  # on the CPU, small ones of each family: tests/models/test_decoder.py
+    SMALL_GEMMA,
+    SMALL_OPT,
+    with_spec(SPLIT, "qwen2"),
+    with_spec(WIDE_HEADS, "chatglm"),
     case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)),
     case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)),  # one tile is all of K
     *(planned(batch, *LLAMA_2_7B) for batch in (1, 2, 7, 8, 9, 24, 32)),
@@ -179,9 +180,9 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     [
         (SMALL, None),
         (SPLIT, 256),
-        (KINDS["gemma"], None),
-        (KINDS["gemma"], 96),  # its last unit is half a one
-        (KINDS["opt"], 96),
+        (SMALL_GEMMA, None),
+        (SMALL_GEMMA, 96),  # its last unit is half a one
+        (SMALL_OPT, 96),
         pytest.param(SMALL, 256, marks=pytest.mark.gpu),  # on the CPU: tests/models/test_decoder.py
         pytest.param(SPLIT, None, marks=pytest.mark.gpu),
         *(

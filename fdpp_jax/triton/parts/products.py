@@ -1,10 +1,10 @@
 """Sums of products x @ w over a range of tiles of K, for some columns of w, in float32.
 
-Used by `flat_matmul`, `gemv` and `fused_layer`. The columns may be any, so that a program can have those that its
-epilogue needs together. On tensor cores (`of_rows`) a weight [K, N] is the second operand, else it would lose its
-asynchronous copies; a tile's K may be shared among groups of warps (`K_GROUPS`), since a narrow column block has no
-work for more than one warp. On CUDA cores (`of_row`) each lane loads 16 bytes of weights at a time, as they are stored,
-multiplies them by the x of their K, and adds the products in place. The sum over K follows once, after the last tile.
+Used by `flat_matmul` and `gemv`. On tensor cores (`of_rows`) a weight [K, N] is the second operand, else it would lose
+its asynchronous copies; a tile's K may be shared among groups of warps (`K_GROUPS`), since a narrow column block has
+no work for more than one warp. On CUDA cores (`of_row`) each lane loads 16 bytes of weights at a time, as they are
+stored, multiplies them by the x of their K, and adds the products in place. The sum over K follows once, after the
+last tile.
 """
 
 import triton
