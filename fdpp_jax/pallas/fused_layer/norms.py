@@ -9,8 +9,9 @@ A kind says which rows of x it stores (`rows_behind_norm` in `plans.hopper_layer
 rows of the product make up the product with the normed residual stream (`normed`).
 """
 
+import abc
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class View(NamedTuple):
     is_repeated: bool = False
 
 
-class Norm(Protocol):
+class Norm(abc.ABC):
     """A kind of norm in one launch.
 
     Attributes:
@@ -45,25 +46,25 @@ class Norm(Protocol):
 
     num_sums: ClassVar[int]
 
-    def views(self, batch: int) -> tuple[View, ...]:
-        """The rows of a product behind the norm that `normed` wants."""
-
-    def factors(self, phase: Phase) -> tuple[jax.Array, ...]:
-        """What `join` or `normed` needs of all columns, each [rows]; the product before is done."""
-
-    def join(self, phase: Phase, unit: jax.Array, low: jax.Array, factors: tuple[jax.Array, ...]) -> Finish:
-        """The epilogue of a unit that joins the residual stream; its columns begin at low."""
-
-    def normed(self, ys: Sequence[jax.Array], factors: tuple[jax.Array, ...]) -> jax.Array:
-        """[64, rows]: the product with the normed residual stream, of the views of the product with x."""
-
-
-class _Norm:
-    """What the kinds share."""
-
     def __init__(self, gmem: GlobalRefs, facts: LayerFacts):
         self.gmem, self.facts = gmem, facts
         self.columns = Columns(facts.num_rows, facts.is_interpreted)
+
+    @abc.abstractmethod
+    def views(self, batch: int) -> tuple[View, ...]:
+        """The rows of a product behind the norm that `normed` wants."""
+
+    @abc.abstractmethod
+    def factors(self, phase: Phase) -> tuple[jax.Array, ...]:
+        """What `join` or `normed` needs of all columns, each [rows]; the product before is done."""
+
+    @abc.abstractmethod
+    def join(self, phase: Phase, unit: jax.Array, low: jax.Array, factors: tuple[jax.Array, ...]) -> Finish:
+        """The epilogue of a unit that joins the residual stream; its columns begin at low."""
+
+    @abc.abstractmethod
+    def normed(self, ys: Sequence[jax.Array], factors: tuple[jax.Array, ...]) -> jax.Array:
+        """[64, rows]: the product with the normed residual stream, of the views of the product with x."""
 
     def gain(self, source: jax.Ref, low: jax.Array) -> jax.Array:
         """A norm's gain, of WIDTH columns."""
@@ -77,6 +78,7 @@ class _Norm:
         return jnp.where(is_sum, parts, 0.0).sum(axis=0) / hidden_size
 
     def rsqrt(self, mean_square: jax.Array) -> jax.Array:
+        """1 / sqrt(mean_square + eps)."""
         return lax.rsqrt(mean_square + self.facts.spec.norm.eps)
 
     def store_sums(self, sums: jax.Ref | None, unit: jax.Array, *values: jax.Array) -> None:
@@ -85,7 +87,7 @@ class _Norm:
             self.columns.store_sums(value, present(sums).at[kind, pl.ds(2 * unit, 2)])
 
 
-class _PlainJoin(_Norm):
+class _PlainJoin(Norm):
     """The product, with its bias, is added to the residual stream as it is."""
 
     def join(self, phase: Phase, unit: jax.Array, low: jax.Array, factors: tuple[jax.Array, ...]) -> Finish:
@@ -103,11 +105,11 @@ class _PlainJoin(_Norm):
 
         return finish
 
+    @abc.abstractmethod
     def leave(
         self, phase: Phase, unit: jax.Array, low: jax.Array, total: jax.Array, gain: jax.Array, bias: jax.Array | None
     ) -> None:
         """Stores rows of x and sums; total, gain and bias are [64, rows]."""
-        raise NotImplementedError
 
 
 class RMSNorm(_PlainJoin):
@@ -165,7 +167,7 @@ class LayerNorm(_PlainJoin):
         return by_row(factor, y - by_row(mean, of_gain)) + of_bias
 
 
-class RMSNormOfSum(_Norm):
+class RMSNormOfSum(Norm):
     """RMSNorm of x + z / rms(y), where z = y * gain is a product with a norm of its own, whose factor comes later.
 
     Rows of x: x * gain, then z * gain, as many. The residual stream is a pair, too: x, and z as `added`. The next join
