@@ -8,6 +8,8 @@ softmax: it writes the same cache slots again.
 import concurrent.futures
 import dataclasses
 import functools
+import sys
+import threading
 import time
 from collections.abc import Hashable
 from types import TracebackType
@@ -54,6 +56,8 @@ class ChunkReport[Array: (jax.Array, np.ndarray)]:
     recomputed_steps: Array  # [] int32, as the loop's
     is_over: Array  # [] bool, whether every row has ended
 
+
+_THREADS = "fdpp_jax-chunks"  # what their names begin with
 
 # The report, and the seconds from the start of the chunk, or the end of the one before, to its own end.
 type RunningChunk = concurrent.futures.Future[tuple[ChunkReport[np.ndarray], float]]
@@ -190,8 +194,9 @@ class Chunks:
 
     def __init__(self, weights: list[jax.Array], loop: Loop):
         self._weights, self.loop = weights, loop
-        self._caller, self._reader = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
+        self._caller, self._reader = (concurrent.futures.ThreadPoolExecutor(1, _THREADS) for _ in range(2))
         self._last_ready = 0.0
+        self._is_exiting = sys.is_finalizing  # bound here, since modules may lose their names by then
 
     def __enter__(self) -> Self:
         return self
@@ -199,9 +204,16 @@ class Chunks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the chunk that runs, so that the memory of the loop is free then; what has not begun never does."""
+        """Waits for the chunk that runs, so that the memory of the loop is free then; what has not begun never does.
+
+        A loop that nobody closed may be collected as the interpreter exits, which has ended the threads itself, or in
+        one of the threads, which cannot wait for itself.
+        """
+        if self._is_exiting():
+            return
+        is_own = threading.current_thread().name.startswith(_THREADS)
         for thread in (self._caller, self._reader):
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(wait=not is_own, cancel_futures=True)
 
     def start(self, program: jax.stages.Compiled, *args: Any) -> RunningChunk:
         """Has the program of `decode_chunk` run with the weights, the loop and args, behind the chunks before."""

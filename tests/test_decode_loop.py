@@ -1,5 +1,6 @@
 """The jitted loop: the recompute's place in it, logits that are not finite, and chunks behind one another."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -321,3 +322,23 @@ def test_seconds_of_chunks_are_those_in_which_one_runs(monkeypatch):
         (third, some), (fourth, others) = [chunk.result() for chunk in [chunks.start(program, 2.0) for _ in range(2)]]
         assert (third, fourth, some + others) == (2, 3, 4.0)
     assert chunks.loop == 4
+
+
+def test_chunks_of_an_ending_interpreter_are_left_to_it(monkeypatch):
+    """Its executors have ended by then, and what they need may be gone."""
+    monkeypatch.setattr("sys.is_finalizing", lambda: True)
+    chunks = decode_loop.Chunks([], 0)
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "shutdown", None)
+    with chunks:
+        pass
+
+
+def test_chunks_may_be_collected_in_their_own_thread():
+    """The garbage collector runs in any thread, and none can wait for itself."""
+    chunks = decode_loop.Chunks([], 0)
+
+    def leave(*_):
+        chunks.__exit__(None, None, None)
+        return 0, 0
+
+    assert chunks.start(leave).result(timeout=10)[0] == 0

@@ -123,17 +123,24 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([rotate(turned, cos, sin), kept], axis=-1)
 
 
-def _checkpoint_rows(config: ChatGLMConfig) -> tuple[int, ...]:
-    """Of queries, keys and values the checkpoint's rows in our order, in which a pair that turns is (i, i + H / 4).
+class QueryKeyValue(Linear):
+    """The projections to queries, keys and values, in which a pair that turns is (i, i + H / 4) of a head.
 
     In the checkpoint it is (2i, 2i + 1). Queries and keys change alike, so their scores stay.
     """
-    head_dim, num_turned = config.head_dim, config.num_attention_heads + config.num_key_value_heads
-    turned = np.arange(head_dim // 2).reshape(-1, 2).T.reshape(-1)  # even rows, then odd ones
-    head = np.concatenate([turned, np.arange(head_dim // 2, head_dim)])
-    rows = np.arange(config.qkv_size).reshape(-1, head_dim)
-    rows[:num_turned] = rows[:num_turned, head]
-    return tuple(rows.reshape(-1).tolist())
+
+    def __init__(self, config: ChatGLMConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        super().__init__(config.hidden_size, config.qkv_size, use_bias=config.add_qkv_bias, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def in_our_order(self, rows: jax.Array) -> jax.Array:
+        head_dim = self.config.head_dim
+        num_turned = (self.config.num_attention_heads + self.config.num_key_value_heads) * head_dim
+        turned, values = rows[:num_turned], rows[num_turned:]
+        places = np.arange(head_dim)
+        places[: head_dim // 2] = places[: head_dim // 2].reshape(-1, 2).T.reshape(-1)  # even rows, then odd ones
+        heads = turned.reshape(-1, head_dim, *rows.shape[1:])[:, places]
+        return jnp.concatenate([heads.reshape(turned.shape), values])
 
 
 class SelfAttention(nnx.Module):
@@ -142,8 +149,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: ChatGLMConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.config = config
         hidden, linear = config.hidden_size, functools.partial(Linear, dtype=dtype, rngs=rngs)
-        rows = _checkpoint_rows(config)
-        self.query_key_value = linear(hidden, config.qkv_size, use_bias=config.add_qkv_bias, rows=rows)
+        self.query_key_value = QueryKeyValue(config, dtype=dtype, rngs=rngs)
         self.dense = linear(config.query_size, hidden)
 
     def __call__(

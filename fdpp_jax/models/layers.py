@@ -46,7 +46,6 @@ class Linear(nnx.Module):
       out_size: Columns of the result, rows of the weight.
       use_bias: Whether there is a bias [out].
       parts: Where a checkpoint has several linear maps of x: the name and the rows of each, in our order.
-      rows: [out], the row in the checkpoint of each of ours, where their order is another.
       dtype: Of the parameters.
       rngs: Source of the random initial weights.
     """
@@ -58,11 +57,10 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         parts: tuple[tuple[str, int], ...] = (),
-        rows: tuple[int, ...] | None = None,
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.parts, self.rows = parts, rows
+        self.parts = parts
         self.weight = nnx.Param(_normal(rngs, (out_size, in_size), dtype))
         self.bias = nnx.Param(jnp.zeros(out_size, dtype)) if use_bias else None
 
@@ -75,6 +73,10 @@ class Linear(nnx.Module):
     ) -> jax.Array:
         y = ops.flat_matmul(x, self.weight[...], w_order="nk", out_dtype=out_dtype, implementation=implementation)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def in_our_order(self, rows: jax.Array) -> jax.Array:
+        """A checkpoint's weight or bias, all its parts, with rows in our order: as they are, but for some families."""
+        return rows
 
     @property
     def bias_array(self) -> jax.Array | None:

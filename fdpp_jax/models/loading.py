@@ -96,8 +96,8 @@ def load(
             parts = [stored[source].read() for source in sources[name]]
             module = modules[name.rpartition(".")[0]]
             fused = _fuse(parts, jnp.dtype(dtype))
-            if isinstance(module, Linear) and module.rows is not None:
-                fused = fused[np.asarray(module.rows)]
+            if isinstance(module, Linear):
+                fused = module.in_our_order(fused)
             parameter.set_value(fused.block_until_ready())
             update(done=done)
     model.checkpoint = directory.absolute()

@@ -88,6 +88,10 @@ def refuse(shape: LayerShape, device: Device, algorithm: str | None = "fused") -
         return (
             f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}{turned}"
         )
+    units_per_head = shape.head_dim // (2 * UNIT_WIDTH)
+    num_ctas = fused_layer_config(shape, device).num_ctas
+    if shape.spec.norms_queries_and_keys and num_ctas < units_per_head:  # which wait for each other
+        return f"a CTA for each of the {units_per_head} units of a head that is normalised, got {num_ctas} CTAs"
     sizes = shape.hidden_size, shape.intermediate_size
     if any(size % _SWIZZLE_COLUMNS for size in sizes):
         return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
@@ -102,6 +106,8 @@ def refuse_spec(spec: LayerSpec) -> str | None:
     """Why the kernel does not compute such a layer whatever its sizes, or None if it does."""
     if spec.norms_products and spec.norm.kind != "rms":
         return f"the fused layer normalises products by RMSNorm only, got a {spec.norm.kind} norm"
+    if spec.norms_queries_and_keys and spec.norm.kind != "rms":
+        return f"the fused layer normalises queries and keys by RMSNorm only, got a {spec.norm.kind} norm"
     return None
 
 

@@ -71,6 +71,12 @@ def with_spec(case, name):
     return dataclasses.replace(case, shape=dataclasses.replace(case.shape, spec=SPECS[name]))
 
 
+def facts_of(case):
+    shape = case.shape
+    sizes = shape.num_query_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size, shape.intermediate_size
+    return LayerFacts(shape.batch, *sizes, shape.spec, case.config, True)
+
+
 def check(case, inputs, results):
     hidden, following, left = results
     outs = case.whole(hidden, left), *following
@@ -87,7 +93,7 @@ RAGGED = case(9, 192, 320, 1, 1, 64, (5, 128, 2, 2, 2))
 SPLIT = case(2, 256, 256, 2, 1, 64, (3, 64, 3, 2, 2))
 WIDE_HEADS = case(3, 256, 256, 2, 1, 128, (3, 64, 3, 2, 2))
 KINDS = {
-    "qwen3": with_spec(WIDE_HEADS, "qwen3"),
+    "qwen3": case(2, 128, 128, 2, 1, 256, (4, 64, 3, 2, 2), "qwen3"),  # four units a head
     "gemma, many rows": with_spec(RAGGED, "gemma"),  # rows of x: 18, padded to 24
     "opt, many rows": with_spec(RAGGED, "opt"),
     "all biases": with_spec(SMALL, "all biases"),
@@ -109,6 +115,7 @@ OTHERS = [  # on the CPU, small ones of each family: tests/models/test_decoder.p
     SMALL_GEMMA,
     SMALL_OPT,
     with_spec(SPLIT, "qwen2"),
+    with_spec(WIDE_HEADS, "qwen3"),
     with_spec(WIDE_HEADS, "chatglm"),
     case(3, 256, 384, 2, 1, 128, (5, 64, 4, 2, 3)),
     case(8, 64, 128, 1, 1, 64, (4, 256, 2, 4, 2)),  # one tile is all of K
@@ -296,9 +303,7 @@ def test_gives_the_same_each_time(case):
 )
 def test_every_tile_is_multiplied_once(case):
     """CTAs have equally many, but for one round of units; a split unit's parts follow upon its owner's."""
-    shape, num_ctas = case.shape, case.config.num_ctas
-    sizes = shape.num_query_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size, shape.intermediate_size
-    facts = LayerFacts(shape.batch, *sizes, case.shape.spec, case.config, True)
+    num_ctas, facts = case.config.num_ctas, facts_of(case)
     ctas = jnp.arange(num_ctas)
     for index, phase in enumerate(facts.phases):
         num_tiles, num_split = facts.num_tiles(phase), facts.num_split(phase)
@@ -322,6 +327,27 @@ def test_every_tile_is_multiplied_once(case):
             helpers = [cta for cta, is_helper, _ in found if is_helper]
             assert helpers == list(range(owner + 1, owner + 1 + int(facts.num_helpers(phase, owner, unit))))
             assert len(found) == len(helpers) + 1
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [QWEN3_8B, (1024, 3072, 16, 8, 128), (1280, 320, 1, 1, 256), (1280, 4096, 5, 5, 512), (2560, 9728, 32, 8, 128)],
+)
+def test_no_cta_waits_for_itself(sizes):
+    """Where heads are normalised, units of a head wait for each other, and a CTA finishes one unit after the other."""
+    case = planned(1, *sizes, name="qwen3")
+    facts, ctas = facts_of(case), jnp.arange(case.config.num_ctas)
+    phase, owned = facts.phases[-1], []  # (cta, head) of each unit
+    for step in facts.steps:
+        if step.phase != phase or step.is_helpers:
+            continue
+        counts = np.broadcast_to(facts.num_segments(step, ctas), len(ctas))
+        for turn in range(counts.max()):
+            unit, start, stop = np.broadcast_arrays(*facts.segment(step, ctas, jnp.int32(turn)))
+            is_owner = (turn < counts) & (start < stop)
+            owned += zip(np.arange(len(ctas))[is_owner], unit[is_owner] // facts.units_per_head, strict=True)
+    assert len(owned) == phase.num_units
+    assert len(set(owned)) == len(owned)
 
 
 def test_lowers_for_cuda():

@@ -7,8 +7,8 @@ import pytest
 from fdpp_jax import heuristics
 from fdpp_jax.models import PRESETS
 from fdpp_jax.plans import device
-from fdpp_jax.plans.hopper_layer import UNIT_WIDTH
-from fdpp_jax.plans.shapes import LayerShape
+from fdpp_jax.plans.hopper_layer import inner_width
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Norm, Rotation
 
 
 @pytest.mark.parametrize("name", device.names())
@@ -17,14 +17,7 @@ def test_every_layer_has_a_legal_plan_everywhere(model, name):
     """CTAs that wait for each other all run at once, and each has a unit of the MLP."""
     config, known = PRESETS[model], device.by_name(name)
     for batch in (1, 2, 8, 9, 17, 32, 64, 256):
-        shape = LayerShape(
-            batch,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        shape = config.layer_shape(batch, "bfloat16")
         plan = heuristics.plan_layer(shape, name)
         assert plan.reason
         assert (plan.config is None) == (plan.implementation == "unfused")
@@ -34,7 +27,8 @@ def test_every_layer_has_a_legal_plan_everywhere(model, name):
         assert known.arch == "sm_90"
         assert plan.config.smem_bytes(shape) <= known.smem_bytes
         assert plan.config.num_stages >= 2
-        assert plan.config.num_ctas <= min(known.num_sms, config.intermediate_size // UNIT_WIDTH)
+        assert plan.config.num_ctas <= min(known.num_sms, config.intermediate_size // inner_width(shape.spec))
+        assert plan.fuses_head == (config.vocab_size % 32 == 0)
         depth = max(config.query_size, config.hidden_size, config.intermediate_size)
         assert depth <= 128 * plan.config.num_x_tiles * plan.config.block_k  # counters: a thread each waits for them
 
@@ -47,6 +41,11 @@ def test_every_layer_has_a_legal_plan_everywhere(model, name):
         (dict(intermediate_size=131136), "65536 columns, got 131136"),
         (dict(head_dim=96), "head dims"),
         (dict(intermediate_size=11040), "multiples of 64"),
+        (dict(head_dim=64, spec=LayerSpec(rotation=Rotation(0.5))), "of which 32 rotate"),
+        (dict(spec=LayerSpec(norms_products=True, norm=Norm("layer"))), "products by RMSNorm only"),
+        (dict(spec=LayerSpec(norms_queries_and_keys=True, norm=Norm("layer"))), "keys by RMSNorm only"),
+        (dict(head_dim=256, intermediate_size=64, spec=LayerSpec(norms_queries_and_keys=True)), "got 2 CTAs"),
+        (dict(batch=5, intermediate_size=36864, spec=LayerSpec(norms_products=True)), "32768 columns, got 36864"),
     ],
 )
 def test_a_refused_layer_says_why(changes, why):

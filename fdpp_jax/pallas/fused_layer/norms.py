@@ -1,9 +1,8 @@
 """Kinds of norms, and how products join the residual stream before one and are normed behind it.
 
-No norm has a pass of its own. A norm's mean and root mean square are known only when all columns of the residual stream
-are, but the next product can begin before: its x is what the norm has to do column by column, and its result gets what
-is to be done row by row. So the CTA that finishes columns of the residual stream also stores rows of x, and sums over
-its columns.
+No norm has a pass of its own. The gain is applied per column, to x before the next product. The mean and 1 / rms are
+applied per row, to that product's result, since they are known only when all columns of the residual stream are. So the
+CTA that finishes columns of the residual stream also stores them as rows of x, and sums over them.
 
 A kind says which rows of x it stores (`rows_behind_norm` in `plans.hopper_layer` counts them), which sums, and how the
 rows of the product make up the product with the normed residual stream (`normed`).

@@ -168,8 +168,13 @@ class LayerFacts:
         )
 
     def num_split(self, phase: Phase) -> int:
-        """Units that are split: the first ones. 0 where splitting would not pay, as in a nearly full round."""
+        """Units that are split: the first ones. 0 where splitting would not pay, as in a nearly full round.
+
+        Nor may a CTA have two units of a head whose units wait for each other (`heads`): it would wait for itself.
+        """
         full, rest = divmod(phase.num_units, self.config.num_ctas)
+        if phase.name == "qkv" and self.spec.norms_queries_and_keys and rest % self.units_per_head:
+            return 0
         is_worth = self.config.num_ctas <= rest * self.num_tiles(phase) and rest < _MAX_SPLIT * self.config.num_ctas
         return rest if full and is_worth else 0
 

@@ -28,7 +28,8 @@ class Results:
     def finish(self) -> None:
         overlap.await_predecessor(is_interpreted=self.facts.is_interpreted)
         overlap.let_successor_start(is_interpreted=self.facts.is_interpreted)
-        # Left by earlier launches: no CTA counts in these rows before CTA 0 counts its first unit.
+        # Left by earlier launches: no CTA counts in these rows, that of heads among them, before CTA 0 counts its first
+        # unit, since they need all of row 0.
         if self.awaits_grid and not self.facts.is_first:
             for i in range(1, NUM_RESULT_ROWS + NUM_HEAD_ROWS):
                 pl.when(self.cta == 0)(functools.partial(grid_sync.clear, self.gmem.counters.at[i]))
