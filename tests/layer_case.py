@@ -7,27 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdpp_jax.models import PRESETS
 from fdpp_jax.plans.calls import LayerCache, LayerWeights
-from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Norm, Rotation
+from fdpp_jax.plans.shapes import LayerShape, LayerSpec, Norm
 
-LLAMA = LayerSpec()
 SPECS = {
-    "llama": LLAMA,
-    "qwen2": LayerSpec(has_qkv_bias=True),
-    "qwen3": LayerSpec(norms_queries_and_keys=True, norm=Norm(eps=1e-6)),
-    "chatglm": LayerSpec(has_qkv_bias=True, rotation=Rotation(0.5)),
-    "gemma": LayerSpec(
-        norms_products=True, norm=Norm(eps=1e-6, gain_offset=1.0), activation="gelu_tanh", logits_soft_cap=2.0
-    ),
-    "opt": LayerSpec(
-        norm=Norm("layer"),
-        activation="relu",
-        is_gated=False,
-        has_qkv_bias=True,
-        has_o_bias=True,
-        has_mlp_bias=True,
-        rotation=None,
-    ),
+    "llama": LayerSpec(),
+    "qwen2": PRESETS["qwen2.5-7b"].layer_spec,
+    "qwen3": PRESETS["qwen3-8b"].layer_spec,
+    "chatglm": PRESETS["chatglm2-6b"].layer_spec,
+    "gemma": dataclasses.replace(PRESETS["gemma-2-9b"].layer_spec, logits_soft_cap=2.0),  # which random logits reach
+    "opt": PRESETS["opt-6.7b"].layer_spec,
     "all biases": LayerSpec(has_qkv_bias=True, has_o_bias=True, has_mlp_bias=True, norm=Norm(gain_offset=1.0)),
 }
 CAPACITY = 24
@@ -91,7 +81,7 @@ class Case:
         cached = shape.batch, CAPACITY, shape.num_kv_heads, shape.head_dim
         rotation = None
         if spec.rotation is not None:
-            size = shape.batch, int(shape.head_dim * spec.rotation.share) // 2
+            size = shape.batch, spec.num_rotated(shape.head_dim) // 2
             angles = jax.random.uniform(next(keys), size, maxval=6.0)
             rotation = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
         slots = jax.random.randint(next(keys), (shape.batch,), 0, CAPACITY, jnp.int32)

@@ -84,7 +84,8 @@ def load(
     model = nnx.eval_shape(lambda: causal_lm(config, dtype=dtype, rngs=nnx.Rngs(0)))
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
     parameters = [(_name(path), value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    sources = {name: _sources(name, value.shape, modules[name.rpartition(".")[0]]) for name, value in parameters}
+    owners = {name: modules[name.rpartition(".")[0]] for name, _ in parameters}
+    sources = {name: _sources(name, value.shape, owners[name]) for name, value in parameters}
     expected = {name: shape for parts in sources.values() for name, shape in parts.items()}
     num_bytes = sum(value.size for _, value in parameters) * jnp.dtype(dtype).itemsize
     explained = device_memory.explained(lambda: {"the weights take": num_bytes}, _SMALLER)
@@ -94,10 +95,9 @@ def load(
         update = stack.enter_context(bar(title, len(parameters), is_shown=progress))
         for done, (name, parameter) in enumerate(parameters, start=1):
             parts = [stored[source].read() for source in sources[name]]
-            module = modules[name.rpartition(".")[0]]
             fused = _fuse(parts, jnp.dtype(dtype))
-            if isinstance(module, Linear):
-                fused = module.in_our_order(fused)
+            if isinstance(owner := owners[name], Linear):
+                fused = owner.in_our_order(fused)
             parameter.set_value(fused.block_until_ready())
             update(done=done)
     model.checkpoint = directory.absolute()

@@ -36,9 +36,9 @@ def inner_width(spec: LayerSpec) -> int:
     return UNIT_WIDTH if spec.is_gated else 2 * UNIT_WIDTH
 
 
-def padded_rows(shape: LayerShape) -> int:
-    """Rows of the products, padded to a multiple of 8."""
-    return round_up(rows_behind_norm(shape.spec, shape.batch), 8)
+def padded_rows(spec: LayerSpec, batch: int) -> int:
+    """Rows of the product that has most, padded to a multiple of 8: one behind a norm."""
+    return round_up(rows_behind_norm(spec, batch), 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FusedLayerConfig:
 
     def smem_bytes(self, shape: LayerShape) -> int:
         """Shared memory per CTA: both rings, and a product on its way from one warpgroup to another."""
-        rows = padded_rows(shape)
+        rows = padded_rows(shape.spec, shape.batch)
         ring = self.num_stages * 2 * UNIT_WIDTH * self.block_k * 2
         x_ring = self.num_x_stages * rows * self.chunk * 2
         return ring + x_ring + 2 * UNIT_WIDTH * rows * 4 + SMEM_RESERVE
@@ -82,21 +82,20 @@ def refuse(shape: LayerShape, device: Device, algorithm: str | None = "fused") -
         return f"the fused layer takes bfloat16, got {shape.dtype}"
     if not 1 <= shape.batch <= MAX_ROWS:
         return f"1 to {MAX_ROWS} rows are faster fused, more in a launch for each product, got B = {shape.batch}"
-    num_rotated = 0.0 if shape.spec.rotation is None else shape.head_dim * shape.spec.rotation.share
+    num_rotated = shape.spec.num_rotated(shape.head_dim)
     if shape.head_dim % (2 * UNIT_WIDTH) or num_rotated % (2 * UNIT_WIDTH):
-        turned = "" if num_rotated == shape.head_dim else f", of which {num_rotated:g} rotate"
+        turned = "" if num_rotated == shape.head_dim else f", of which {num_rotated} rotate"
         return (
             f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}{turned}"
         )
-    units_per_head = shape.head_dim // (2 * UNIT_WIDTH)
-    num_ctas = fused_layer_config(shape, device).num_ctas
-    if shape.spec.norms_queries_and_keys and num_ctas < units_per_head:  # which wait for each other
-        return f"a CTA for each of the {units_per_head} units of a head that is normalised, got {num_ctas} CTAs"
     sizes = shape.hidden_size, shape.intermediate_size
     if any(size % _SWIZZLE_COLUMNS for size in sizes):
         return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
+    config, units_per_head = fused_layer_config(shape, device), shape.head_dim // (2 * UNIT_WIDTH)
+    if shape.spec.norms_queries_and_keys and config.num_ctas < units_per_head:  # which wait for each other
+        return f"a CTA for each of the {units_per_head} units of a head that is normalised, got {config.num_ctas} CTAs"
     depth = max(shape.num_query_heads * shape.head_dim, *sizes)
-    max_depth = MAX_COUNTERS * fused_layer_config(shape, device).chunk
+    max_depth = MAX_COUNTERS * config.chunk
     if depth > max_depth:
         return f"the fused layer multiplies at most {max_depth} columns, got {depth}"
     return None
@@ -115,7 +114,7 @@ def fused_layer_config(shape: LayerShape, device: Device) -> FusedLayerConfig:
     """Tiles by rule: as deep a ring as shared memory holds, up to what a wait for the grid lasts."""
     # Each CTA has a unit of the MLP, which tells it that the product before is done. All of them must run at once.
     num_ctas = min(device.num_sms, shape.intermediate_size // inner_width(shape.spec))
-    rows = padded_rows(shape)
+    rows = padded_rows(shape.spec, shape.batch)
     num_x_tiles = 2 if rows == 8 else 1
     num_x_stages = min(_X_TILES, _X_BYTES // (2 * rows * _BLOCK_K)) // num_x_tiles
     config = FusedLayerConfig(num_ctas, _BLOCK_K, _MAX_STAGES, num_x_tiles, num_x_stages)

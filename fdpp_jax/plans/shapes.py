@@ -181,6 +181,10 @@ class LayerSpec:
     rotation: Rotation | None = Rotation()
     logits_soft_cap: float | None = None
 
+    def num_rotated(self, head_dim: int) -> int:
+        """Elements of a head that turn: its first ones."""
+        return 0 if self.rotation is None else int(head_dim * self.rotation.share)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:

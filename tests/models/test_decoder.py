@@ -139,7 +139,7 @@ def test_a_familys_weights_are_those_of_its_spec(name):
     assert config.mlp_in_size == config.intermediate_size * (2 if spec.is_gated else 1)
     assert weights.qkv.shape == (config.qkv_size, config.hidden_size)
     assert model.head_weight.shape == (config.vocab_size, config.hidden_size)
-    num_rotated = 0 if spec.rotation is None else config.head_dim * spec.rotation.share
+    num_rotated = spec.num_rotated(config.head_dim)
     positions = jnp.zeros((2, 1), jnp.int32)
     _, context = model.embed(positions, positions)
     assert num_rotated == (0 if context is None else 2 * context[0].shape[-1])

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from fdpp_jax.pallas.parts import accumulators
 
+type Halves = tuple[jax.Array, jax.Array]  # of a unit's columns and of its partners'
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -28,6 +30,10 @@ class Columns:
         """`load`, or 0 where there is no such array, as there may be no bias."""
         return 0.0 if source is None else self.load(source, column)
 
+    def load_both(self, source: jax.Ref | None, low: jax.Array, high: jax.Array) -> Halves | None:
+        """`load` of a unit's columns and of its partners', if there is such an array."""
+        return None if source is None else (self.load(source, low), self.load(source, high))
+
     def store(self, y: jax.Array, target: jax.Ref, column: jax.Array, rows_gmem: jax.Ref | None = None) -> None:
         """target[row, column + i] = y[i, row] for the first WIDTH i; see `accumulators.store`."""
         accumulators.store(y, target, column, is_interpreted=self.is_interpreted, rows_gmem=rows_gmem)
@@ -40,6 +46,12 @@ class Columns:
 def rounded(y: jax.Array) -> jax.Array:
     """y as an array in bfloat16 would hold it."""
     return y.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def biased(y: jax.Array, partner: jax.Array, biases: Halves | None) -> Halves:
+    """Both as a matmul of its own would store them, and a sum with its bias."""
+    y, partner = rounded(y), rounded(partner)
+    return (y, partner) if biases is None else (rounded(y + biases[0]), rounded(partner + biases[1]))
 
 
 def by_row(factors: jax.Array, y: jax.Array) -> jax.Array:

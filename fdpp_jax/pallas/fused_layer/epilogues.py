@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from fdpp_jax.pallas.fused_layer.columns import Columns, rounded
+from fdpp_jax.pallas.fused_layer.columns import Columns, biased
 from fdpp_jax.pallas.fused_layer.heads import Heads
 from fdpp_jax.pallas.fused_layer.norms import Finish, View, kind_of
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Phase
@@ -50,7 +50,7 @@ class Epilogues:
 
     def views(self, phase: Phase) -> tuple[View, ...]:
         """The rows of the product that make up the result."""
-        return self.norm.views(self.facts.batch) if self.is_normed(phase) else (View(),)
+        return self.norm.views() if self.is_normed(phase) else (View(),)
 
     def factors(self, phase: Phase) -> tuple[jax.Array, ...]:
         """What the norm needs of all columns of the product before."""
@@ -73,14 +73,10 @@ class Epilogues:
     def _inner(self, low: jax.Array, high: jax.Array) -> Finish:
         inner, spec = present(self.gmem.inner), self.facts.spec
         activation = _ACTIVATIONS[spec.activation]
-        biases = None
-        if self.gmem.mlp_in_bias is not None:
-            biases = [self.columns.load(self.gmem.mlp_in_bias, column) for column in (low, high)]
+        biases = self.columns.load_both(self.gmem.mlp_in_bias, low, high)
 
         def finish(y: jax.Array, partner: jax.Array) -> None:
-            halves = [rounded(y), rounded(partner)]  # as a matmul of its own would store them
-            if biases is not None:
-                halves = [rounded(half + bias) for half, bias in zip(halves, biases, strict=True)]
+            halves = biased(y, partner, biases)
             if spec.is_gated:
                 gate, up = halves
                 self.columns.store(activation(gate) * up, inner, low)

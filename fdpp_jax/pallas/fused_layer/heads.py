@@ -7,15 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from fdpp_jax.pallas.fused_layer.columns import Columns, by_row, rounded
+from fdpp_jax.pallas.fused_layer.columns import Columns, Halves, biased, by_row, rounded
 from fdpp_jax.pallas.fused_layer.norms import Finish
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts
 from fdpp_jax.pallas.fused_layer.refs import GlobalRefs, present
 from fdpp_jax.pallas.parts import grid_sync
 from fdpp_jax.pallas.parts.accumulators import LAYOUT
 from fdpp_jax.pallas.parts.registers import load
-
-type Halves = tuple[jax.Array, jax.Array]
 
 
 class Heads:
@@ -36,7 +34,7 @@ class Heads:
         """The epilogue of a unit whose columns begin at low, and whose partner columns at high."""
         gmem, spec = self.gmem, self.facts.spec
         cache_rows = present(gmem.cache_rows)
-        bias = None if gmem.qkv_bias is None else [self.columns.load(gmem.qkv_bias, column) for column in (low, high)]
+        biases = self.columns.load_both(gmem.qkv_bias, low, high)
         gains = self._gains(low, high) if spec.norms_queries_and_keys else None
         rotation = self._rotation(low) if self.facts.num_rotated else None
         targets = (
@@ -46,9 +44,7 @@ class Heads:
         )
 
         def finish(y: jax.Array, partner: jax.Array) -> None:
-            halves = rounded(y), rounded(partner)  # as a matmul of its own would store them
-            if bias is not None:
-                halves = rounded(halves[0] + bias[0]), rounded(halves[1] + bias[1])
+            halves = biased(y, partner, biases)
             if gains is not None:
                 halves = self._normed(unit, low < self.value, halves, gains)
             if rotation is not None:

@@ -242,8 +242,7 @@ def _run(
     inputs = {name: x for name, x in maybe_inputs.items() if x is not None}
     outputs = {name: x for name, x in maybe_outputs.items() if x is not None}
     state, num_ctas, f32 = dict(counters=counters), facts.config.num_ctas, jnp.float32
-    product_size = max(phase.product_size for phase in facts.phases)
-    outputs["parts"] = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, product_size), f32)
+    outputs["parts"] = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, HEIGHT * facts.num_normed_rows), f32)
     if cache is not None:
         batch, capacity, num_kv_heads, head_dim = cache.keys.shape
         outputs["query"] = jax.ShapeDtypeStruct((batch, facts.num_heads * head_dim), jnp.bfloat16)
@@ -283,8 +282,7 @@ def _launch(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> dict[str, jax.Array]:
     """One launch; inputs, refs and outputs are named as in `GlobalRefs`."""
-    config, bf16, f32 = facts.config, jnp.bfloat16, jnp.float32
-    num_rows = max(phase.num_rows for phase in facts.phases)
+    config, num_rows, bf16, f32 = facts.config, facts.num_normed_rows, jnp.bfloat16, jnp.float32
     transforms = ring.tile_transforms(config.block_k)
     operands: dict[str, jax.Array | jax.Ref] = inputs | refs
     barriers = dict(
@@ -311,7 +309,7 @@ def _launch(
         scratch_types=dict(
             w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
             x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
-            y=plgpu.SMEM((max(phase.product_size for phase in facts.phases),), f32),
+            y=plgpu.SMEM((HEIGHT * num_rows,), f32),
             seen=plgpu.SMEM((1,), jnp.int32),
             **barriers,
         ),

@@ -50,7 +50,7 @@ class Norm(abc.ABC):
         self.columns = Columns(facts.num_rows, facts.is_interpreted)
 
     @abc.abstractmethod
-    def views(self, batch: int) -> tuple[View, ...]:
+    def views(self) -> tuple[View, ...]:
         """The rows of a product behind the norm that `normed` wants."""
 
     @abc.abstractmethod
@@ -116,8 +116,7 @@ class RMSNorm(_PlainJoin):
 
     num_sums = 1
 
-    def views(self, batch: int) -> tuple[View, ...]:
-        del batch
+    def views(self) -> tuple[View, ...]:
         return (View(),)
 
     def factors(self, phase: Phase) -> tuple[jax.Array, ...]:
@@ -142,7 +141,8 @@ class LayerNorm(_PlainJoin):
 
     num_sums = 2
 
-    def views(self, batch: int) -> tuple[View, ...]:
+    def views(self) -> tuple[View, ...]:
+        batch = self.facts.batch
         return View(), View(batch, is_repeated=True), View(batch + 1, is_repeated=True)
 
     def factors(self, phase: Phase) -> tuple[jax.Array, ...]:
@@ -175,8 +175,8 @@ class RMSNormOfSum(Norm):
 
     num_sums = 4  # of y^2, x^2, x z and z^2
 
-    def views(self, batch: int) -> tuple[View, ...]:
-        return View(), View(batch)
+    def views(self) -> tuple[View, ...]:
+        return View(), View(self.facts.batch)
 
     def factors(self, phase: Phase) -> tuple[jax.Array, ...]:
         refs = self.gmem.join(phase)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdpp_jax.pallas.parts import ring
-from fdpp_jax.plans.hopper_layer import UNIT_WIDTH, FusedLayerConfig, inner_width, rows_behind_norm
+from fdpp_jax.plans.hopper_layer import UNIT_WIDTH, FusedLayerConfig, inner_width, padded_rows
 from fdpp_jax.plans.shapes import LayerSpec, cdiv, round_up
 
 # A nearly full round stays whole, since splitting has a cost, too:
@@ -114,8 +114,8 @@ class LayerFacts:
 
     @property
     def num_normed_rows(self) -> int:
-        """Rows of x in a product behind a norm, padded to a multiple of 8. The first layer's x is normed in full."""
-        return self.num_rows if self.is_first else round_up(rows_behind_norm(self.spec, self.batch), 8)
+        """Rows of x in a product behind a norm, which are the most. The first layer's x is normed in full."""
+        return self.num_rows if self.is_first else padded_rows(self.spec, self.batch)
 
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -140,7 +140,7 @@ class LayerFacts:
     @property
     def num_rotated(self) -> int:
         """Columns of a head that rotate: its first ones."""
-        return 0 if self.spec.rotation is None else int(self.head_dim * self.spec.rotation.share)
+        return self.spec.num_rotated(self.head_dim)
 
     @property
     def units_per_head(self) -> int:
