@@ -90,7 +90,8 @@ def generate(
       key: PRNG key of the sampling; None: jax.random.key(0).
       softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone. "auto": what the
         calibration beside the model's checkpoint says (`calibration.choose_softmax`), and None for a model without a
-        checkpoint. The answer is the same; the result's softmax_reason says which it was.
+        checkpoint, or for decode steps where the layers' plan prefers it (`prefers_online`). The answer is the same;
+        the result's softmax_reason says which it was.
       max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is not
         running yet gets online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
         that a short call lacks count as good ones. 1: never.
@@ -171,6 +172,7 @@ def stream(
     prompts = check_prompts(model.config, tokens, prompt_lengths, max_new_tokens=max_new_tokens, cache=cache)
     end_ids = checked_eos(() if eos_ids is None else eos_ids, model.config.vocab_size)
     sampling = make_sampling(temperature, top_k, top_p, vocab_size=model.config.vocab_size)
+    is_asked = softmax != "auto"
     softmax, reason = _chosen(model, softmax)
     if softmax is not None and softmax.phi is not None:
         rows = (model.config.num_hidden_layers, len(prompts.lengths), model.config.num_attention_heads)
@@ -183,6 +185,9 @@ def stream(
             )
         # One dtype for a Python float and an array, so that a new phi never compiles.
         softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
+    of_steps = softmax
+    if softmax is not None and not is_asked and model.layer_plan(len(prompts.lengths)).prefers_online:
+        of_steps, reason = None, f"{reason}; decode steps: online, mostly faster between fused layers, by up to 1 %"
     max_recompute_rate = as_number("max_recompute_rate", max_recompute_rate)
     if not 0 <= max_recompute_rate <= 1:
         raise ValueError(f"max_recompute_rate must be within 0..1, got {max_recompute_rate}")
@@ -193,6 +198,7 @@ def stream(
         sampling=sampling,
         key=checked_key(key),
         softmax=softmax,
+        softmax_of_steps=of_steps,
         softmax_reason=reason,
         max_recompute_rate=max_recompute_rate,
         chunk_size=chunk_size,
@@ -206,7 +212,7 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """The checked arguments of `stream`."""
+    """The checked arguments of `stream`; softmax is that of the prompts."""
 
     prompts: Prompts
     max_new_tokens: int
@@ -214,6 +220,7 @@ class _Job:
     sampling: Sampling
     key: jax.Array
     softmax: UnifiedMax | None
+    softmax_of_steps: UnifiedMax | None
     softmax_reason: str
     max_recompute_rate: float
     chunk_size: int
@@ -238,7 +245,8 @@ def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
     if softmax is None:
         return None, "online, as asked"
     if isinstance(softmax, UnifiedMax):
-        return softmax, "bound, as asked" if softmax.is_bound else "unified, as asked"
+        phi = f", phi {softmax.phi:g}" if isinstance(softmax.phi, int | float) else ""
+        return softmax, "bound, as asked" if softmax.is_bound else f"unified{phi}, as asked"
     if softmax != "auto":
         raise ValueError(f'softmax must be None, "auto" or a UnifiedMax, got {softmax!r}')
     if model.checkpoint is None:
@@ -248,7 +256,8 @@ def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
 
 def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationResult]:
     """The host's side of `stream`."""
-    softmax, sampling, max_new_tokens, chunk_size = job.softmax, job.sampling, job.max_new_tokens, job.chunk_size
+    sampling, max_new_tokens, chunk_size = job.sampling, job.max_new_tokens, job.chunk_size
+    softmax = job.softmax_of_steps
     batch = len(job.prompts.lengths)
     structure, weights = flattened(model)
     capacity = round_up(job.prompts.width + max_new_tokens, _CAPACITY_MULTIPLE)
@@ -320,6 +329,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         lengths=np.array(lengths),
         recomputed_steps=recomputed_steps,
         softmax_reason=job.softmax_reason,
+        is_online=job.softmax_of_steps is None,
         online_from=online_from if online_from is not None and online_from < num_tokens - 1 else None,
         decode_steps=num_tokens - 1,
         prefill_seconds=prefill_seconds,

@@ -19,6 +19,7 @@ class GenerationResult:
       lengths: [B] int32 new tokens that count, the end-of-sequence token included.
       recomputed_steps: Decode steps of which a row, or all, was redone, having left the safe window.
       softmax_reason: Which softmax it began with, and why, in one line.
+      is_online: Whether the decode steps began with online softmax.
       online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
         Steps that ran while this was found out are before it.
       decode_steps: Decode steps that ran; the first token comes from the prefill.
@@ -36,6 +37,7 @@ class GenerationResult:
     lengths: np.ndarray
     recomputed_steps: int
     softmax_reason: str
+    is_online: bool
     online_from: int | None
     decode_steps: int
     prefill_seconds: float

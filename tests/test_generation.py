@@ -54,7 +54,8 @@ def test_softmax_is_chosen_by_the_calibration_beside_the_checkpoint(model, tmp_p
 
     online = run(softmax=None)
     assert online.softmax_reason == "online, as asked"
-    assert run(softmax=UnifiedMax(1.0)).softmax_reason == "unified, as asked"
+    assert run(softmax=UnifiedMax(1.0)).softmax_reason == "unified, phi 1, as asked"
+    assert online.is_online
     assert run().softmax_reason.startswith(
         "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint"
     )
@@ -76,6 +77,28 @@ def test_up_to_the_last_position(model):
     prompt = np.arange(17)  # its bucket is 32, and 31 more exceed a power of two
     result = generate(model, prompt[None], max_new_tokens=31)
     assert result.tokens[0].tolist() == plain_loop(prompt, 31)
+
+
+def test_steps_take_online_softmax_where_the_plan_prefers_it_and_nothing_is_asked(monkeypatch):
+    loaded = load(FIXTURES / "llama3_gqa", dtype=jnp.float32)
+    plan = dataclasses.replace(loaded.layer_plan(2), prefers_online=True)
+    monkeypatch.setattr(type(loaded), "layer_plan", lambda self, batch: plan)
+    seen, executable = [], generation.executable
+
+    def compiled(function, statics, args, options):
+        if function is generation.decode_chunk:
+            seen.append(args[-1])
+        return executable(function, statics, args, options)
+
+    monkeypatch.setattr(generation, "executable", compiled)
+    chosen = generate(loaded, PROMPTS, max_new_tokens=8)
+    assert chosen.is_online
+    assert chosen.softmax_reason.startswith("unified, phi 6, the default: ")
+    assert chosen.softmax_reason.endswith("; decode steps: online, mostly faster between fused layers, by up to 1 %")
+    asked = generate(loaded, PROMPTS, max_new_tokens=8, softmax=UnifiedMax())
+    assert not asked.is_online
+    assert [softmax is None for softmax in seen] == [True, False]
+    np.testing.assert_array_equal(chosen.tokens, asked.tokens)
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from fdpp_jax.cli.output import NamedPlan
+    from fdpp_jax.generation import Softmax
     from fdpp_jax.models import CausalLM, SamplingDefaults, Tokenizer
     from fdpp_jax.plans.device import Device
     from fdpp_jax.prompts import PromptCache
     from fdpp_jax.results import GenerationResult, StreamChunk
-    from fdpp_jax.unified_max import UnifiedMax
 
 _EXAMPLES = """\
   fdpp-jax generate --prompt "def "
@@ -80,7 +80,8 @@ def add(commands: Commands) -> None:
         "--softmax",
         choices=("auto", "unified", "bound", "online"),
         default="auto",
-        help="auto: unified with a calibrated phi where one fits, without a calibration what suits the family; "
+        help="auto: unified with a calibrated phi where one fits, without a calibration what suits the family, and "
+        "online for decode steps where that is measured to be faster; "
         "unified: one phi for all; bound: phi from |q| max|k|; online: running max (default: auto)",
     )
     parser.add_argument("--phi", type=float, help="of --softmax unified, in natural-log units (default: 6.0)")
@@ -110,8 +111,7 @@ class _Session:
     model: "CausalLM"
     running: "Device"
     sampling: "SamplingDefaults"
-    softmax: "UnifiedMax | None"
-    why: str  # that softmax
+    softmax: "Softmax"
 
     def stream(
         self,
@@ -151,6 +151,7 @@ class _Session:
             capacity=result.cache_capacity,
             device=self.running,
             dtype=self.model.dtype,
+            is_online=result.is_online,
         )
 
 
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
     if not all(texts):
         raise ValueError("expected prompts that are not empty, got one that is")
 
-    from fdpp_jax import models
+    from fdpp_jax import calibration, models
     from fdpp_jax.models.checks import positive_int
     from fdpp_jax.plans import device
     from fdpp_jax.prompts import check_prompts
@@ -187,9 +188,11 @@ def run(args: argparse.Namespace) -> None:
     if prompts:
         check_prompts(config, prompts, max_new_tokens=args.max_new_tokens)
     dtype = args.dtype or default_dtype(running)
-    softmax, why = choose_softmax(args.softmax, args.phi, directory, dtype)
+    softmax = asked_softmax(args.softmax, args.phi)
+    if softmax == "auto":
+        calibration.choose_softmax(config, directory, dtype)  # a malformed calibration shows before weights are loaded
     model = models.load(directory, dtype=dtype, progress=False if args.quiet else None)
-    session = _Session(args, directory, tokenizer, model, running, sampling, softmax, why)
+    session = _Session(args, directory, tokenizer, model, running, sampling, softmax)
     if texts:
         _complete(session, texts, prompts)
     else:
@@ -378,7 +381,7 @@ def _report(session: _Session, result: "GenerationResult", plans: "list[NamedPla
     """Says on stderr how fast it was, which softmax ran, and which kernels."""
     report(speed_line(result))
     redone = f"{result.recomputed_steps} of {result.decode_steps} steps recomputed"
-    report(f"softmax: {session.why}; {redone}")
+    report(f"softmax: {result.softmax_reason}; {redone}")
     if session.args.verbose:
         print_plans(plans, f"Kernels of a decode step on {session.running.kind}", file=sys.stderr)
     else:
@@ -423,7 +426,7 @@ def _record(
             }
             for text, prompt, tokens, new_text in rows
         ],
-        "softmax": session.why,
+        "softmax": result.softmax_reason,
         "decode_steps": result.decode_steps,
         "recomputed_steps": result.recomputed_steps,
         "online_from": result.online_from,
@@ -436,23 +439,14 @@ def _record(
     }
 
 
-def choose_softmax(
-    name: str, phi: float | None, directory: pathlib.Path, dtype: str
-) -> tuple["UnifiedMax | None", str]:
-    """The policy that --softmax and --phi ask for, and the reason in one line.
-
-    Raises:
-      ValueError: The checkpoint's calibration is malformed or of another model.
-    """
-    from fdpp_jax import calibration
-    from fdpp_jax.models.loading import read_config
+def asked_softmax(name: str, phi: float | None) -> "Softmax":
+    """What --softmax and --phi ask for."""
     from fdpp_jax.unified_max import UnifiedMax
 
     if name == "online":
-        return None, "online, as asked"
+        return None
     if name == "bound":
-        return UnifiedMax.bound(), "bound, as asked"
+        return UnifiedMax.bound()
     if phi is not None or name == "unified":
-        policy = UnifiedMax() if phi is None else UnifiedMax(phi)
-        return policy, f"unified, phi {policy.phi:g}, as asked"
-    return calibration.choose_softmax(read_config(directory), directory, dtype)
+        return UnifiedMax() if phi is None else UnifiedMax(phi)
+    return "auto"

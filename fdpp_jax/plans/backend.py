@@ -60,10 +60,13 @@ class LayerPlan(Plan):
       fuses_head: Whether the last layer's launch has the model's head, too.
       overlaps_attention: Whether attention may start before the layer's launch has ended (its `starts_early`). XLA must
         then not record the launches as CUDA graphs.
+      prefers_online: Whether decode steps are mostly faster with online softmax, so that `generate` takes it where
+        nothing is asked for.
     """
 
     fuses_head: bool = False
     overlaps_attention: bool = False
+    prefers_online: bool = False
 
     @property
     def implementation(self) -> str:

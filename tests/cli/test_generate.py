@@ -21,6 +21,7 @@ from fdpp_jax.cli import generate
 from fdpp_jax.cli.output import kernels_line
 from fdpp_jax.generation import GenerationResult, StreamChunk
 from fdpp_jax.models import PRESETS, model_plans
+from fdpp_jax.models.loading import read_config
 from fdpp_jax.plans import device
 
 
@@ -79,6 +80,7 @@ def test_speed_counts_decoded_tokens_only():
         lengths=np.array([8, 3]),
         recomputed_steps=1,
         softmax_reason="unified, as asked",
+        is_online=False,
         online_from=None,
         decode_steps=7,
         prefill_seconds=0.5,
@@ -402,11 +404,19 @@ def test_generate_with_the_bundled_model(capsys):
     assert err.startswith("fdpp-jax: decode: 9 tokens")
 
 
-def test_which_softmax_generate_takes(tmp_path):
+def test_the_flags_of_softmax():
+    assert generate.asked_softmax("unified", None) == UnifiedMax()
+    assert generate.asked_softmax("auto", 2.5) == generate.asked_softmax("unified", 2.5) == UnifiedMax(2.5)
+    assert generate.asked_softmax("bound", None) == UnifiedMax.bound()
+    assert generate.asked_softmax("online", None) is None
+    assert generate.asked_softmax("auto", None) == "auto"
+
+
+def test_which_softmax_auto_is(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    choose = functools.partial(generate.choose_softmax, directory=checkpoint, dtype="bfloat16")
+    choose = functools.partial(calibration.choose_softmax, read_config(checkpoint), checkpoint)
     path = checkpoint / calibration.FILE_NAME
-    policy, why = choose("auto", None)
+    policy, why = choose("bfloat16")
     assert policy == UnifiedMax()
     assert why.startswith(
         "unified, phi 6, the default: no fdpp_calibration.json beside the checkpoint, which `fdpp-jax"
@@ -414,46 +424,42 @@ def test_which_softmax_generate_takes(tmp_path):
     assert calibration.load_for(checkpoint) is None
 
     calibration_of([[-10.0] * 4] * 2, [[30.0] * 4] * 2).save(path)
-    assert choose("unified", None) == (UnifiedMax(), "unified, phi 6, as asked")
-    assert choose("auto", 2.5) == choose("unified", 2.5) == (UnifiedMax(2.5), "unified, phi 2.5, as asked")
-    assert choose("bound", None) == (UnifiedMax.bound(), "bound, as asked")
-    assert choose("online", None) == (None, "online, as asked")
-    policy, why = choose("auto", None)
+    policy, why = choose("bfloat16")
     assert policy == UnifiedMax(10.0)
     assert why.startswith("unified, phi 10.00, calibrated: ln den from -10.0 to 30.0")
-    policy, why = choose("auto", None, dtype="float16")  # whose window is narrower
+    policy, why = choose("float16")  # whose window is narrower
     assert policy is None
     assert why.startswith("online, since no phi fits fdpp_calibration.json: ln den from -10.0 to 30.0")
     assert calibration.load_for(checkpoint, dtype="float16") is None
 
     apart = [[-200.0] * 4, [200.0] * 4]  # the layers
     calibration_of(apart, apart).save(path)
-    policy, why = choose("auto", None)
+    policy, why = choose("bfloat16")
     np.testing.assert_allclose(policy.phi, [[[-200.0]], [[200.0]]])
     assert why.startswith(
         "unified, a phi each layer (-200.00 .. 200.00), none for all, calibrated: layer 0: ln den from"
     )
     apart = [[-200.0, -200.0, 200.0, 200.0]] * 2  # the heads
     calibration_of(apart, apart).save(path)
-    policy, why = choose("auto", None)
+    policy, why = choose("bfloat16")
     np.testing.assert_allclose(policy.phi, np.array(apart)[:, None])
     assert why.startswith("unified, a phi each head (-200.00 .. 200.00), none for all, calibrated: layer 0, head 0: ln")
 
     calibration_of([[0.0]], [[1.0]]).save(path)
     with pytest.raises(ValueError, match=r"\(layers, heads\) = \(2, 4\), got \(1, 1\)"):
-        choose("auto", None)
+        choose("bfloat16")
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"fdpp_calibration\.json is not a calibration: format is missing"):
-        choose("auto", None)
+        choose("bfloat16")
 
 
 def test_what_a_family_is_known_for_stands_in_for_a_calibration():
-    policy, why = generate.choose_softmax("auto", None, FIXTURES / "opt", "bfloat16")
+    policy, why = calibration.choose_softmax(read_config(FIXTURES / "opt"), FIXTURES / "opt", "bfloat16")
     assert policy is None
     assert why.startswith(
         "online, OPT's scores are known to spread too far for one phi (OPT-6.7B: -496.8 .. 363.5): no"
     )
     assert why.endswith("which `fdpp-jax calibrate` would write")
-    policy, why = generate.choose_softmax("auto", None, FIXTURES / "gemma2", "bfloat16")
+    policy, why = calibration.choose_softmax(read_config(FIXTURES / "gemma2"), FIXTURES / "gemma2", "bfloat16")
     assert policy == UnifiedMax(-34.0)  # 5 + ln 128 - 44.4, and up
     assert why.startswith("unified, phi -34, with scores capped at 5 no row of 128 keys exceeds the window: no fdpp")
