@@ -387,14 +387,10 @@ class CausalLM(nnx.Module):
         for i in range(len(layers)):
             step.replace(i, result.keys, result.values)
             query = result.query[:, None]  # [B, 1, N, H]
+            attended = step.attend(i, query, starts_early=plan.overlaps_attention)[:, 0]  # [B, N, H]
             is_last = i + 1 == len(layers)
             following, next_cache = (head, None) if is_last else (weights[i + 1], cache(i + 1))
-            if (call := step.attention(i, query)) is not None:
-                hidden, result, redone = fused.with_attention(*call, hidden, weights[i], following, next_cache)
-                step.mark(redone)
-            else:
-                attended = step.attend(i, query, starts_early=plan.overlaps_attention)[:, 0]  # [B, N, H]
-                hidden, result = fused.after_attention(attended, hidden, weights[i], following, next_cache)
+            hidden, result = fused.after_attention(attended, hidden, weights[i], following, next_cache)
         return self.head(self.final_norm(hidden)) if result is None else result
 
     @property

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from fdpp_jax import ops, unified_max
 from fdpp_jax.models.cache import KVCache, write_piece, write_token
 from fdpp_jax.models.config import DecoderConfig
-from fdpp_jax.ops.phi import row_phi
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -85,22 +84,6 @@ class StepCache:
         elif softmax is not None:
             self.can_overflow = True
         return out
-
-    def attention(self, layer: int, query: jax.Array) -> tuple[AttentionArrays, AttentionOptions, jax.Array] | None:
-        """What attention of query [B, 1, N, H] reads, its options, and redone [B, K]; for a launch that computes it."""
-        if self._softmax is None or self._redone is None:
-            return None
-        softmax = self._softmax.for_layer(layer, self._config.num_hidden_layers)
-        arguments: dict[str, Any] = dict(scale=1.0 / math.sqrt(self._config.head_dim))
-        options = AttentionOptions(**(arguments | dict(self._config.attention_options(layer))))
-        arrays = AttentionArrays(query, self._keys[layer], self._values[layer], self._lengths)
-        norms = self._norms[layer] if self._norms else None
-        phi = row_phi(softmax, arrays, options, weights_dtype="bfloat16", key_max_norm=norms)
-        return arrays._replace(phi=phi), options, self._redone
-
-    def mark(self, redone: jax.Array) -> None:
-        """Takes what a launch that computed attention made of redone."""
-        self._redone, self._has_redone = redone, True
 
     def redone(self, logits: jax.Array) -> tuple[jax.Array | bool, jax.Array]:
         """[] bool: whether the kernel redid a row in any layer; False: it cannot have. And the step's logits again."""

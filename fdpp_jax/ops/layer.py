@@ -11,7 +11,7 @@ from fdpp_jax import heuristics
 from fdpp_jax.ops.running import module_of
 from fdpp_jax.plans import device
 from fdpp_jax.plans.backend import LayerPlan
-from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions, HeadWeights, LayerCache, LayerWeights, NextAttention
+from fdpp_jax.plans.calls import HeadWeights, LayerCache, LayerWeights, NextAttention
 from fdpp_jax.plans.shapes import LayerShape
 
 
@@ -59,23 +59,6 @@ class FusedLayers:
             x, weights, cache, self._state, self._spec, self._plan, **self._options
         )
         return attention
-
-    def with_attention(
-        self,
-        arrays: AttentionArrays,
-        options: AttentionOptions,
-        redone: jax.Array,
-        hidden: jax.Array,
-        weights: LayerWeights,
-        following: LayerWeights | HeadWeights | None,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, NextAttention | jax.Array | None, jax.Array]:
-        """`after_attention` with the layer's attention in the launch; the third result is redone [B, K]."""
-        state = self._state._replace(redone=redone)
-        hidden, result, self._state = self._module.layer(
-            arrays, hidden, weights, following, cache, state, self._spec, self._plan, options=options, **self._options
-        )
-        return hidden, result, self._state.redone
 
     def after_attention(
         self,

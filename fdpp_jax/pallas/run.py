@@ -108,7 +108,7 @@ def first_layer(
 
 
 def layer(
-    attended: jax.Array | AttentionArrays,
+    attended: jax.Array,
     hidden: jax.Array,
     weights: LayerWeights,
     following: LayerWeights | HeadWeights | None,
@@ -117,19 +117,9 @@ def layer(
     spec: LayerSpec,
     plan: LayerPlan,
     *,
-    options: AttentionOptions | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, NextAttention | jax.Array | None, fused_layer.Handover]:
     """A layer after its attention, up to what follows: the next layer's attention, the logits, or nothing."""
     return fused_layer.fused_layer(
-        attended,
-        hidden,
-        weights,
-        following,
-        cache,
-        state,
-        options=options,
-        spec=spec,
-        config=plan.config,
-        interpret=interpret,
+        attended, hidden, weights, following, cache, state, spec=spec, config=plan.config, interpret=interpret
     )

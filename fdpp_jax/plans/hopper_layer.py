@@ -51,7 +51,6 @@ class FusedLayerConfig:
       num_stages: Tiles in the ring of weights.
       num_x_tiles: Tiles of x, each of block_k columns, that are loaded together: a chunk.
       num_x_stages: Chunks in the ring of x.
-      min_kv_tiles: Tiles of keys that a CTA takes at least in attention, if it takes any.
     """
 
     num_ctas: int
@@ -59,7 +58,6 @@ class FusedLayerConfig:
     num_stages: int
     num_x_tiles: int
     num_x_stages: int
-    min_kv_tiles: int = 2
 
     @property
     def chunk(self) -> int:

@@ -33,7 +33,7 @@ Source: FlashDecoding++ (arXiv 2311.01282), section 4 (flat GEMM with double buf
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,23 +41,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas.fused_layer.attention import Attention
 from fdpp_jax.pallas.fused_layer.norms import added_up, kind_of
-from fdpp_jax.pallas.fused_layer.phases import AttentionStep, LayerFacts, Step
+from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Step
 from fdpp_jax.pallas.fused_layer.products import Products
 from fdpp_jax.pallas.fused_layer.refs import NUM_COUNTER_ROWS, GlobalRefs, SharedRefs
 from fdpp_jax.pallas.fused_layer.results import Results
-from fdpp_jax.pallas.fused_layer.shares import BLOCK_KV, MAX_COLUMNS, AttentionFacts
 from fdpp_jax.pallas.parts import grid_sync, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT, WIDTH
-from fdpp_jax.plans.calls import (
-    AttentionArrays,
-    AttentionOptions,
-    HeadWeights,
-    LayerCache,
-    LayerWeights,
-    NextAttention,
-)
+from fdpp_jax.plans.calls import HeadWeights, LayerCache, LayerWeights, NextAttention
 from fdpp_jax.plans.hopper_layer import FusedLayerConfig, refuse_spec, rows_behind_norm
 from fdpp_jax.plans.manual_axes import vary_as_operands
 from fdpp_jax.plans.shapes import LayerShape, LayerSpec, cdiv, round_up
@@ -68,13 +59,11 @@ class Handover(NamedTuple):
 
     Attributes:
       counters: The grid's.
-      redone: [B, K] int32, 1 where attention in a launch had to redo a unit; None as long as no launch had attention.
       added: [B, D] bfloat16, what has yet to be added to the residual stream; None unless products are normed.
       sums: [kinds, sums, rows] float32, by which it has to be normed; None as added.
     """
 
     counters: jax.Array
-    redone: jax.Array | None = None
     added: jax.Array | None = None
     sums: jax.Array | None = None
 
@@ -88,8 +77,9 @@ def handover(shape: LayerShape, config: FusedLayerConfig) -> Handover:
     if not shape.spec.norms_products:
         return Handover(counters)
     sums = _sums(shape.spec, shape.batch, shape.hidden_size)
-    added = jnp.zeros((shape.batch, shape.hidden_size), jnp.bfloat16)
-    return Handover(counters, added=added, sums=jnp.zeros(sums.shape, sums.dtype))
+    return Handover(
+        counters, jnp.zeros((shape.batch, shape.hidden_size), jnp.bfloat16), jnp.zeros(sums.shape, sums.dtype)
+    )
 
 
 def _sums(spec: LayerSpec, batch: int, hidden_size: int) -> jax.ShapeDtypeStruct:
@@ -99,32 +89,29 @@ def _sums(spec: LayerSpec, batch: int, hidden_size: int) -> jax.ShapeDtypeStruct
 
 
 # Jitted so that all layers of a model share one trace and one lowering.
-@functools.partial(jax.jit, static_argnames=("options", "spec", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("spec", "config", "interpret"))
 @vary_as_operands
 def fused_layer(
-    attended: jax.Array | AttentionArrays,
+    attended: jax.Array,
     hidden: jax.Array,
     weights: LayerWeights,
     following: LayerWeights | HeadWeights | None,
     cache: LayerCache | None,
     before: Handover,
     *,
-    options: AttentionOptions | None = None,
     spec: LayerSpec,
     config: FusedLayerConfig,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, NextAttention | jax.Array | None, Handover]:
-    """A layer after its attention or with it, and the next layer up to its own.
+    """A layer after its attention, and the next layer up to its own.
 
     Args:
-      attended: [B, N, H] bfloat16, attention's output. Or what attention reads, which is computed here then: query
-        [B, 1, N, H], key and value [B, S, K, H], lengths, and phi [] or [B, N].
+      attended: [B, N, H] bfloat16, attention's output.
       hidden: [B, D] bfloat16, the residual stream before the layer.
       weights: Of this layer, bfloat16.
       following: Of the next layer; after the last one of the head, V a multiple of 32, or None without one.
       cache: Of the next layer, bfloat16; its keys and values are donated. None after the last layer.
       before: What the launch before left.
-      options: Of attention, where it is computed here.
       spec: What the layer computes.
       config: Tiles and stages.
       interpret: Runs the kernel interpreted on the CPU, one launch per step, since the interpreter runs one CTA after
@@ -140,9 +127,7 @@ def fused_layer(
     """
     if refusal := refuse_spec(spec):
         raise NotImplementedError(refusal)
-    arrays = attended if isinstance(attended, AttentionArrays) else None
-    query = attended.query if isinstance(attended, AttentionArrays) else attended
-    batch, *_, num_heads, head_dim = query.shape
+    batch, num_heads, head_dim = attended.shape
     hidden_size, inner_size = hidden.shape[1], weights.mlp_out.shape[1]
     is_last = not isinstance(following, LayerWeights)
     facts = LayerFacts(
@@ -156,13 +141,8 @@ def fused_layer(
         config=config,
         is_interpreted=interpret is not None,
         vocab_size=following.weight.shape[0] if isinstance(following, HeadWeights) else 0,
-        attention=None if arrays is None else _attention_facts(arrays, options, config),
     )
-    inputs: dict[str, jax.Array | None] = dict(hidden=hidden)
-    if arrays is None or facts.attention is None:
-        inputs["attended"] = _loadable(query.reshape(batch, -1))
-    else:
-        inputs |= _attention_inputs(arrays, facts.attention)
+    inputs: dict[str, jax.Array | None] = dict(attended=_loadable(attended.reshape(batch, -1)), hidden=hidden)
     inputs |= dict(added=before.added, sums=before.sums)
     inputs |= {name: x for name, x in weights._asdict().items() if name.startswith(("o", "mlp"))}
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -182,12 +162,11 @@ def fused_layer(
         case HeadWeights():
             inputs |= dict(next_norm=following.norm, next_norm_bias=following.norm_bias, head=following.weight)
             outputs |= dict(scaled_last=scaled, logits=jax.ShapeDtypeStruct((batch, facts.vocab_size), jnp.float32))
-    results, attention = _run(facts, inputs, outputs, cache, before, interpret)
+    results, attention = _run(facts, inputs, outputs, cache, before.counters, interpret)
     hidden, left = results["last"], results.get("added_last")
     if following is None and left is not None:
         hidden = added_up(hidden, left, results["last_sums"], spec.norm.eps)
-    redone = results.get("redone", before.redone)
-    after = Handover(results["counters"], redone, left, None if left is None else results["last_sums"])
+    after = Handover(results["counters"], left, None if left is None else results["last_sums"])
     return hidden, results.get("logits") if is_last else attention, after
 
 
@@ -236,7 +215,7 @@ def fused_qkv(
         is_first=True,
     )
     inputs = dict(scaled_last=_loadable(x)) | _projections(weights)
-    results, attention = _run(facts, inputs, {}, cache, before, interpret)
+    results, attention = _run(facts, inputs, {}, cache, before.counters, interpret)
     assert attention is not None
     return attention, before._replace(counters=results["counters"])
 
@@ -244,45 +223,6 @@ def fused_qkv(
 def _projections(weights: LayerWeights) -> dict[str, jax.Array | None]:
     """Of queries, keys and values."""
     return dict(qkv=weights.qkv, qkv_bias=weights.qkv_bias, query_norm=weights.query_norm, key_norm=weights.key_norm)
-
-
-def _attention_facts(
-    arrays: AttentionArrays, options: AttentionOptions | None, config: FusedLayerConfig
-) -> AttentionFacts:
-    assert options is not None
-    batch, capacity, num_kv_heads, head_dim = arrays.key.shape
-    return AttentionFacts(
-        options=options,
-        batch=batch,
-        num_heads=arrays.query.shape[2],
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        capacity=capacity,
-        num_ctas=config.num_ctas,
-        min_tiles=config.min_kv_tiles,
-    )
-
-
-def _attention_inputs(arrays: AttentionArrays, facts: AttentionFacts) -> dict[str, jax.Array | None]:
-    """What attention reads, by the names in `GlobalRefs`."""
-    phi, lengths = arrays.phi, arrays.lengths
-    assert phi is not None
-    assert lengths is not None
-    if phi.ndim == 0:
-        phi = phi.reshape(1)
-    else:
-        rows = facts.num_rows - facts.group
-        phi = jnp.pad(phi.reshape(facts.batch, facts.num_kv_heads, facts.group), ((0, 0), (0, 0), (0, rows)))
-    keys, values = (x.reshape(facts.batch, facts.capacity, -1) for x in (arrays.key, arrays.value))
-    query = arrays.query.reshape(-1, facts.group, facts.head_dim)
-    query = jnp.pad(query, ((0, 0), (0, ring.loadable_rows(facts.group) - facts.group), (0, 0)))
-    return dict(
-        lengths=lengths.astype(jnp.int32),
-        phi=phi.astype(jnp.float32),
-        attending=query,
-        attended_keys=keys,
-        attended_values=values,
-    )
 
 
 def _loadable(x: jax.Array) -> jax.Array:
@@ -295,21 +235,14 @@ def _run(
     maybe_inputs: Mapping[str, jax.Array | None],
     maybe_outputs: Mapping[str, jax.ShapeDtypeStruct | None],
     cache: LayerCache | None,
-    before: Handover,
+    counters: jax.Array,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> tuple[dict[str, jax.Array], NextAttention | None]:
     """The outputs and counters by name, and what the next attention reads, if there is one."""
     inputs = {name: x for name, x in maybe_inputs.items() if x is not None}
     outputs = {name: x for name, x in maybe_outputs.items() if x is not None}
-    state, num_ctas, f32 = dict(counters=before.counters), facts.config.num_ctas, jnp.float32
-    outputs["parts"] = jax.ShapeDtypeStruct((facts.last_index + 1, num_ctas, HEIGHT * facts.num_normed_rows), f32)
-    if (attention := facts.attention) is not None:
-        sums = (attention.num_blocks + 1) * attention.block_size
-        outputs["attention_sums"] = jax.ShapeDtypeStruct((num_ctas, sums), f32)
-        num_columns = attention.num_heads * attention.head_dim
-        outputs["attended"] = jax.ShapeDtypeStruct((ring.loadable_rows(facts.batch), num_columns), jnp.bfloat16)
-        assert before.redone is not None
-        state["redone"] = before.redone
+    state, num_ctas, f32 = dict(counters=counters), facts.config.num_ctas, jnp.float32
+    outputs["parts"] = jax.ShapeDtypeStruct((len(facts.phases), num_ctas, HEIGHT * facts.num_normed_rows), f32)
     if cache is not None:
         batch, capacity, num_kv_heads, head_dim = cache.keys.shape
         outputs["query"] = jax.ShapeDtypeStruct((batch, facts.num_heads * head_dim), jnp.bfloat16)
@@ -342,7 +275,7 @@ def _run(
 
 def _launch(
     facts: LayerFacts,
-    steps: tuple[Step | AttentionStep, ...],
+    steps: tuple[Step, ...],
     inputs: dict[str, jax.Array],
     refs: dict[str, jax.Ref],
     outputs: dict[str, jax.ShapeDtypeStruct],
@@ -361,33 +294,10 @@ def _launch(
         y_free=plgpu.Barrier(),
     )
     x_shape = config.num_x_stages, config.num_x_tiles, num_rows, config.block_k
-    y_size = HEIGHT * num_rows
-    queries: dict[str, Any] = {}
-    w: Any = plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms)
-    if (facts_of := facts.attention) is not None:
-        y_size = max(y_size, (facts_of.num_blocks + 1) * facts_of.block_size)
-        narrow = ring.tile_transforms(BLOCK_KV)
-        width = min(facts_of.head_dim, MAX_COLUMNS)
-        kv_shape = config.num_stages, config.block_k // width, BLOCK_KV, width
-        w = plgpu.RefUnion(w, plgpu.SMEM(kv_shape, bf16, transforms=narrow))
-        queries = dict(
-            q=plgpu.SMEM((2, facts_of.num_rows, facts_of.head_dim), bf16, transforms=narrow),
-            p=plgpu.SMEM((facts_of.num_rows, BLOCK_KV), bf16, transforms=narrow),
-            q_ready=plgpu.Barrier(num_barriers=2),
-            q_free=plgpu.Barrier(num_barriers=2),
-        )
 
-    def body(*gmem: jax.Ref, **smem: Any) -> None:
-        if facts.attention is not None:
-            smem["w"], smem["kv"] = smem["w"]
+    def body(*gmem: jax.Ref, **smem: jax.Ref) -> None:
         by_name = dict(zip((*operands, *outputs), gmem, strict=True))
-        refs = GlobalRefs(**by_name), SharedRefs(**smem)
-        attention = None
-        if facts.attention is not None:
-            attention = Attention(
-                *refs, facts.attention, is_interpreted=facts.is_interpreted, awaits_grid=len(steps) > 1
-            )
-        arguments = *refs, facts, steps, attention
+        arguments = GlobalRefs(**by_name), SharedRefs(**smem), facts, steps
         products, finish = Products(*arguments), Results(*arguments).finish
         group = lax.axis_index("warpgroup")
         for i, work in enumerate((products.multiply, products.stream_weights, products.stream_inputs, finish)):
@@ -397,12 +307,11 @@ def _launch(
         body,
         out_type=list(outputs.values()),
         scratch_types=dict(
-            w=w,
+            w=plgpu.SMEM((config.num_stages, HEIGHT, config.block_k), bf16, transforms=transforms),
             x=plgpu.SMEM(x_shape, bf16, transforms=transforms),
-            y=plgpu.SMEM((y_size,), f32),
+            y=plgpu.SMEM((HEIGHT * num_rows,), f32),
             seen=plgpu.SMEM((1,), jnp.int32),
             **barriers,
-            **queries,
         ),
         grid=(config.num_ctas,),
         grid_names=("cta",),

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdpp_jax.pallas.fused_layer.shares import AttentionFacts
 from fdpp_jax.pallas.parts import ring
 from fdpp_jax.plans.hopper_layer import UNIT_WIDTH, FusedLayerConfig, inner_width, padded_rows
 from fdpp_jax.plans.shapes import LayerSpec, cdiv, round_up
@@ -63,19 +62,11 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What CTAs do as helpers in a product, the launch's phase `index`, or all their other work in it."""
+    """What CTAs do as helpers in the phase `index`, or all their other work in the phase."""
 
     index: int
     phase: Phase
     is_helpers: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionStep:
-    """The same in attention, which is the first phase where a launch has it."""
-
-    is_helpers: bool
-    index: int = 0
 
 
 class Segment(NamedTuple):
@@ -102,7 +93,6 @@ class LayerFacts:
       is_interpreted: Whether the interpreter runs the kernel.
       vocab_size: V; 0 if the model's head does not follow.
       is_first: Whether the launch computes the first layer's queries, keys and values only.
-      attention: Of the layer's attention; None if the launch does not have it.
     """
 
     batch: int
@@ -116,7 +106,6 @@ class LayerFacts:
     is_interpreted: bool
     vocab_size: int = 0
     is_first: bool = False
-    attention: AttentionFacts | None = None
 
     @property
     def num_rows(self) -> int:
@@ -162,12 +151,6 @@ class LayerFacts:
         """Tiles of weights per unit."""
         return cdiv(phase.depth, phase.num_blocks * self.config.block_k)
 
-    def parts(self, phase: Phase) -> tuple[int, int]:
-        """Parts that make up x of a product, which are counted, and those of a chunk."""
-        if phase.name == "o":  # a head of a row each
-            return self.batch * self.num_heads, self.batch * (self.config.chunk // self.head_dim)
-        return phase.depth // phase.part_width, self.config.chunk // phase.part_width
-
     def chunks(self, phase: Phase, segment: Segment) -> tuple[jax.Array, jax.Array]:
         """The chunks of x [first, last) that a segment reads."""
         num_x_tiles = jnp.int32(self.config.num_x_tiles)
@@ -176,23 +159,13 @@ class LayerFacts:
         return first, jnp.where(segment.stop > segment.start, last, first)
 
     @functools.cached_property
-    def steps(self) -> tuple[Step | AttentionStep, ...]:
+    def steps(self) -> tuple[Step, ...]:
         """The steps in their order. A step needs the results of the steps before it, of all CTAs."""
-        attention = (AttentionStep(True), AttentionStep(False)) if self.attention is not None else ()
-        return attention + tuple(
+        return tuple(
             Step(index, phase, is_helpers)
-            for index, phase in enumerate(self.phases, 1 if attention else 0)
+            for index, phase in enumerate(self.phases)
             for is_helpers in ((True, False) if self.num_split(phase) else (False,))
         )
-
-    @property
-    def last_index(self) -> int:
-        """Of the last phase, whose result no other reads."""
-        return self.steps[-1].index
-
-    def phase_at(self, index: int) -> Phase:
-        """The product with an index."""
-        return next(step.phase for step in self.steps if isinstance(step, Step) and step.index == index)
 
     def num_split(self, phase: Phase) -> int:
         """Units that are split: the first ones. 0 where splitting would not pay, as in a nearly full round.

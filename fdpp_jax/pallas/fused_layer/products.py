@@ -9,25 +9,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas.fused_layer.attention import Attention
-from fdpp_jax.pallas.fused_layer.phases import AttentionStep, LayerFacts, Phase, Segment, Step
-from fdpp_jax.pallas.fused_layer.refs import GlobalRefs, SharedRefs, present
+from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Phase, Segment, Step
+from fdpp_jax.pallas.fused_layer.refs import GlobalRefs, SharedRefs
 from fdpp_jax.pallas.parts import accumulators, grid_sync, overlap, ring
 from fdpp_jax.pallas.parts.accumulators import HEIGHT, WIDTH
 
 
 class Products:
-    """The products of one CTA, and its part of attention where the launch has it."""
+    """The products of one CTA."""
 
-    def __init__(
-        self,
-        gmem: GlobalRefs,
-        smem: SharedRefs,
-        facts: LayerFacts,
-        steps: tuple[Step | AttentionStep, ...],
-        attention: Attention | None,
-    ):
-        self.gmem, self.smem, self.facts, self.steps, self.attention = gmem, smem, facts, steps, attention
+    def __init__(self, gmem: GlobalRefs, smem: SharedRefs, facts: LayerFacts, steps: tuple[Step, ...]):
+        self.gmem, self.smem, self.facts, self.steps = gmem, smem, facts, steps
         self.cta = lax.axis_index("cta")
         self.awaits_grid = len(steps) > 1  # an interpreted launch has one step
 
@@ -36,9 +28,6 @@ class Products:
     def stream_weights(self) -> None:
         done = jnp.int32(0)
         for step in self.steps:
-            if isinstance(step, AttentionStep):
-                done = present(self.attention).stream_tiles(done, is_helpers=step.is_helpers)
-                continue
             stream = functools.partial(self._stream_weights, step.phase)
             done = self.facts.for_segments(step, self.cta, stream, done)
         ring.drain(self.smem.w_free, done, self.facts.config.num_stages)
@@ -64,17 +53,12 @@ class Products:
 
     def stream_inputs(self) -> None:
         overlap.await_predecessor(is_interpreted=self.facts.is_interpreted)
-        chunks_done = queries_done = jnp.int32(0)
+        chunks_done = jnp.int32(0)
         for step in self.steps:
-            if isinstance(step, AttentionStep):
-                queries_done = present(self.attention).stream_queries(queries_done, is_helpers=step.is_helpers)
-                continue
             stream = functools.partial(self._stream_inputs, step)
             # A step has one segment, or all its segments begin with chunk 0. So chunks known to be complete stay so.
             chunks_done, _ = self.facts.for_segments(step, self.cta, stream, (chunks_done, jnp.int32(0)))
         ring.drain(self.smem.x_free, chunks_done, self.facts.config.num_x_stages)
-        if self.smem.q_free is not None:
-            ring.drain(self.smem.q_free, queries_done, 2)
 
     def _stream_inputs(
         self, step: Step, _: jax.Array, segment: Segment, done: tuple[jax.Array, jax.Array]
@@ -91,10 +75,10 @@ class Products:
         slot = lax.rem(chunks_done, jnp.int32(config.num_x_stages))
         pl.when(chunks_done >= config.num_x_stages)(lambda: plgpu.barrier_wait(smem.x_free.at[slot]))
         if self.awaits_grid and step.index > 0:
-            row, (num_parts, parts_per_chunk) = gmem.result_counters.at[step.index - 1], self.facts.parts(step.phase)
+            row, width = gmem.result_counters.at[step.index - 1], step.phase.part_width
 
             def await_chunk() -> jax.Array:
-                return grid_sync.await_ahead(row, chunk, num_parts, parts_per_chunk, smem.seen)
+                return grid_sync.await_ahead(row, chunk, step.phase.depth // width, config.chunk // width, smem.seen)
 
             # The second block of the last tile may lie beyond K.
             is_awaited = (chunk >= complete) & (chunk * config.chunk < step.phase.depth)
@@ -113,20 +97,10 @@ class Products:
     # Warpgroup 0
 
     def multiply(self) -> None:
-        tiles_done = chunks_done = queries_done = products_done = jnp.int32(0)
+        done = jnp.int32(0), jnp.int32(0), jnp.int32(0)
         for step in self.steps:
-            if isinstance(step, AttentionStep):
-                tiles_done, queries_done, products_done = present(self.attention).attend(
-                    (tiles_done, queries_done, products_done), is_helpers=step.is_helpers
-                )
-                continue
-            tiles_done, chunks_done, products_done = self.facts.for_segments(
-                step,
-                self.cta,
-                functools.partial(self._multiply, step.phase),
-                (tiles_done, chunks_done, products_done),
-            )
-        pl.when(products_done > 0)(lambda: plgpu.barrier_wait(self.smem.y_free))
+            done = self.facts.for_segments(step, self.cta, functools.partial(self._multiply, step.phase), done)
+        pl.when(done[-1] > 0)(lambda: plgpu.barrier_wait(self.smem.y_free))
 
     def _multiply(
         self, phase: Phase, _: jax.Array, segment: Segment, done: tuple[jax.Array, jax.Array, jax.Array]

@@ -8,10 +8,10 @@ from jax.experimental import pallas as pl
 from fdpp_jax.pallas.fused_layer.phases import Phase
 from fdpp_jax.pallas.parts.ring import Barrier
 
-# Rows of counters. The first ones count the finished parts of each chunk of a result, a row per phase whose result
-# another one reads. The next one counts the units of each head whose sums of squares are there. The others are of
-# helpers that are done, a row per phase: those of each split unit of a product, and each CTA that helped in attention.
-NUM_RESULT_ROWS, NUM_HEAD_ROWS, NUM_HELPER_ROWS = 4, 1, 5
+# Rows of counters. The first ones count the finished units of each chunk of a result, a row per product that another
+# product reads. The next one counts the units of each head whose sums of squares are there. The others count the
+# helpers of each split unit that are done, a row per product.
+NUM_RESULT_ROWS, NUM_HEAD_ROWS, NUM_HELPER_ROWS = 3, 1, 4
 NUM_COUNTER_ROWS = NUM_RESULT_ROWS + NUM_HEAD_ROWS + NUM_HELPER_ROWS
 
 
@@ -53,14 +53,7 @@ class GlobalRefs(NamedTuple):
 
     Attributes:
       counters: [NUM_COUNTER_ROWS, counters, words] int32.
-      parts: [phases, CTAs, elements of a product] float32, partial sums from a helper to an owner.
-      lengths: [B] int32, live keys of the layer's attention, the new one included.
-      phi: [1], or [B, K, rows] float32.
-      attending: [B * K, rows, H], the queries of the layer's attention.
-      attended_keys: [B, S, K * H], keys of the layer's attention.
-      attended_values: As attended_keys.
-      attention_sums: [CTAs, elements of a unit's sums] float32, from a helper to an owner.
-      redone: [B, K] int32, 1 where a unit was redone.
+      parts: [products, CTAs, elements of a product] float32, partial sums from a helper to an owner.
       attended: [rows, N * H], attention's output.
       hidden: [B, D], the residual stream before the layer.
       added: As in `Join`, of the launch before.
@@ -85,13 +78,6 @@ class GlobalRefs(NamedTuple):
 
     counters: jax.Ref
     parts: jax.Ref
-    lengths: jax.Ref | None = None
-    phi: jax.Ref | None = None
-    attending: jax.Ref | None = None
-    attended_keys: jax.Ref | None = None
-    attended_values: jax.Ref | None = None
-    attention_sums: jax.Ref | None = None
-    redone: jax.Ref | None = None
     attended: jax.Ref | None = None
     hidden: jax.Ref | None = None
     added: jax.Ref | None = None
@@ -132,7 +118,7 @@ class GlobalRefs(NamedTuple):
 
     @property
     def result_counters(self) -> jax.Ref:
-        """A row per phase that another one reads, a counter per chunk."""
+        """A row per product that another one reads, a counter per chunk."""
         return self.counters.at[pl.ds(0, NUM_RESULT_ROWS)]
 
     @property
@@ -142,7 +128,7 @@ class GlobalRefs(NamedTuple):
 
     @property
     def helper_counters(self) -> jax.Ref:
-        """A row per phase: a counter per split unit, or per CTA in attention."""
+        """A row per product, a counter per split unit."""
         return self.counters.at[pl.ds(NUM_RESULT_ROWS + NUM_HEAD_ROWS, NUM_HELPER_ROWS)]
 
     def operands(self, phase: Phase) -> tuple[jax.Ref, jax.Ref]:
@@ -174,9 +160,8 @@ class SharedRefs(NamedTuple):
 
     Attributes:
       w: [stages, HEIGHT, block_k], the ring of weights.
-      kv: [stages, parts, 64, columns], the same memory with keys and values in it, of which two parts are used.
       x: [stages, tiles, rows, block_k], the ring of x, a chunk per stage.
-      y: [elements] float32, a product, or sums of attention, on the way to the results' warpgroup.
+      y: [elements of a product] float32, a product on its way to the results' warpgroup.
       seen: [1] int32, for `grid_sync.await_ahead`.
       w_ready: A stage of w is loaded.
       w_free: A stage of w has been read.
@@ -184,10 +169,6 @@ class SharedRefs(NamedTuple):
       x_free: A stage of x has been read.
       y_ready: A product is in y.
       y_free: The product in y has been read.
-      q: [2, rows, H], queries.
-      p: [rows, 64], weights of a tile of keys.
-      q_ready: A stage of q is loaded.
-      q_free: A stage of q has been read.
     """
 
     w: jax.Ref
@@ -200,14 +181,9 @@ class SharedRefs(NamedTuple):
     x_free: Barrier
     y_ready: Barrier
     y_free: Barrier
-    kv: jax.Ref | None = None
-    q: jax.Ref | None = None
-    p: jax.Ref | None = None
-    q_ready: Barrier | None = None
-    q_free: Barrier | None = None
 
 
-def present[T](ref: T | None) -> T:
-    """A ref, or a part, that the launch must have."""
+def present(ref: jax.Ref | None) -> jax.Ref:
+    """A ref that the launch must have."""
     assert ref is not None
     return ref

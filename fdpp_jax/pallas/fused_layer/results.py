@@ -8,27 +8,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas.fused_layer.attention import Attention
 from fdpp_jax.pallas.fused_layer.epilogues import Epilogues
-from fdpp_jax.pallas.fused_layer.phases import AttentionStep, LayerFacts, Phase, Segment, Step
-from fdpp_jax.pallas.fused_layer.refs import NUM_HEAD_ROWS, NUM_RESULT_ROWS, GlobalRefs, SharedRefs, present
+from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Phase, Segment, Step
+from fdpp_jax.pallas.fused_layer.refs import NUM_HEAD_ROWS, NUM_RESULT_ROWS, GlobalRefs, SharedRefs
 from fdpp_jax.pallas.parts import accumulators, grid_sync, overlap
 
 type Pairs = tuple[tuple[jax.Array, ...], ...]  # per view (y, partner), see `norms.Finish`
 
 
 class Results:
-    """The results of one CTA, those of attention included where the launch has it."""
+    """The results of one CTA."""
 
-    def __init__(
-        self,
-        gmem: GlobalRefs,
-        smem: SharedRefs,
-        facts: LayerFacts,
-        steps: tuple[Step | AttentionStep, ...],
-        attention: Attention | None,
-    ):
-        self.gmem, self.smem, self.facts, self.steps, self.attention = gmem, smem, facts, steps, attention
+    def __init__(self, gmem: GlobalRefs, smem: SharedRefs, facts: LayerFacts, steps: tuple[Step, ...]):
+        self.gmem, self.smem, self.facts, self.steps = gmem, smem, facts, steps
         self.epilogues = Epilogues(gmem, facts)
         self.cta = lax.axis_index("cta")
         self.awaits_grid = len(steps) > 1  # an interpreted launch has one step
@@ -36,15 +28,12 @@ class Results:
     def finish(self) -> None:
         overlap.await_predecessor(is_interpreted=self.facts.is_interpreted)
         overlap.let_successor_start(is_interpreted=self.facts.is_interpreted)
-        # Left by earlier launches: no CTA counts in these rows, that of heads among them, before CTA 0 is done with its
-        # first unit or share, since they need all of row 0.
+        # Left by earlier launches: no CTA counts in these rows, that of heads among them, before CTA 0 counts its first
+        # unit, since they need all of row 0.
         if self.awaits_grid and not self.facts.is_first:
             for i in range(1, NUM_RESULT_ROWS + NUM_HEAD_ROWS):
                 pl.when(self.cta == 0)(functools.partial(grid_sync.clear, self.gmem.counters.at[i]))
         for step in self.steps:
-            if isinstance(step, AttentionStep):
-                present(self.attention).finish(is_helpers=step.is_helpers)
-                continue
             if step.is_helpers:
                 self.facts.for_segments(step, self.cta, functools.partial(self._help, step), None)
                 continue
@@ -52,18 +41,19 @@ class Results:
                 self._await_all(step.phase, step.index - 1)
             factors = self.epilogues.factors(step.phase)
             self.facts.for_segments(step, self.cta, functools.partial(self._finish, step, factors), None)
-            # Units of the second phase need all of row 0, and every CTA finishes one of the MLP. So once row 1 is
+            # Every CTA finishes a whole unit of the MLP, for which it has awaited all of row 0. So once row 1 is
             # complete, nobody awaits row 0 any more.
             if self.awaits_grid and step.index == 1:
                 pl.when(self.cta == 0)(self._clear_first_row)
 
     def _clear_first_row(self) -> None:
-        self._await_all(self.facts.phase_at(2), 1)
+        self._await_all(self.facts.phases[2], 1)
         grid_sync.clear(self.gmem.result_counters.at[0])
 
     def _await_all(self, phase: Phase, row: int) -> None:
         """Waits for all of a phase's x, which is counted in `row`."""
-        grid_sync.await_row(self.gmem.result_counters.at[row], *self.facts.parts(phase))
+        width = phase.part_width
+        grid_sync.await_row(self.gmem.result_counters.at[row], phase.depth // width, self.facts.config.chunk // width)
 
     def _seen(self, source: jax.Ref, phase: Phase) -> Pairs:
         """Of a product [its elements] the views that make up the result, each with its halves swapped, too."""
@@ -118,7 +108,7 @@ class Results:
             if self.epilogues.is_normed(phase):
                 y, partner = (self.epilogues.norm.normed(views, factors) for views in zip(*pairs, strict=True))
             finish(y, partner)
-            if self.awaits_grid and step.index < facts.last_index:  # the next phase reads the result
+            if self.awaits_grid and step.index + 1 < len(facts.phases):  # the next phase reads the result
                 chunk = lax.div(low, jnp.int32(facts.config.chunk))
                 grid_sync.count(self.gmem.result_counters.at[step.index, chunk])
             if facts.num_split(phase):

@@ -271,7 +271,6 @@ def store(
     height: int = WIDTH,
     is_interpreted: bool,
     rows_gmem: jax.Ref | None = None,
-    shape: tuple[int, int] | None = None,
 ) -> None:
     """target_gmem[row, column + h] = y[h, row] for the first `height` h. Columns beyond the target are dropped.
 
@@ -282,14 +281,9 @@ def store(
       height: WIDTH or HEIGHT.
       is_interpreted: Whether the interpreter runs the kernel; all or no columns may lie beyond the target then.
       rows_gmem: [rows of y] int32, the row of the target that each row goes to; beyond the last row it is dropped.
-      shape: (rows, columns) of a target that is flat.
     """
     if is_interpreted:
         part = y[:height].T.astype(target_gmem.dtype)
-        if shape is not None:
-            for i in range(shape[0]):
-                target_gmem[pl.ds(i * shape[1] + column, height)] = part[i]
-            return
         if rows_gmem is None:
 
             @pl.when(column < target_gmem.shape[1])
@@ -304,7 +298,7 @@ def store(
 
             pl.when(rows_gmem[i] < target_gmem.shape[0])(write)
         return
-    num_rows, num_columns = target_gmem.shape if shape is None else shape
+    num_rows, num_columns = target_gmem.shape
     dtype = jnp.dtype(target_gmem.dtype)
     itemsize = dtype.itemsize
     num_live = num_rows if rows_gmem is None else rows_gmem.shape[0]

@@ -84,32 +84,6 @@ POLL:
   @is_mine st.shared.u32 [$1], pending;
 DONE:
 }}"""
-# Thread i waits for counter i, and clears it.
-_AWAIT_EACH = f"""{{{THREAD}
-  .reg .pred is_mine;
-  .reg .b32 count;
-  .reg .b64 address;
-  mad.wide.u32 address, thread, {4 * _WORDS}, $0;
-  setp.ge.u32 is_mine, thread, $1;
-  @is_mine bra DONE;
-POLL:
-  ld.acquire.gpu.global.u32 count, [address];
-  setp.eq.u32 is_mine, count, 0;
-  @is_mine bra POLL;
-  st.relaxed.gpu.global.u32 [address], 0;
-DONE:
-}}"""
-# Thread i counts part $1 + i, if i < NUM_PARTS.
-_COUNT_PARTS = f"""{{{THREAD}
-  .reg .pred is_mine;
-  .reg .b32 piece;
-  .reg .b64 address;
-  setp.lt.u32 is_mine, thread, NUM_PARTS;
-  add.u32 piece, thread, $1;
-  div.u32 piece, piece, PER_COUNTER;
-  mad.wide.u32 address, piece, {4 * _WORDS}, $0;
-  @is_mine red.release.gpu.global.add.u32 [address], 1;
-}}"""
 _CLEAR = f"""{{{THREAD}
   .reg .pred is_mine;
   .reg .b64 address;
@@ -140,35 +114,6 @@ def count(counter_gmem: jax.Ref) -> None:
         mgpu.utils.inline_ptx(_COUNT, mgpu.utils.memref_ptr(counter), has_side_effects=True)
 
     emit(counter_gmem)
-
-
-def count_parts(row_gmem: jax.Ref, first: jax.Array, num_parts: int, parts_per_counter: int) -> None:
-    """Counts the parts [first, first + num_parts) that this warpgroup has stored, each in its piece's counter."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def emit(_: mgpu.LaunchContext, row: ir.Value, first: mgpu.FragmentedArray) -> None:
-        text = _COUNT_PARTS.replace("NUM_PARTS", str(num_parts)).replace("PER_COUNTER", str(parts_per_counter))
-        mgpu.utils.warpgroup_barrier()
-        mgpu.utils.inline_ptx(text, mgpu.utils.memref_ptr(row), first.registers.item(), has_side_effects=True)
-
-    emit(row_gmem, first)
-
-
-def await_each(first_gmem: jax.Ref, num: jax.Array) -> None:
-    """Waits until each of `num` counters, at most 128, has counted, and clears them; no one else awaits them.
-
-    Args:
-      first_gmem: [words], the first of the counters.
-      num: [] int32.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def emit(_: mgpu.LaunchContext, first: ir.Value, num: mgpu.FragmentedArray) -> None:
-        arguments = mgpu.utils.memref_ptr(first), num.registers.item()
-        mgpu.utils.inline_ptx(_AWAIT_EACH, *arguments, has_side_effects=True, convergent=True)
-        mgpu.utils.warpgroup_barrier()
-
-    emit(first_gmem, num)
 
 
 def await_count(counter_gmem: jax.Ref, num_parts: jax.Array) -> None:
