@@ -14,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from layer_case import CAPACITY, ON_GPU, SPECS, check_slots, exact, lib, product
 
 from fdpp_jax.pallas.fused_layer import fused_layer, fused_qkv, handover
+from fdpp_jax.pallas.fused_layer.norms import RMSNormOfSum
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts
-from fdpp_jax.pallas.fused_layer.refs import NUM_RESULT_ROWS
+from fdpp_jax.pallas.fused_layer.refs import NUM_RESULT_ROWS, GlobalRefs
 from fdpp_jax.plans import device
 from fdpp_jax.plans.calls import HeadWeights, NextAttention
 from fdpp_jax.plans.hopper_layer import FusedLayerConfig, fused_layer_config
@@ -375,3 +376,12 @@ def test_refuses_another_layer_with_the_reason():
     run = functools.partial(fused_layer, spec=spec, config=case.config)
     with pytest.raises(NotImplementedError, match="RMSNorm only"):
         jax.eval_shape(run, *jax.eval_shape(case.inputs), jax.eval_shape(case.handover))
+
+
+def test_a_sum_that_rounding_makes_negative_has_a_factor():
+    norm = RMSNormOfSum.__new__(RMSNormOfSum)
+    norm.gmem, norm.facts = GlobalRefs(None, None), facts_of(SMALL_GEMMA)
+    means = dict(enumerate(jnp.full((8,), mean) for mean in (1.0, 1.0, -1.0, 0.999)))  # x cancels z, nearly
+    norm.mean = lambda sums, kind: means[kind]
+    _, factor = norm.factors(facts_of(SMALL_GEMMA).phases[1])
+    np.testing.assert_allclose(factor, SMALL_GEMMA.shape.spec.norm.eps**-0.5, rtol=1e-3)

@@ -26,9 +26,9 @@ class Columns:
         """WIDTH columns of source [rows, columns], or of source [columns], which every row gets."""
         return accumulators.load(source, column, self.num_rows, is_interpreted=self.is_interpreted)
 
-    def load_if(self, source: jax.Ref | None, column: jax.Array) -> jax.Array | float:
-        """`load`, or 0 where there is no such array, as there may be no bias."""
-        return 0.0 if source is None else self.load(source, column)
+    def load_if(self, source: jax.Ref | None, column: jax.Array) -> jax.Array | None:
+        """`load`, if there is such an array."""
+        return None if source is None else self.load(source, column)
 
     def load_both(self, source: jax.Ref | None, low: jax.Array, high: jax.Array) -> Halves | None:
         """`load` of a unit's columns and of its partners', if there is such an array."""
@@ -46,6 +46,11 @@ class Columns:
 def rounded(y: jax.Array) -> jax.Array:
     """y as an array in bfloat16 would hold it."""
     return y.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def joined(y: jax.Array, partner: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """A product of whose K y and partner have a half each, with its bias."""
+    return y + partner if bias is None else y + partner + bias
 
 
 def biased(y: jax.Array, partner: jax.Array, biases: Halves | None) -> Halves:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fdpp_jax.pallas.fused_layer.columns import Columns, by_row, rounded
+from fdpp_jax.pallas.fused_layer.columns import Columns, by_row, joined, rounded
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts, Phase
 from fdpp_jax.pallas.fused_layer.refs import GlobalRefs, present
 from fdpp_jax.pallas.parts.accumulators import LAYOUT, WIDTH
@@ -94,10 +94,10 @@ class _PlainJoin(Norm):
         refs, columns = self.gmem.join(phase), self.columns
         hidden, bias = columns.load(present(refs.before), low), columns.load_if(refs.bias, low)
         gain = None if refs.gain is None else self.gain(refs.gain, low)
-        gain_bias = None if refs.gain_bias is None else columns.load(refs.gain_bias, low)
+        gain_bias = columns.load_if(refs.gain_bias, low)
 
         def finish(y: jax.Array, partner: jax.Array) -> None:
-            total = rounded(hidden + (y + partner + bias))  # y and partner are each of half of K
+            total = rounded(hidden + joined(y, partner, bias))
             columns.store(total, present(refs.after), low)
             if gain is not None:
                 self.leave(phase, unit, low, total, gain, gain_bias)
@@ -184,7 +184,8 @@ class RMSNormOfSum(Norm):
             return (self.rsqrt(self.mean(refs.sums_before, 0)),)
         y_square, x_square, product, z_square = (self.mean(refs.sums, kind) for kind in range(4))
         factor = self.rsqrt(y_square)
-        return factor, self.rsqrt(x_square + 2.0 * factor * product + factor * factor * z_square)
+        square = x_square + 2.0 * factor * product + factor * factor * z_square
+        return factor, self.rsqrt(jnp.maximum(square, 0.0))  # rounding may leave less where the sum is nearly 0
 
     def join(self, phase: Phase, unit: jax.Array, low: jax.Array, factors: tuple[jax.Array, ...]) -> Finish:
         refs, columns, batch = self.gmem.join(phase), self.columns, self.facts.batch
@@ -195,7 +196,7 @@ class RMSNormOfSum(Norm):
         gain = None if refs.gain is None else self.gain(refs.gain, low)
 
         def finish(y: jax.Array, partner: jax.Array) -> None:
-            y = rounded(y + partner + bias)  # as a matmul of its own would store it
+            y = rounded(joined(y, partner, bias))  # as a matmul of its own would store it
             z = y * product_gain
             columns.store(x, present(refs.after), low)
             columns.store(z, present(refs.added), low)
