@@ -18,8 +18,6 @@ from fdpp_jax.bench import prefill
 from fdpp_jax.bench.attention import TABLE
 from fdpp_jax.models import PRESETS
 
-pytestmark = pytest.mark.slow
-
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 PEERS_SCRIPT = BENCHMARKS / "attention_peers.py"
 PREFILL_SCRIPT = BENCHMARKS / "prefill_peers.py"

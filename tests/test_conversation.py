@@ -28,7 +28,10 @@ def whole(first, result, second):
     return [list(a) + b + list(c) for a, b, c in zip(first, result.token_lists, second, strict=True)]
 
 
-@pytest.mark.parametrize(("softmax", "prefill_chunk_size"), [("online", None), ("unified", 3), ("bound", 2)])
+@pytest.mark.parametrize(
+    ("softmax", "prefill_chunk_size"),
+    [pytest.param("online", None, marks=pytest.mark.slow), ("unified", 3), ("bound", 2)],
+)
 def test_a_call_goes_on_where_the_last_one_ended(model, softmax, prefill_chunk_size):
     options = dict(softmax=SOFTMAXES[softmax], prefill_chunk_size=prefill_chunk_size)
     first = generate(model, FIRST, max_new_tokens=6, return_cache=True, **options)

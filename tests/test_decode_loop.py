@@ -136,8 +136,8 @@ def _poisoned(model, token, value):
     [
         ("online", np.nan, {}),
         ("unified", np.nan, {}),
-        ("unified", np.inf, {"temperature": 0.7}),
-        ("bound", np.nan, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
+        pytest.param("unified", np.inf, {"temperature": 0.7}, marks=pytest.mark.slow),
+        pytest.param("bound", np.nan, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}, marks=pytest.mark.slow),
     ],
 )
 def test_logits_that_are_not_finite_are_an_error_that_names_row_and_step(model, softmax, value, sampling):

@@ -293,7 +293,7 @@ def test_stream_yields_what_generate_returns(model):
 
 
 @pytest.mark.parametrize("setting", ["jax_enable_x64", "jax_numpy_dtype_promotion"])
-@pytest.mark.parametrize("num_prompts", [1, 2])
+@pytest.mark.parametrize("num_prompts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_generation_under_the_user_s_settings(model, setting, num_prompts):
     options = dict(max_new_tokens=4, eos_ids=[63], softmax=UnifiedMax.bound())
 

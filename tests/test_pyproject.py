@@ -1,6 +1,7 @@
-"""What pyproject.toml promises: an sdist that can test itself, and tests that end."""
+"""What pyproject.toml promises: an sdist that can test itself, tests that end, and of which CI leaves none out."""
 
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,15 @@ def test_the_checker_finds_a_file_that_is_not_packed():
     assert _not_packed(["README.md", "docs/a.md", "benchmarks/b.py"], ["/docs"]) == ["benchmarks/b.py"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def test_ci_runs_the_readmes_tests_and_then_the_slow_ones():
+    readme, ci = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
+    (command,) = re.findall(r"^.*&& \.venv/bin/(pytest .*)$", readme, re.MULTILINE)
+    runs = re.findall(r"^\.venv-ci/bin/(pytest .*)$", ci, re.MULTILINE)
+    assert command == "pytest -n auto -m 'not slow'"
+    assert runs[:2] == [command, "pytest -n auto -m slow"]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_test_that_waits_for_ever_ends_and_says_where(tmp_path, pytestconfig, workers):
     assert float(pytestconfig.getini("faulthandler_timeout")) > 0
     path = tmp_path / "test_waits.py"

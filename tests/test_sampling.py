@@ -164,9 +164,9 @@ def test_filters_sort_no_vocabulary():
 def test_draws_of_a_large_vocabulary_follow_the_probabilities(filters):
     """Pearson's chi-square over the tokens that stay, among them equal ones at the end."""
     scores = np.round(_rows("random", 500, 1)[0] * 4) / 4
-    draws = sample(
-        jnp.broadcast_to(scores, (NUM_DRAWS, 500)), jax.random.key(2), make_sampling(1.0, **filters, vocab_size=500)
-    )
+    sampling = make_sampling(1.0, **filters, vocab_size=500)
+    keys = jax.random.split(jax.random.key(2), NUM_DRAWS)
+    draws = jax.vmap(lambda key: sample(scores[None], key, sampling)[0])(keys)  # the filters look at the row once
     kept = _sorted_and_cut(scores, **filters)
     expected = np.exp(scores[kept]) / np.exp(scores[kept]).sum() * NUM_DRAWS
     counts = np.bincount(draws, minlength=500)

@@ -15,7 +15,6 @@ from fdpp_jax.ops import reference
 from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.calls import AttentionArrays, AttentionOptions
 
-pytestmark = pytest.mark.slow  # many small programs to compile
 TINY = functools.partial(attention_case, 2, 4, 2, 64, head_dim=16, dtype="float32")
 
 

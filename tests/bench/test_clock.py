@@ -10,8 +10,6 @@ from fdpp_jax.bench import clock
 from fdpp_jax.bench.clock import Candidate
 from fdpp_jax.plans import device
 
-pytestmark = pytest.mark.slow  # many small programs to compile
-
 
 def test_what_is_not_finite_is_not_timed():
     sets = clock.copies(jnp.zeros(8), 2)

@@ -14,7 +14,6 @@ from fdpp_jax.bench import decode
 from fdpp_jax.models import PRESETS, KVCache, LlamaConfig
 from fdpp_jax.plans import backends, device
 
-pytestmark = pytest.mark.slow  # many small programs to compile
 CONFIG = LlamaConfig(
     vocab_size=64,
     hidden_size=32,
@@ -26,7 +25,9 @@ CONFIG = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize(("tied", "window", "seen"), [(False, None, 14), (True, 8, 8)])
+@pytest.mark.parametrize(
+    ("tied", "window", "seen"), [pytest.param(False, None, 14, marks=pytest.mark.slow), (True, 8, 8)]
+)
 def test_decode(tmp_path, tied, window, seen):
     config = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": tied, "sliding_window": window})
     report = decode.bench_decode(config, batch=2, context=16, steps=4)
@@ -52,6 +53,7 @@ def test_ours_are_steps_by_the_kernels_of_the_backend_that_is_named(two_backends
     assert {plan.algorithm for plan in toy_backend.calls} == {"toy", "flat"}
 
 
+@pytest.mark.slow
 def test_a_step_on_hopper_by_triton_alone():
     """Attention, all matmuls of a layer and the head, where Mosaic GPU's fused layers are the plan."""
     h200 = device.by_name("H200")

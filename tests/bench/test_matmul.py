@@ -9,8 +9,6 @@ from fdpp_jax.bench.matmul import bench_matmul, matmul_candidates
 from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.shapes import MatmulShape
 
-pytestmark = pytest.mark.slow  # many small programs to compile
-
 
 @pytest.mark.parametrize("w_order", ["kn", "nk"])
 def test_matmul(tmp_path, w_order):

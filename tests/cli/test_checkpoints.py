@@ -24,6 +24,7 @@ def test_a_directory_that_is_named_goes_before_a_preset(capsys, monkeypatch, tmp
     assert "[1, 160] @ [160, 64]" not in run(capsys, "generate", *argv)[2]
 
 
+@pytest.mark.slow
 def test_the_second_run_finds_what_the_first_has_compiled(tmp_path):
     options = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | options | {"XDG_CACHE_HOME": str(tmp_path)}
@@ -49,6 +50,7 @@ def _run_with(tmp_path, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_place_for_compiled_programs_that_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.touch()

@@ -92,6 +92,7 @@ def rows_of_held_out_text(tokenizer):
     return probe(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", ["unified", "bound", "phi = bound"])
 def test_which_steps_of_held_out_text_recompute(rows_of_held_out_text, softmax):
     """Hardly any; most, if phi were the bound itself. docs/numerics.md has the numbers of more text."""

@@ -74,7 +74,13 @@ def test_fused_layers_share_their_kernels(monkeypatch):
 
 
 @needs_plugin
-@pytest.mark.parametrize(("name", "platform"), [("A100", "cuda"), ("RTX 4090", "cuda"), ("MI250", "rocm")])
+@pytest.mark.parametrize(
+    ("name", "platform"),
+    [
+        ("A100", "cuda"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("RTX 4090", "cuda"), ("MI250", "rocm"))),
+    ],
+)
 def test_a_step_for_triton_has_its_kernels_and_no_product_of_xlas(name, platform):
     """qkv, o, gate and up, down, head and attention."""
     with fdpp_jax.target(name):

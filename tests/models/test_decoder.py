@@ -52,6 +52,7 @@ def assert_close(out, exact, tolerance):
     assert np.sqrt(((out - exact) ** 2).mean()) < tolerance * exact.std()
 
 
+@pytest.mark.slow
 def test_is_the_unfused_step():
     """Without a head in the last layer, for the vocabulary of 80; in the next test there are heads."""
     biased = dataclasses.replace(SMALL, qkv_bias=True, vocab_size=80)
@@ -91,6 +92,7 @@ LAYERS = {name: config.layer_shape(2, jnp.bfloat16) for name, config in FAMILIES
 FUSED = [case for case in backend_case.taken("layer", LAYERS) if any(case.values[0].layer.configs.values())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "name"), FUSED)
 def test_a_backend_fuses_the_layers_that_it_takes(backend, name):
     """The suite of the op layer: as each backend plans it, against the family's own modules."""

@@ -80,7 +80,9 @@ def in_three_ways(model: Any, tokens: Any, lengths: Any, first: Any, rest: Any, 
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in ("llama3_gqa", "gemma2", "opt") else pytest.mark.slow) for x in NAMES]
+)
 def test_pieces_and_what_goes_behind_them_give_what_the_whole_prompt_gives(name: str) -> None:
     """In a batch of unequal lengths, whose rows end in different pieces, and go on from different slots."""
     model, expected = load(name)

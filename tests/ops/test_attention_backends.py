@@ -100,6 +100,12 @@ SHAPES = {name: attention_shape(case.arrays(), case.options, is_online=False) fo
 TAKEN = backend_case.taken("attention", SHAPES)
 
 
+def marked(param, names):
+    """Marks of a parameter's backend and case, slow where a kernel is interpreted for a case that is none of these."""
+    backend, name = param.values
+    return [*param.marks, pytest.mark.slow] if backend.architectures and name not in names else param.marks
+
+
 def run(backend, name, phi, arrays=None, *, returns_residual=False, **arguments):
     """The backend's answer, as it plans the case, to the case's arrays or others of their shapes."""
     arrays = CASES[name].arrays() if arrays is None else arrays
@@ -128,18 +134,21 @@ def expected_of(name, arrays=None):
 
 # A kernel that is interpreted takes seconds: of online softmax these on a CPU, all on a GPU and of plain XLA.
 ONLINE = ["GQA", "draft", "sinks", "starts, pages of a draft", "float8 by token, pages", "long queries"]
+SLOW = ["MHA, float16", "MQA, head dim 128", "head dim 80", "draft, window", "window, soft cap", "starts", "pages"]
+
+
+def _marks(param, phi):
+    if phi is not None:
+        return marked(param, [name for name in CASES if name not in SLOW])
+    is_interpreted = param.values[0].architectures and not backend_case.ON_GPU
+    return pytest.mark.gpu if is_interpreted and param.values[1] not in ONLINE else marked(param, ["GQA"])
 
 
 @pytest.mark.parametrize(
     ("backend", "name", "phi"),
     [
         pytest.param(
-            *param.values,
-            phi,
-            id=f"{param.id}, {'online' if phi is None else 'unified'}",
-            marks=param.marks
-            if phi or param.values[1] in ONLINE or not param.values[0].architectures
-            else pytest.mark.gpu,
+            *param.values, phi, id=f"{param.id}, {'online' if phi is None else 'unified'}", marks=_marks(param, phi)
         )
         for param in TAKEN
         for phi in (None, 1.0)
@@ -151,7 +160,11 @@ def test_agrees_with_float64(backend, name, phi):
     assert oracle.relative_error(out, expected_of(name)[0]) < oracle.TOLERANCE[CASES[name].dtype]
 
 
-DRAFTS = [param for param in TAKEN if param.values[1] in ("draft", "draft, window", "long queries")]
+DRAFTS = [
+    pytest.param(*param.values, id=param.id, marks=marked(param, ["draft"]))
+    for param in TAKEN
+    if param.values[1] in ("draft", "draft, window", "long queries")
+]
 
 
 @pytest.mark.parametrize(("backend", "name"), DRAFTS)
@@ -201,7 +214,14 @@ def test_a_value_that_is_not_finite_reaches_all_queries_of_its_sequence_if_one_s
     assert oracle.relative_error(np.where(reached, 0, out), clean) < oracle.TOLERANCE[case.dtype]
 
 
-@pytest.mark.parametrize(("backend", "name"), [param for param in TAKEN if param.values[1] in ("GQA", "draft")])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        pytest.param(*param.values, id=param.id, marks=marked(param, ["GQA"]))
+        for param in TAKEN
+        if param.values[1] in ("GQA", "draft")
+    ],
+)
 def test_a_row_outside_the_window_is_nan(backend, name):
     """Overflow and underflow; the rows of other heads, and rows without keys, are as they should be."""
     out = np.asarray(run(backend, name, [[-150.0, 1.0, 150.0, 1.0]] * 4), np.float64)
@@ -215,7 +235,7 @@ def test_a_row_outside_the_window_is_nan(backend, name):
 @pytest.mark.parametrize(
     ("backend", "name", "recompute"),
     [
-        pytest.param(*param.values, recompute, id=f"{param.id}, {recompute}", marks=param.marks)
+        pytest.param(*param.values, recompute, id=f"{param.id}, {recompute}", marks=marked(param, ["sinks"]))
         for param in TAKEN
         if param.values[1] in ("GQA", "sinks", "draft")
         for recompute in param.values[0].attention.recomputes

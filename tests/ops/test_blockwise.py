@@ -206,8 +206,12 @@ def _looped_loss(attend, axes):
 
 @pytest.mark.parametrize(
     "axes",
-    [[(0, 0, 0, 0)], [(2, None, 1, 0)], [(None, 3, None, None)], [(0, 0, None, 0), (1, 0, 2, None)]],
-    ids=["all", "shared key", "key alone", "two maps"],
+    [
+        pytest.param([(0, 0, 0, 0)], id="all", marks=pytest.mark.slow),
+        pytest.param([(2, None, 1, 0)], id="shared key"),
+        pytest.param([(None, 3, None, None)], id="key alone"),
+        pytest.param([(0, 0, None, 0), (1, 0, 2, None)], id="two maps", marks=pytest.mark.slow),
+    ],
 )
 def test_the_gradient_of_a_mapped_call(axes, monkeypatch):
     """In blocks too, though one call alone would be small."""

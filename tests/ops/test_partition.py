@@ -179,7 +179,12 @@ def test_starts_and_residual_are_sharded_as_the_query(hopper, kind):
 
 
 @pytest.mark.parametrize(
-    ("num_kv_heads", "kind"), [(8, AxisType.Auto), (4, AxisType.Auto), (1, AxisType.Auto), (4, AxisType.Explicit)]
+    ("num_kv_heads", "kind"),
+    [
+        *(pytest.param(num_kv_heads, AxisType.Auto, marks=pytest.mark.slow) for num_kv_heads in (8, 1)),
+        (4, AxisType.Auto),
+        (4, AxisType.Explicit),
+    ],
 )
 def test_bias_and_mask_are_sharded_where_they_are_whole(hopper, kind, num_kv_heads):
     """An axis of size 1 is on every device."""

@@ -113,7 +113,10 @@ def test_two_axes_beside_a_manual_one(hopper):
     assert hopper
 
 
-@pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0)], ids=["online", "unified"])
+@pytest.mark.parametrize(
+    "softmax",
+    [pytest.param(None, id="online", marks=pytest.mark.slow), pytest.param(UnifiedMax(1.0), id="unified")],
+)
 @pytest.mark.parametrize("manual", ["a", "b"])
 def test_attention_where_explicit_axes_are_beside_manual_ones(hopper, manual, softmax):
     other = "b" if manual == "a" else "a"

@@ -68,7 +68,14 @@ def test_a_target_must_be_known():
         fdpp_jax.target("H1000")
 
 
-@pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0), UnifiedMax.bound("launch"), UnifiedMax(jnp.zeros(8))])
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        None,
+        UnifiedMax(1.0),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (UnifiedMax.bound("launch"), UnifiedMax(jnp.zeros(8)))),
+    ],
+)
 def test_exports_for_several_platforms_come_back(softmax):
     arrays = attention_arrays()
     with fdpp_jax.target("H200"):
@@ -144,7 +151,7 @@ def test_a_matmul_mapped_over_a_symbolic_axis_is_xla_s(w_is_mapped):
     assert oracle.relative_error(exported.call(x, w), call(x, w)) < oracle.TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize("batch", [4, "batch"])
+@pytest.mark.parametrize("batch", [pytest.param(4, marks=pytest.mark.slow), "batch"])
 @pytest.mark.parametrize("softmax", [None, UnifiedMax(1.0), UnifiedMax.bound()], ids=["online", "unified", "bound"])
 def test_exports_have_starts_bias_and_both_results(batch, softmax):
     if batch == "batch":

@@ -64,7 +64,9 @@ def test_forward_mode_of_attention(calls, phi):
     assert calls is None or calls
 
 
-@pytest.mark.parametrize("phi", [6.0, 300.0], ids=["safe", "recomputed"])
+@pytest.mark.parametrize(
+    "phi", [pytest.param(6.0, id="safe"), pytest.param(300.0, id="recomputed", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_both_modes_of_both_results(calls, phi, with_bias):
     query, key, value, lengths = attention_arrays(batch=2, capacity=16, num_heads=2, num_kv_heads=1)
@@ -185,7 +187,13 @@ ATTENTIONS = {  # of attention; T; whether the query is mapped, and the cache; t
 }
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith(("vmap of vmap", "vmap of grad", "grad")) else ())
+        for name in ATTENTIONS
+    ],
+)
 def test_transformed_causal_calls_on_hopper(request, name):
     """Whatever is around it, a call is one launch for all that is mapped."""
     transform, query_length, query_is_mapped, cache_is_mapped, query_shape = ATTENTIONS[name]
@@ -299,7 +307,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if mode == "no jit" else ()) for mode in MODES]
+)
 def test_strict_modes(calls, mode):
     """Also where the answer is recomputed, which starts from NaN."""
     if mode == "transfers" and calls is not None:

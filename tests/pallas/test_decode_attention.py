@@ -113,8 +113,13 @@ CASES_ON_GPU = {
 ALL_CASES = CASES | CASES_ON_GPU
 SLOW = [
     "ragged",
+    "starts",
     "starts, pages of a draft",
     "two chunks",
+    "length 0",
+    "window of a draft",
+    "cluster",
+    "second launch of a draft",
     "draft of 16",
     "pages of 32",
     "int8 of tokens",
@@ -144,13 +149,13 @@ def test_agrees_with_float64(case, phi):
         check_log_sum(case, inputs, found, log_sum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_rows", "head_dim", "combine"),
     [
         *((1, 128, combine) for combine in ("kernel", "launch")),
-        pytest.param(9, 64, "kernel", marks=pytest.mark.slow),
-        # So many registers that shares are added one at a time.
-        pytest.param(64, 256, "launch", marks=pytest.mark.slow),
+        (9, 64, "kernel"),
+        (64, 256, "launch"),  # so many registers that shares are added one at a time
         *(pytest.param(*x, marks=pytest.mark.gpu) for x in ((9, 64, "launch"), (64, 256, "kernel"))),
         *(
             pytest.param(x, 128, combine, marks=pytest.mark.gpu)
@@ -198,9 +203,9 @@ RECOMPUTED = {
 }
 
 
-def recomputed(*names_on_gpu):
+def recomputed(*names_on_gpu, slow=()):
     """Parametrised with all, these on a GPU only; to the interpreter a cluster is a grid like another."""
-    marks = dict.fromkeys(names_on_gpu, pytest.mark.gpu)
+    marks = dict.fromkeys(slow, pytest.mark.slow) | dict.fromkeys(names_on_gpu, pytest.mark.gpu)
     return pytest.mark.parametrize("case", [pytest.param(name, marks=marks.get(name, ())) for name in RECOMPUTED])
 
 
@@ -225,7 +230,7 @@ def _failed_groups(case, leaves_window):
     return by_group.any(axis=(1, 3))
 
 
-@recomputed("int8", "cluster")
+@recomputed("int8", "cluster", slow=RECOMPUTED)
 def test_flags_the_rows_outside_the_window_and_no_other(case):
     case = RECOMPUTED[case]
     inputs, expected, phi, leaves_window = _failing(case)
@@ -235,7 +240,7 @@ def test_flags_the_rows_outside_the_window_and_no_other(case):
         check(case, out[~leaves_window], expected[~leaves_window])
 
 
-@recomputed("bfloat16", "cluster")
+@recomputed("bfloat16", "cluster", slow=["draft"])
 def test_recomputes_in_the_kernel(case):
     case = RECOMPUTED[case]
     inputs, expected, phi, leaves_window = _failing(case)
@@ -248,7 +253,7 @@ def test_recomputes_in_the_kernel(case):
     np.testing.assert_array_equal(redone, earlier)
 
 
-@recomputed("draft", "cluster")
+@recomputed("draft", "cluster", slow=["int8"])
 def test_recomputes_in_a_second_launch_only_the_groups_that_failed(case):
     case = RECOMPUTED[case]
     inputs, expected, _, leaves_window = _failing(case)
@@ -277,7 +282,7 @@ def test_a_log_sum_that_nobody_asks_for_costs_nothing(mode):
     assert "= log " not in not_asked
 
 
-@recomputed("draft", "int8", "cluster")
+@recomputed("draft", "int8", "cluster", slow=RECOMPUTED)
 def test_log_sum_of_rows_outside_the_window(case):
     """NaN where the row is; redone with it, here or in a second launch, where those of other groups are undefined."""
     case = RECOMPUTED[case]
@@ -298,6 +303,7 @@ def test_log_sum_of_rows_outside_the_window(case):
     check_log_sum(case, inputs, np.where(is_redone, again, expected), expected)
 
 
+@pytest.mark.slow
 def test_one_infinite_sum_flags_its_row_and_is_redone():
     """The denominator is safe, and one value times e^(s - phi) is not: whoever redoes rows looks at a part of them."""
     case = Case(2, 136, 4, 2, 64, tiles(64, 2, 2))
@@ -313,6 +319,7 @@ def test_one_infinite_sum_flags_its_row_and_is_redone():
     check(case, case.run(inputs, phi, recompute=True), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e31, -1e37, *(pytest.param(x, marks=pytest.mark.gpu) for x in (1e9, -1e31, 1e37))])
 def test_rows_of_the_largest_scores_are_exact(size):
     """float32's steps are far above 1 there: the largest score wins, and its difference to itself is 0."""
@@ -328,6 +335,7 @@ def test_rows_of_the_largest_scores_are_exact(size):
     check(case, case.run(inputs, None), expected)
 
 
+@pytest.mark.slow
 def test_lengths_beyond_the_capacity_see_all_keys():
     """Under jit nobody checks them; a last tile that is not full has no keys of zeros."""
     case = Case(2, 67, 4, 2, 64, tiles(64, 2, 2))
@@ -336,6 +344,7 @@ def test_lengths_beyond_the_capacity_see_all_keys():
     check(case, case.run(inputs | {"lengths": jnp.array([68, 10**9])}, 1.5), expected)
 
 
+@pytest.mark.slow
 def test_starts_beyond_the_keys_see_none_and_negative_ones_all():
     """Under jit nobody checks them."""
     case = Case(3, 136, 2, 1, 64, tiles(64, 2, 2), starts=(0, 136, 136))
@@ -371,6 +380,7 @@ def test_tiles_before_the_start_are_nobodys():
     assert sorted((int(share.begin), int(share.end)) for share in shares) == [(0, 4), (4, 9), (9, 14)]
 
 
+@pytest.mark.slow
 def test_queries_far_beyond_the_keys_see_none_or_the_last():
     """query_offset is the caller's, and may be anywhere."""
     case = Case(3, 136, 2, 1, 64, tiles(64, 2, 2), 2, local_window_size=(200, 0), **DRAFT)

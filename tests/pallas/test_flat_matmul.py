@@ -46,6 +46,7 @@ FLAT_SIZES = [  # k, n, (CTAs, block_n, block_k, stages); where the order of w c
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "n", "tiles", "w_order"),
     [

@@ -137,7 +137,7 @@ OTHERS = [  # on the CPU, small ones of each family: tests/models/test_decoder.p
     "case",
     [
         SMALL,
-        *(pytest.param(case, id=name) for name, case in KINDS.items()),
+        *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in KINDS.items()),
         *(pytest.param(case, marks=pytest.mark.gpu) for case in OTHERS),
     ],
 )
@@ -149,7 +149,7 @@ def test_agrees_with_float64(case):
 @pytest.mark.parametrize(
     "case",
     [
-        RAGGED,
+        pytest.param(RAGGED, marks=pytest.mark.slow),
         *(
             pytest.param(case, marks=pytest.mark.gpu)
             for case in (
@@ -187,10 +187,10 @@ def test_nan_stays_in_its_row_and_slots_beyond_the_capacity_are_nowhere(case):
     ("case", "vocab_size"),
     [
         (SMALL, None),
-        (SPLIT, 256),
-        (SMALL_GEMMA, None),
-        (SMALL_GEMMA, 96),  # its last unit is half a one
-        (SMALL_OPT, 96),
+        pytest.param(SPLIT, 256, marks=pytest.mark.slow),
+        pytest.param(SMALL_GEMMA, None, marks=pytest.mark.slow),
+        pytest.param(SMALL_GEMMA, 96, marks=pytest.mark.slow),  # its last unit is half a one
+        pytest.param(SMALL_OPT, 96, marks=pytest.mark.slow),
         pytest.param(SMALL, 256, marks=pytest.mark.gpu),  # on the CPU: tests/models/test_decoder.py
         pytest.param(SPLIT, None, marks=pytest.mark.gpu),
         *(
@@ -228,9 +228,9 @@ def test_behind_the_last_layer_are_logits(case, vocab_size):
 @pytest.mark.parametrize(
     "case",
     [
-        SPLIT,
+        pytest.param(SPLIT, marks=pytest.mark.slow),
         RAGGED,
-        KINDS["qwen3"],
+        pytest.param(KINDS["qwen3"], marks=pytest.mark.slow),
         *(
             pytest.param(case, marks=pytest.mark.gpu)
             for case in (

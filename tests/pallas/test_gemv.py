@@ -21,6 +21,7 @@ RAGGED = [  # k, n, (block_n, block_k, stages, split_k)
 ]
 
 
+@pytest.mark.slow
 @in_both_orders
 @pytest.mark.parametrize(
     ("k", "n", "tiles", "dtype"),

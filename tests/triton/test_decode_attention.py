@@ -197,7 +197,12 @@ def _operands(shape):
     )
 
 
-@pytest.mark.parametrize(("shape", "name"), COMPILED_FOR)
+QUICK = ("mha", "A100"), ("gqa of a draft", "MI210")
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow) for x in COMPILED_FOR]
+)
 def test_compiles_within_the_gpu_s_shared_memory(shape, name):
     shape, gpu = COMPILED[shape], device.by_name(name)
     triton_case.skip_unless_compiled_for(gpu.arch)

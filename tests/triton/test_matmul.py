@@ -37,7 +37,12 @@ def _compiled(shape, algorithm, config):
 @pytest.mark.parametrize(
     ("gpu", "m", "algorithm", "w_order", "n"),
     [
-        pytest.param(gpu, *case, id="-".join(map(str, (gpu.arch, *case))))
+        pytest.param(
+            gpu,
+            *case,
+            id="-".join(map(str, (gpu.arch, *case))),
+            marks=() if gpu.arch in ("sm_80", "gfx90a") else pytest.mark.slow,
+        )
         for gpu in ONE_OF_EACH_ARCH
         for case in [
             (1, "gemv", "nk", 4096),

@@ -21,13 +21,36 @@ def _interpreted(monkeypatch):
     monkeypatch.setattr(bridge, "call", triton_case.call)
 
 
-@pytest.mark.parametrize(("case", "phi"), [*((x, 1.5) for x in CASES), *((x, None) for x in ONLINE)])
+SLOW = [
+    "mha",
+    "nine rows, odd capacity",
+    "64 rows",
+    "many sequences",
+    "window, each thread multiplies",
+    "starts",
+    "draft of 4",
+    "ragged, second launch",
+    "starts, pages of a draft",
+    "pages of 64",
+    "window of a draft",
+    "int8 of tokens",
+]
+QUICK_ONLINE = ["mha, each thread multiplies", "draft of 16"]
+CASES_AND_PHI = [
+    *(pytest.param(x, 1.5, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES),
+    *(pytest.param(x, None, marks=() if x in QUICK_ONLINE else pytest.mark.slow) for x in ONLINE),
+]
+
+
+@pytest.mark.parametrize(("case", "phi"), CASES_AND_PHI)
 def test_agrees_with_float64(case, phi):
     case, lengths = CASES[case]
     case.check(lengths, phi)
 
 
-@pytest.mark.parametrize("case", RECOMPUTED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.slow if x in ("draft", "second launch") else ()) for x in RECOMPUTED]
+)
 def test_rows_outside_the_window_are_redone(case):
     case, lengths = RECOMPUTED[case]
     case.check_recompute(lengths)
@@ -62,6 +85,7 @@ def test_phi_is_one_or_of_each_row(phi):
     case.check((67, 20), phi)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_splits_is_fixed_and_their_number_does_not_matter():
     case = Case(3, 130, 2, 1, 16, tiles(16, 1, 2))
     inputs = case.inputs(0, (130, 17, 100))

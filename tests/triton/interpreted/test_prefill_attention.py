@@ -53,13 +53,20 @@ ALL = CASES | {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+SLOW = ["whole", "starts", "float8 of tokens, pages", "few queries of many heads", "window", "packed"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in ALL])
 def test_unified_max_against_float64(name):
     check(ALL[name], 2.0)
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "chunk", "starts", "packed", "no keys", "pages of 16, window", "float8 of tokens, pages"]
+    "name",
+    [
+        *("chunk", "no keys", "pages of 16, window"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("causal", "starts", "packed", "float8 of tokens, pages")),
+    ],
 )
 def test_online_softmax_against_float64(name):
     check(ALL[name], None)
