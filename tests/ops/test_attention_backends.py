@@ -140,8 +140,8 @@ SLOW = ["MHA, float16", "MQA, head dim 128", "head dim 80", "draft, window", "wi
 def _marks(param, phi):
     if phi is not None:
         return marked(param, [name for name in CASES if name not in SLOW])
-    is_interpreted = param.values[0].architectures and not backend_case.ON_GPU
-    return pytest.mark.gpu if is_interpreted and param.values[1] not in ONLINE else marked(param, ["GQA"])
+    is_kernel = bool(param.values[0].architectures)
+    return pytest.mark.gpu if is_kernel and param.values[1] not in ONLINE else marked(param, ["GQA"])
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,7 @@ def test_a_causal_prompt_compiles(arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch", [arch for arch in DEVICES if arch != "sm_89"]
-)  # sm_86's plans and limits, but for float8
+@pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize(
     "case",
     [
