@@ -90,8 +90,8 @@ def generate(
       key: PRNG key of the sampling; None: jax.random.key(0).
       softmax: None: online softmax. UnifiedMax: asynchronous, with what leaves the window redone. "auto": what the
         calibration beside the model's checkpoint says (`calibration.choose_softmax`), and None for a model without a
-        checkpoint, or for decode steps where the layers' plan prefers it (`prefers_online`). The answer is the same;
-        the result's softmax_reason says which it was.
+        checkpoint, or for decode steps where the layers' plan prefers it (`LayerPlan.prefers_online`). The answer is
+        the same; the result's softmax_reason says which it was.
       max_recompute_rate: If more than this share of the latest 64 steps redid a row, a warning says so, and what is not
         running yet gets online softmax, after one compilation: a phi that does not fit costs more than it saves. Steps
         that a short call lacks count as good ones. 1: never.
@@ -172,7 +172,7 @@ def stream(
     prompts = check_prompts(model.config, tokens, prompt_lengths, max_new_tokens=max_new_tokens, cache=cache)
     end_ids = checked_eos(() if eos_ids is None else eos_ids, model.config.vocab_size)
     sampling = make_sampling(temperature, top_k, top_p, vocab_size=model.config.vocab_size)
-    is_asked = softmax != "auto"
+    is_asked = not isinstance(softmax, str)
     softmax, reason = _chosen(model, softmax)
     if softmax is not None and softmax.phi is not None:
         rows = (model.config.num_hidden_layers, len(prompts.lengths), model.config.num_attention_heads)
@@ -185,14 +185,19 @@ def stream(
             )
         # One dtype for a Python float and an array, so that a new phi never compiles.
         softmax = dataclasses.replace(softmax, phi=jnp.asarray(softmax.phi, jnp.float32))
-    of_steps = softmax
-    if softmax is not None and not is_asked and model.layer_plan(len(prompts.lengths)).prefers_online:
-        of_steps, reason = None, f"{reason}; decode steps: online, mostly faster between fused layers, by up to 1 %"
+    capacity = round_up(prompts.width + int(max_new_tokens), _CAPACITY_MULTIPLE)
+    if cache is not None:
+        capacity = max(capacity, cache.kv.capacity)
+    of_steps, plan = softmax, model.layer_plan(len(prompts.lengths))
+    if softmax is not None and not is_asked and plan.prefers_online(capacity):
+        of_steps = None
+        reason = f"online in decode steps, mostly faster there up to {plan.online_up_to} slots; the prompt: {reason}"
     max_recompute_rate = as_number("max_recompute_rate", max_recompute_rate)
     if not 0 <= max_recompute_rate <= 1:
         raise ValueError(f"max_recompute_rate must be within 0..1, got {max_recompute_rate}")
     job = _Job(
         prompts=prompts,
+        capacity=capacity,
         max_new_tokens=int(max_new_tokens),
         eos_ids=end_ids,
         sampling=sampling,
@@ -215,6 +220,7 @@ class _Job:
     """The checked arguments of `stream`; softmax is that of the prompts."""
 
     prompts: Prompts
+    capacity: int
     max_new_tokens: int
     eos_ids: tuple[int, ...]
     sampling: Sampling
@@ -247,7 +253,7 @@ def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
     if isinstance(softmax, UnifiedMax):
         phi = f", phi {softmax.phi:g}" if isinstance(softmax.phi, int | float) else ""
         return softmax, "bound, as asked" if softmax.is_bound else f"unified{phi}, as asked"
-    if softmax != "auto":
+    if not isinstance(softmax, str) or softmax != "auto":
         raise ValueError(f'softmax must be None, "auto" or a UnifiedMax, got {softmax!r}')
     if model.checkpoint is None:
         return None, "online: the model was not loaded from a checkpoint"
@@ -260,9 +266,6 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
     softmax = job.softmax_of_steps
     batch = len(job.prompts.lengths)
     structure, weights = flattened(model)
-    capacity = round_up(job.prompts.width + max_new_tokens, _CAPACITY_MULTIPLE)
-    if job.cache is not None:
-        capacity = max(capacity, job.cache.kv.capacity)
     eos = jnp.asarray(job.eos_ids, jnp.int32)
     options = decode_compiler_options(model, batch)
     # A step that is a CUDA graph is one launch: nothing queues up, and a loop in a loop takes longer to compile.
@@ -270,7 +273,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
     block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if has_many_launches else 1
     streams = None if job.tokenizer is None else map(job.tokenizer.stream, job.prompts.rows())
     texts = None if streams is None else TextRows(list(streams))
-    explained = functools.partial(device_memory.explained, lambda: _held(model, weights, job, capacity), _LOWER)
+    explained = functools.partial(device_memory.explained, lambda: _held(model, weights, job), _LOWER)
 
     def chunk_of(tokens: np.ndarray, lengths: np.ndarray, is_over: bool) -> StreamChunk:
         new = None if texts is None else texts.push(tokens.tolist(), lengths.tolist(), is_over)
@@ -278,7 +281,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
 
     started = time.perf_counter()
     with explained():
-        loop, first, compile_seconds = _prefilled(model, structure, weights, job, capacity, eos)
+        loop, first, compile_seconds = _prefilled(model, structure, weights, job, eos)
         started += compile_seconds
     new_tokens = np.full((batch, max_new_tokens), job.eos_ids[0] if job.eos_ids else 0, np.int32)
     new_tokens[:, 0] = _finite(np.asarray(first)[:, None], 0, model.dtype)[:, 0]
@@ -335,7 +338,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         compile_seconds=compile_seconds,
-        cache_capacity=capacity,
+        cache_capacity=job.capacity,
         prompts=job.prompts.rows(),
         cached_tokens=job.prompts.cached,
         tokenizer=functools.partial(tokenizer_of, model) if job.tokenizer is None else lambda: job.tokenizer,
@@ -344,11 +347,11 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
 
 
 def _prefilled(
-    model: CausalLM, structure: Structure, weights: list[jax.Array], job: _Job, capacity: int, eos: jax.Array
+    model: CausalLM, structure: Structure, weights: list[jax.Array], job: _Job, eos: jax.Array
 ) -> tuple[Loop, jax.Array, float]:
     """The loop behind the prefill, the first tokens [B], and the seconds of compilation."""
     batch, length = job.prompts.tokens.shape
-    softmax, is_behind_cache = job.softmax, job.cache is not None
+    softmax, capacity, is_behind_cache = job.softmax, job.capacity, job.cache is not None
     plan = model.prefill_plan(batch, length, capacity, softmax, job.prefill_chunk_size, is_behind_cache=is_behind_cache)
     with_key_norms = softmax is not None and softmax.is_bound
     policy = softmax if plan.takes_unified_max else None  # where it would not count, one program serves all policies
@@ -376,9 +379,9 @@ def _kept(job: _Job, loop: Loop, new_tokens: np.ndarray, num_tokens: int) -> Pro
     return PromptCache(dataclasses.replace(loop.cache, lengths=jnp.asarray(live, jnp.int32)), tokens)
 
 
-def _held(model: CausalLM, weights: list[jax.Array], job: _Job, capacity: int) -> dict[str, int]:
+def _held(model: CausalLM, weights: list[jax.Array], job: _Job) -> dict[str, int]:
     """What takes the device's memory: names and bytes."""
-    batch = len(job.prompts.lengths)
+    batch, capacity = len(job.prompts.lengths), job.capacity
     cache = jax.eval_shape(lambda: KVCache.create(model.config, batch, capacity, model.dtype))
     held = {"the weights take": weights, f"the KV cache of {batch} x {capacity} tokens": cache}
     if job.cache is not None:

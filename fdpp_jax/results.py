@@ -20,8 +20,8 @@ class GenerationResult:
       recomputed_steps: Decode steps of which a row, or all, was redone, having left the safe window.
       softmax_reason: Which softmax it began with, and why, in one line.
       is_online: Whether the decode steps began with online softmax.
-      online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none.
-        Steps that ran while this was found out are before it.
+      online_from: The decode step from which on all ran with online softmax, since too many were redone; None: none,
+        or all did from the start. Steps that ran while this was found out are before it.
       decode_steps: Decode steps that ran; the first token comes from the prefill.
       prefill_seconds: From the start to the first token on the host, without compilation.
       decode_seconds: The time of all decode steps, until their tokens are on the host, without compilation. Of the time

@@ -81,7 +81,7 @@ def test_up_to_the_last_position(model):
 
 def test_steps_take_online_softmax_where_the_plan_prefers_it_and_nothing_is_asked(monkeypatch):
     loaded = load(FIXTURES / "llama3_gqa", dtype=jnp.float32)
-    plan = dataclasses.replace(loaded.layer_plan(2), prefers_online=True)
+    plan = dataclasses.replace(loaded.layer_plan(2), online_up_to=128)
     monkeypatch.setattr(type(loaded), "layer_plan", lambda self, batch: plan)
     seen, executable = [], generation.executable
 
@@ -93,11 +93,13 @@ def test_steps_take_online_softmax_where_the_plan_prefers_it_and_nothing_is_aske
     monkeypatch.setattr(generation, "executable", compiled)
     chosen = generate(loaded, PROMPTS, max_new_tokens=8)
     assert chosen.is_online
-    assert chosen.softmax_reason.startswith("unified, phi 6, the default: ")
-    assert chosen.softmax_reason.endswith("; decode steps: online, mostly faster between fused layers, by up to 1 %")
+    assert chosen.softmax_reason.startswith(
+        "online in decode steps, mostly faster there up to 128 slots; the prompt: unified, phi 6, the default: "
+    )
     asked = generate(loaded, PROMPTS, max_new_tokens=8, softmax=UnifiedMax())
     assert not asked.is_online
-    assert [softmax is None for softmax in seen] == [True, False]
+    assert not generate(loaded, PROMPTS, max_new_tokens=127).is_online  # which takes more slots
+    assert [softmax is None for softmax in seen] == [True, False, False]
     np.testing.assert_array_equal(chosen.tokens, asked.tokens)
 
 

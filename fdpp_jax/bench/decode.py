@@ -67,7 +67,7 @@ def bench_decode(
     running = backends.only(implementation, device.current())
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
     capacity = round_up(context, _CAPACITY_MULTIPLE)
-    plans = models.model_plans(config, batch=batch, capacity=capacity, device=running, dtype=dtype)
+    plans = models.model_plans(config, batch=batch, capacity=capacity, device=running, dtype=dtype, is_online=False)
     for _, shape, plan in plans:
         if isinstance(shape, AttentionShape) and implementation not in (None, plan.backend):
             raise NotImplementedError(f"{implementation=} computes no attention of this step: {plan.reason}")

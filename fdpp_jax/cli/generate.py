@@ -33,7 +33,7 @@ _EXAMPLES = """\
   fdpp-jax generate --model org/name --chat --prompt "Who are you?"
   fdpp-jax generate --model org/name --chat                         a conversation; Ctrl-D ends it
   echo "def " | fdpp-jax generate --prompt - --quiet > out.txt      the generated text alone
-  fdpp-jax generate --prompt "def " --phi 40    a phi far off: watch the recomputed steps, not the text
+  fdpp-jax generate --prompt "def " --phi 200   a phi far off: watch the recomputed steps, not the text
 """
 _STREAM_CHUNK = 8  # tokens per exchange with the device: few enough to be lively, enough to be cheap
 _STDIN = "-"
@@ -427,6 +427,7 @@ def _record(
             for text, prompt, tokens, new_text in rows
         ],
         "softmax": result.softmax_reason,
+        "is_online": result.is_online,
         "decode_steps": result.decode_steps,
         "recomputed_steps": result.recomputed_steps,
         "online_from": result.online_from,

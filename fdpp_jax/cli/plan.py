@@ -22,7 +22,9 @@ def add(commands: Commands) -> None:
     add_model_shapes(parser, default=_DEFAULT_MODEL)
     add_batch(parser)
     parser.add_argument(
-        "--context", type=int, default=4096, help="slots of the KV cache, and tokens of the prefill (default: 4096)"
+        "--context",
+        type=int,
+        help="slots of the KV cache, and tokens of the prefill (default: 4096, or as many as the model has positions)",
     )
     parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")
     add_dtype(parser)
@@ -36,17 +38,24 @@ def run(args: argparse.Namespace) -> None:
     from fdpp_jax import models
     from fdpp_jax.models.checks import positive_int
     from fdpp_jax.plans import device
+    from fdpp_jax.plans.shapes import AttentionShape
 
-    positive_int("context", args.context)
+    max_context = config.max_position_embeddings if config.has_learned_positions else None
+    context = min(4096, max_context or 4096) if args.context is None else positive_int("context", args.context)
+    if max_context is not None and context > max_context:
+        raise ValueError(f"expected a context of at most the model's {max_context}, got {context}")
     target = device.by_name(args.device) if args.device is not None else device.current()
-    sizes: dict[str, Any] = dict(batch=args.batch, capacity=args.context, device=target, dtype=args.dtype)
-    plans = [*models.model_plans(config, **sizes), *models.prefill_plans(config, length=args.context, **sizes)]
+    sizes: dict[str, Any] = dict(batch=args.batch, capacity=context, device=target, dtype=args.dtype)
+    step = models.model_plans(config, **sizes)
+    plans = [*step, *models.prefill_plans(config, length=context, **sizes)]
     if args.json:
-        settings = {"model": str(model), "device": target.kind, "batch": args.batch, "context": args.context}
+        settings = {"model": str(model), "device": target.kind, "batch": args.batch, "context": context}
         print_json({**settings, "dtype": args.dtype, "kernels": plan_records(plans)})
         return
+    is_online = any(isinstance(shape, AttentionShape) and shape.is_online for _, shape, _ in step)
+    softmax = "online softmax" if is_online else "a unified max"
     title = (
-        f"{model} on {target.kind}: one decode step, and a prefill of {args.context} tokens in pieces of T; "
-        f"batch {args.batch}, context {args.context}, {args.dtype}"
+        f"{model} on {target.kind}: one decode step with {softmax}, and a prefill of {context} tokens in pieces of T "
+        f"tokens; batch {args.batch}, context {context}, {args.dtype}"
     )
     print_plans(plans, title)

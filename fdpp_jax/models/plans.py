@@ -24,7 +24,7 @@ def model_plans(
     capacity: int,
     device: Device | str,
     dtype: jax.typing.DTypeLike = "bfloat16",
-    is_online: bool = False,
+    is_online: bool | None = None,
 ) -> list[tuple[str, AttentionShape | LayerShape | MatmulShape, AttentionPlan | LayerPlan | MatmulPlan]]:
     """The plan of every kind of kernel in one decode step, in the order they run in a layer.
 
@@ -34,7 +34,8 @@ def model_plans(
       capacity: Slots of the KV cache, S.
       device: A Device, or the name of a known one.
       dtype: dtype of weights, activations and cache.
-      is_online: Whether the step has online softmax instead of a unified max.
+      is_online: Whether the step has online softmax instead of a unified max. None: as `generate` takes it where
+        nothing is asked for and nothing speaks against a unified max but the layers' plan.
 
     Returns:
       (name, shape, plan) of qkv, attention and layer, which run once a layer, then of the head. If the layer is fused,
@@ -63,7 +64,7 @@ def model_plans(
             has_query_offset="local_window_size" in options,
             has_lengths=False,  # as `ops.unchecked_decode_attention` plans: a cache holds no NaN behind the lengths
             starts_early=layer_plan.overlaps_attention,
-            is_online=is_online,
+            is_online=layer_plan.prefers_online(capacity) if is_online is None else is_online,
         )
 
     def matmul(what: str, k: int, n: int) -> tuple[str, MatmulShape, MatmulPlan]:

@@ -60,13 +60,16 @@ class LayerPlan(Plan):
       fuses_head: Whether the last layer's launch has the model's head, too.
       overlaps_attention: Whether attention may start before the layer's launch has ended (its `starts_early`). XLA must
         then not record the launches as CUDA graphs.
-      prefers_online: Whether decode steps are mostly faster with online softmax, so that `generate` takes it where
-        nothing is asked for.
+      online_up_to: Slots of the KV cache up to which decode steps are mostly faster with online softmax.
     """
 
     fuses_head: bool = False
     overlaps_attention: bool = False
-    prefers_online: bool = False
+    online_up_to: int = 0
+
+    def prefers_online(self, capacity: int) -> bool:
+        """Whether `generate` takes online softmax for decode steps over so many slots, where nothing is asked for."""
+        return capacity <= self.online_up_to
 
     @property
     def implementation(self) -> str:

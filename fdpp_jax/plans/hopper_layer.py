@@ -22,6 +22,7 @@ _BLOCK_K = 256
 _MAX_STAGES = 5
 _X_TILES = 6  # of the ring of x
 _X_BYTES = 64 * 1024
+_ONLINE_UP_TO = 2048  # slots: docs/experiments/decode_step.md#which-softmax
 
 
 def rows_behind_norm(spec: LayerSpec, batch: int) -> int:
@@ -131,10 +132,15 @@ def _plan(shape: LayerShape, device: Device, why: str) -> LayerPlan:
     config = fused_layer_config(shape, device)
     fuses_head = shape.vocab_size > 0 and shape.vocab_size % UNIT_WIDTH == 0
     how = f"one stream of weights through {config.num_ctas} CTAs, which wait for each other in memory"
-    # Attention overlaps with the layers: there a running max costs nothing, and the code of a recompute does.
-    # docs/experiments/decode_step.md#which-softmax
-    reason = f"{how}; mostly faster with online softmax, by up to 1 %"
-    return LayerPlan(hopper.NAME, "fused", config, reason, fuses_head, overlaps_attention=True, prefers_online=True)
+    return LayerPlan(
+        hopper.NAME,
+        "fused",
+        config,
+        f"{how}; online softmax up to {_ONLINE_UP_TO} slots",
+        fuses_head,
+        overlaps_attention=True,
+        online_up_to=_ONLINE_UP_TO,
+    )
 
 
 OP = Op(

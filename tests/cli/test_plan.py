@@ -30,7 +30,7 @@ def test_plan_of_a_prefill(capsys):
     code, out, _ = run(capsys, "plan", "--model", "gemma-2-9b", "--context", "8192", "--device", "H200")
     assert code == 0
     lines = " ".join(out.replace("\u2502", " ").split())
-    assert "one decode step, and a prefill of 8192 tokens" in lines
+    assert "one decode step with a unified max, and a prefill of 8192 tokens" in lines
     assert "T 4096, S 8192" in lines
     code, out, _ = run(capsys, "plan", "--model", "gemma-2-9b", "--context", "8192", "--device", "H200", "--json")
     assert code == 0
@@ -40,6 +40,27 @@ def test_plan_of_a_prefill(capsys):
         assert (record["backend"], record["algorithm"]) == ("mosaic_gpu", "prefill")
         assert (record["shape"]["query_length"], record["shape"]["capacity"]) == (4096, 8192)
         assert record["reason"]
+
+
+def test_plan_has_the_softmax_that_generate_takes(capsys):
+    for context, is_online in (("1024", True), ("8192", False)):
+        argv = "plan", "--model", "llama-3-8b", "--context", context, "--device", "H200"
+        _, out, _ = run(capsys, *argv)
+        assert f"one decode step with {'online softmax' if is_online else 'a unified max'}, and" in " ".join(
+            out.split()
+        )
+        _, out, _ = run(capsys, *argv, "--json")
+        (attention,) = (kernel for kernel in json.loads(out)["kernels"] if kernel["kernel"] == "attention")
+        assert attention["shape"]["is_online"] == is_online
+
+
+def test_plan_knows_the_model_s_positions(capsys):
+    code, out, _ = run(capsys, "plan", "--model", "opt-6.7b", "--device", "H200")
+    assert code == 0
+    assert "context 2048" in " ".join(out.split())
+    code, _, err = run(capsys, "plan", "--model", "opt-6.7b", "--device", "H200", "--context", "2049")
+    assert code != 0
+    assert "expected a context of at most the model's 2048, got 2049" in err
 
 
 def test_plan_of_a_directory(capsys, tmp_path):
