@@ -81,7 +81,7 @@ OTHER_CALLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "case"),
-    [  # each on every other architecture, which takes seconds
+    [  # each on every other architecture, since it takes seconds
         pytest.param(arch, case, id="-".join([*(f"{name}_{x}" for name, x in case.items()), arch]))
         for i, case in enumerate(OTHER_CALLS)
         for j, arch in enumerate(DEVICES)
