@@ -18,6 +18,7 @@ from fdpp_jax.bench.clock import read_floor
 from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
+from fdpp_jax.models.checks import check_context
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.models.step_cache import StepCache
 from fdpp_jax.plans import backends, device
@@ -62,8 +63,7 @@ def bench_decode(
         raise ValueError(
             f"expected a batch and steps of at least 1 and context above steps, got {batch=} {steps=} {context=}"
         )
-    if config.has_learned_positions and context > config.max_position_embeddings:
-        raise ValueError(f"expected a context of at most the model's {config.max_position_embeddings}, got {context}")
+    check_context(context, config.position_limit)
     running = backends.only(implementation, device.current())
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
     capacity = round_up(context, _CAPACITY_MULTIPLE)

@@ -36,14 +36,13 @@ def run(args: argparse.Namespace) -> None:
     model = args.model or _DEFAULT_MODEL
     config = model_config(model)
     from fdpp_jax import models
-    from fdpp_jax.models.checks import positive_int
+    from fdpp_jax.models.checks import check_context, positive_int
     from fdpp_jax.plans import device
     from fdpp_jax.plans.shapes import AttentionShape
 
-    max_context = config.max_position_embeddings if config.has_learned_positions else None
-    context = min(4096, max_context or 4096) if args.context is None else positive_int("context", args.context)
-    if max_context is not None and context > max_context:
-        raise ValueError(f"expected a context of at most the model's {max_context}, got {context}")
+    limit = config.position_limit
+    context = min(4096, limit or 4096) if args.context is None else positive_int("context", args.context)
+    check_context(context, limit)
     target = device.by_name(args.device) if args.device is not None else device.current()
     sizes: dict[str, Any] = dict(batch=args.batch, capacity=context, device=target, dtype=args.dtype)
     step = models.model_plans(config, **sizes)

@@ -53,6 +53,12 @@ def tokens_like(given: Any, axes: str) -> Any:
     return tokens
 
 
+def check_context(context: int, limit: int | None) -> None:
+    """Raises ValueError where a context is longer than the positions that a model has (`position_limit`)."""
+    if limit is not None and context > limit:
+        raise ValueError(f"expected a context of at most the model's {limit}, got {context}")
+
+
 def check_rows(name: str, array: Any, batch: int) -> None:
     """Raises ValueError unless the array has a row for each of a cache's."""
     if array.shape[0] != batch:

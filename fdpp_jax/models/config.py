@@ -103,6 +103,11 @@ class DecoderConfig(abc.ABC):
         return 2 * self.intermediate_size
 
     @property
+    def position_limit(self) -> int | None:
+        """Positions beyond which the model has none; None where it has them all."""
+        return self.max_position_embeddings if self.has_learned_positions else None
+
+    @property
     @abc.abstractmethod
     def layer_spec(self) -> LayerSpec:
         """What lies between two attentions."""

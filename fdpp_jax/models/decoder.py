@@ -292,7 +292,7 @@ class CausalLM(nnx.Module):
         tokens = checks.tokens_like(tokens, "[B]")
         checks.check_rows("tokens", tokens, cache.batch)
         checks.check_live_tokens(tokens[:, None], 1, self.config.vocab_size)
-        checks.check_room(cache.lengths, 1, cache.capacity, self._max_positions)
+        checks.check_room(cache.lengths, 1, cache.capacity, self.config.position_limit)
         tokens = jnp.asarray(tokens)
         if implementation not in (None, "xla"):
             raise ValueError(f"implementation of a decode step must be None or 'xla', got {implementation!r}")
@@ -312,13 +312,8 @@ class CausalLM(nnx.Module):
             checks.check_rows(name, array, cache.batch)
         checks.check_lengths(lengths, 0 if is_behind_cache else 1, tokens.shape[1])
         checks.check_live_tokens(tokens, lengths, self.config.vocab_size)
-        checks.check_room(cache.lengths if is_behind_cache else 0, lengths, cache.capacity, self._max_positions)
+        checks.check_room(cache.lengths if is_behind_cache else 0, lengths, cache.capacity, self.config.position_limit)
         return jnp.asarray(tokens), jnp.asarray(lengths)
-
-    @property
-    def _max_positions(self) -> int | None:
-        """Positions beyond which the model has none; None where it has them all."""
-        return self.config.max_position_embeddings if self.config.has_learned_positions else None
 
     def layer_plan(self, batch: int) -> LayerPlan:
         """Whether a decode step of `batch` rows runs fused layers on the device that JAX runs on now."""
