@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import oracle
 import pytest
 from bench_case import check_report
+from triton_case import needs_plugin
 
 from fdpp_jax import heuristics
 from fdpp_jax.bench import attention
@@ -96,6 +97,7 @@ def test_a_shape_that_the_named_backend_refuses(two_backends, capsys):
     assert quick.rows[0][3:] == ("-", "-", "-")
 
 
+@needs_plugin
 @pytest.mark.parametrize(("batch", "plans_two"), [(1, False), (8, True)])
 def test_the_candidates_of_triton_lower_on_hopper(monkeypatch, batch, plans_two):
     """A second launch that merges is a candidate of its own where it is not planned."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from bench_case import check_report
+from triton_case import needs_plugin
 
 from fdpp_jax.bench.matmul import bench_matmul, matmul_candidates
 from fdpp_jax.plans import backends, device
@@ -31,6 +32,7 @@ def test_ours_are_the_kernels_of_the_backend_that_is_named(two_backends, named, 
         bench_matmul(MatmulShape(17, 64, 128), implementation="triton")
 
 
+@needs_plugin
 def test_on_hopper_triton_s_kernels_are_named_or_take_what_mosaic_refuses():
     h200 = device.by_name("H200")
     one, triton = MatmulShape(1, 4096, 4096, w_order="nk"), backends.only("triton", h200)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from triton_case import needs_plugin
 from tuning_case import DEVICE, FLAT, H200, RUN, SHAPE, any_time, empty_directories, entry, make_timer, tune
 
 from fdpp_jax import models
@@ -168,6 +169,7 @@ def test_the_timer_times_xla_on_a_cpu_and_raises_what_xla_does():
         assert list(measured.failures) == [failing]
 
 
+@needs_plugin
 def test_what_is_timed_is_the_backend_s_that_is_named(monkeypatch):
     """Each job runs with the device that is tuned as the target."""
     monkeypatch.setattr(device, "current", lambda: H200)

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from hopper_case import attention_arrays, bf16, mesh
 from jax.sharding import PartitionSpec as P
+from triton_case import needs_plugin
 
 import fdpp_jax
 from fdpp_jax import UnifiedMax
@@ -25,6 +26,7 @@ def lowered(call, *arguments, platforms=("cuda",)):
     return jax.jit(call).trace(*arguments).lower(lowering_platforms=platforms).as_text()
 
 
+@needs_plugin
 def test_the_target_s_kernel_is_lowered():
     arrays = attention_arrays()
     with fdpp_jax.target("H100"):
@@ -37,6 +39,7 @@ def test_the_target_s_kernel_is_lowered():
         assert "mosaic_gpu" not in lowered(attend, UnifiedMax(), *arrays)
 
 
+@needs_plugin
 def test_the_target_is_part_of_what_jit_knows():
     call, arrays = jax.jit(attend), attention_arrays()
     counts = []

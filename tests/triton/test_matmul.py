@@ -12,6 +12,7 @@ import pytest
 import triton_case
 from jax.sharding import PartitionSpec as P
 from matmul_case import in_both_orders, operands
+from triton_case import needs_plugin
 
 from fdpp_jax.plans import device, triton_matmul
 from fdpp_jax.plans.shapes import MatmulShape, in_order
@@ -64,6 +65,7 @@ def test_the_rule_s_kernels_compile(gpu, m, algorithm, w_order, n):
         assert compiled.has_async_copies
 
 
+@needs_plugin
 def test_results_vary_within_shard_map_as_operands_do():
     over = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     config = FlatMatmulConfig("sm_80", 16, 256, 4, 2, 4, 4)
