@@ -9,6 +9,7 @@ import pytest
 import toy_backend
 from bench_case import check_report
 from flax import nnx
+from triton_case import needs_plugin
 
 from fdpp_jax.bench import decode
 from fdpp_jax.models import PRESETS, KVCache, LlamaConfig
@@ -53,6 +54,7 @@ def test_ours_are_steps_by_the_kernels_of_the_backend_that_is_named(two_backends
     assert {plan.algorithm for plan in toy_backend.calls} == {"toy", "flat"}
 
 
+@needs_plugin
 @pytest.mark.slow
 def test_a_step_on_hopper_by_triton_alone():
     """Attention, all matmuls of a layer and the head, where Mosaic GPU's fused layers are the plan."""
