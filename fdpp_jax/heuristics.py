@@ -14,7 +14,7 @@ from typing import Any
 
 from fdpp_jax.plans import backends, tables
 from fdpp_jax.plans import device as devices
-from fdpp_jax.plans.backend import AttentionPlan, Backend, LayerPlan, MatmulPlan, Op
+from fdpp_jax.plans.backend import AttentionPlan, Backend, LayerOp, LayerPlan, MatmulPlan, Op
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.shapes import AttentionShape, LayerShape, MatmulShape
 
@@ -94,9 +94,8 @@ def plan_matmul(shape: MatmulShape, device: Device | str, implementation: str | 
     return MatmulPlan(backend, algorithm, op.config(shape, device, algorithm), _NAMED)
 
 
-@functools.cache
 def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
-    """Whether a layer's matmuls between one attention and the next run as one launch on `device`.
+    """Whether all between one attention and the next runs as a backend's fused layer on `device`.
 
     Args:
       shape: The static facts of the layer.
@@ -106,10 +105,27 @@ def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
       Backend, algorithm ("fused" or "unfused") and config, and the reason in one line.
 
     Raises:
-      ValueError: The device is unknown, or no layer has these sizes.
+      ValueError: The device is unknown, no layer has these sizes, or a table of the device's measurements is malformed.
     """
     _check_sizes(shape, _LEAST_LAYER)
-    return _first_plan("layer", shape, devices.resolve(device))
+    device = devices.resolve(device)
+    plan: LayerPlan = _first_plan("layer", shape, device)
+    op = backends.by_name(plan.backend).layer
+    if not isinstance(op, LayerOp):
+        return plan
+    tuned = {name: _tuned_tiles(product, device) for name, product in op.products(shape).items()}
+    return op.with_tiles(plan, {name: config for name, config in tuned.items() if config is not None})
+
+
+def _tuned_tiles(shape: MatmulShape, device: Device) -> Any:
+    """The measured config of a kernel, though XLA may have been faster; None where no table has one that fits."""
+    plan = _tuned_plan(shape, device)
+    if plan is not None and plan.config is None:
+        backend = backends.with_kernels(device, "matmul")
+        assert backend is not None
+        assert backend.matmul is not None
+        plan = _tuned_plan(shape, device, backend.matmul.algorithm(shape, device))
+    return None if plan is None else plan.config
 
 
 def _check_sizes(shape: AttentionShape | MatmulShape | LayerShape, least: dict[str, int]) -> None:

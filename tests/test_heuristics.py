@@ -78,7 +78,7 @@ def test_one_backend_s_kernels_alone_are_planned_where_it_is_asked_for():
             assert implementation in (None, "triton", plan.algorithm)
     assert plan_layer(LAYER, H200).algorithm == "fused"
     layer = plan_layer(LAYER, triton)
-    assert (layer.algorithm, layer.reason) == ("unfused", "no fused layer of triton for sm_90")
+    assert (layer.backend, layer.algorithm) == ("triton", "fused")
     wide = plan_attention(dataclasses.replace(DECODE, head_dim=512), triton)
     assert wide.backend == "xla"
     assert "head dims 8, 16, ... 256, got H = 512" in wide.reason

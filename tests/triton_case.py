@@ -92,9 +92,10 @@ def _guarded(array, guard=1024):
     return inside
 
 
-def call(kernel, *arrays, results, grid, arch, num_warps, num_stages, zeroed=(), **constants):
+def call(kernel, *arrays, results, grid, arch, num_warps, num_stages, zeroed=(), updated=(), **constants):
     """As `bridge.call`, interpreted. Results that are not zeroed start as NaN, or large numbers."""
     del arch, num_warps, num_stages
+    after = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in updated]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
     def run(*operands):
@@ -106,9 +107,9 @@ def call(kernel, *arrays, results, grid, arch, num_warps, num_stages, zeroed=(),
         ]
         tensors = [HostTensor(_guarded(np.asarray(x))) for x in (*operands, *outs)]
         kernel[grid](*tensors, **constants)
-        return [t.array for t in tensors[len(operands) :]]
+        return [t.array for t in (*tensors[len(operands) :], *(tensors[i] for i in updated))]
 
-    return list(jax.pure_callback(run, list(results), *arrays))
+    return list(jax.pure_callback(run, [*results, *after], *arrays))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Call:
     num_warps: int
     num_stages: int
     zeroed: tuple
+    updated: tuple
     constants: dict
 
 
@@ -162,12 +164,11 @@ def calls_of(function, *operands):
 
     found = []
 
-    def record(kernel, *arrays, results, grid, arch, num_warps, num_stages, zeroed=(), **constants):
+    def record(kernel, *arrays, results, grid, arch, num_warps, num_stages, zeroed=(), updated=(), **constants):
         avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-        found.append(
-            Call(kernel, avals, tuple(results), tuple(grid), arch, num_warps, num_stages, tuple(zeroed), constants)
-        )
-        return [jnp.zeros(x.shape, x.dtype) for x in results]
+        lists = map(tuple, (zeroed, updated))
+        found.append(Call(kernel, avals, tuple(results), tuple(grid), arch, num_warps, num_stages, *lists, constants))
+        return [jnp.zeros(x.shape, x.dtype) for x in (*results, *(avals[i] for i in updated))]
 
     original, bridge.call = bridge.call, record
     try:

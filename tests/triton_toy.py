@@ -40,3 +40,19 @@ def product(x, w, *, arch, block=64, num_warps=4, num_stages=3):
         N=n,
         BLOCK=block,
     )
+
+
+@triton.jit
+def toy_update(x_ptr, kept_ptr, out_ptr, N: tl.constexpr):
+    """Row 1 of kept [3, N] becomes x [N]; out [N] is what it was."""
+    columns = tl.arange(0, N)
+    tl.store(out_ptr + columns, tl.load(kept_ptr + N + columns))
+    tl.debug_barrier()
+    tl.store(kept_ptr + N + columns, tl.load(x_ptr + columns))
+
+
+def update(x, kept, *, arch):
+    """Row 1 of kept [3, N] as it was, and kept with x [N] there."""
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    settings = dict(grid=(1,), arch=arch, num_warps=1, num_stages=1)
+    return bridge.call(toy_update, x, kept, results=[out], updated=[1], N=x.size, **settings)

@@ -103,8 +103,9 @@ def _runs_text(plan: "Plan") -> str:
 
 
 def _config_text(plan: "Plan") -> str:
-    """ "num_ctas 132, block_n 64"; fields at zero are left out."""
+    """ "num_ctas 132, block_n 64", without fields at zero; of several kernels "o (64 x 128, ...), qkv (...)"."""
     if plan.config is None:
         return "-"
-    settings = dataclasses.asdict(plan.config).items()
-    return ", ".join(f"{name} {value}" for name, value in settings if value != 0)
+    settings = {field.name: getattr(plan.config, field.name) for field in dataclasses.fields(plan.config)}
+    texts = {name: x if isinstance(x, int | str | None) else f"({x.text})" for name, x in settings.items() if x != 0}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())

@@ -54,7 +54,7 @@ class MatmulPlan(Plan):
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan(Plan):
-    """Whether a layer's matmuls are one launch ("fused") or one each ("unfused").
+    """Whether all between two attentions is a backend's own ("fused"), or matmuls with XLA between them ("unfused").
 
     Attributes:
       fuses_head: Whether the last layer's launch has the model's head, too.
@@ -126,6 +126,19 @@ class MatmulOp(Op[MatmulShape, MatmulPlan]):
     refuse_config: Callable[[MatmulShape, Device, str, Any], str | None]
     candidates: Callable[[MatmulShape, Device, str], list[Any]]
     fit: Callable[[MatmulShape, Device, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOp(Op[LayerShape, LayerPlan]):
+    """How a backend computes a layer by products that have the tiles of its matmuls, which tables may have measured.
+
+    Attributes:
+      products: products(shape) -> the matmuls by name.
+      with_tiles: with_tiles(plan, tiles) -> the plan with other configs of some products, by name, as far as it can.
+    """
+
+    products: Callable[[LayerShape], Mapping[str, MatmulShape]]
+    with_tiles: Callable[[LayerPlan, Mapping[str, Any]], LayerPlan]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fdpp_jax.plans import (
     hopper_matmul,
     triton,
     triton_attention,
+    triton_layer,
     triton_matmul,
     xla,
 )
@@ -31,6 +32,7 @@ TRITON = Backend(
     run="fdpp_jax.triton.run",
     attention=triton_attention.OP,
     matmul=triton_matmul.OP,
+    layer=triton_layer.OP,
 )
 
 BACKENDS: tuple[Backend, ...] = (

@@ -84,14 +84,19 @@ def _dce_rule(used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
 
 
 def _lower_as_ffi(make_target: Any, context: Any, *operands: Any, **parameters: Any) -> Any:
-    """As jax-triton 0.4 lowers a call, whose launch XLA may record into a CUDA graph."""
-    results = triton_lib.triton_kernel_call_lowering(make_target, context, *operands, **parameters)
-    attributes = results[0].owner.attributes
-    attributes["mhlo.backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
-    attributes["backend_config"] = ir.StringAttr.get("")
-    attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 1)  # of a call that has the other
-    attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
-    return results
+    """As jax-triton 0.4 lowers a call: XLA may record it into a CUDA graph, and what is updated has one pointer.
+
+    The launch takes its parameters from the buffers in their order. Those of updated arrays as results come last.
+    """
+    updated = dict(parameters.pop("input_output_aliases"))
+    others = context.replace(avals_out=context.avals_out[: len(context.avals_out) - len(updated)])
+    call = triton_lib.triton_kernel_call_lowering(
+        make_target, others, *operands, input_output_aliases=(), **parameters
+    )[0].owner
+    config = ir.StringAttr(call.attributes["backend_config"]).value_bytes
+    call.erase()
+    lower = jax.ffi.ffi_lowering("triton_kernel_call_ffi", operand_output_aliases=updated)
+    return lower(context, *operands, opaque=config)
 
 
 def _assembled_for(number: int) -> int:
@@ -137,6 +142,7 @@ def call(
     num_warps: int,
     num_stages: int,
     zeroed: Sequence[int] = (),
+    updated: Sequence[int] = (),
     **constants: Any,
 ) -> list[jax.Array]:
     """Calls a kernel, whose parameters are pointers to arrays, pointers to results, then constants.
@@ -144,28 +150,30 @@ def call(
     Args:
       kernel: A `triton.jit` function.
       *arrays: Its operands, each row-major.
-      results: Shapes and dtypes of its results.
+      results: Shapes and dtypes of its results; at least one.
       grid: Programs along up to three axes.
       arch: What it is compiled for: "sm_80", "gfx90a", ...
       num_warps: Of a program.
       num_stages: Of its pipelined loops.
       zeroed: Which results are zeros when the kernel starts; the others may hold anything.
+      updated: Which arrays it writes into; donate them, or XLA copies them.
       **constants: Its `tl.constexpr` parameters.
 
     Returns:
-      The results.
+      The results, and behind them the updated arrays.
 
     Raises:
       ImportError: JAX's plugin for GPUs is not here.
     """
     if not _HAS_PLUGIN:
         raise ImportError(_NO_PLUGIN)
+    types = *results, *(jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in updated)
     if _IS_BEFORE_0_4:
-        own: dict[str, Any] = dict(out_shape=tuple(results), enable_fp_fusion=True)
+        own: dict[str, Any] = dict(out_shape=types, enable_fp_fusion=True)
     else:
         # Where it is not said, Triton 3.9 warns that the default will change.
-        own = dict(out_type=tuple(results), backend_options={"enable_fp_fusion": True})
-    with warnings.catch_warnings():  # of zeroed results, which jax-triton would rather see as references
+        own = dict(out_type=types, backend_options={"enable_fp_fusion": True})
+    with warnings.catch_warnings():  # of zeroed and updated arrays, which jax-triton would rather see as references
         warnings.simplefilter("ignore", DeprecationWarning)
         found = jax_triton.triton_call(
             *arrays,
@@ -175,6 +183,7 @@ def call(
             num_warps=num_warps,
             num_stages=num_stages,
             zeroed_outputs=tuple(zeroed),
+            input_output_aliases={i: len(results) + position for position, i in enumerate(updated)},
             name=kernel.__name__,
             **own,
             **constants,

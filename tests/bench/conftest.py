@@ -50,8 +50,6 @@ def two_backends(monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", (_toy("mosaic_gpu"), _toy("triton"), backends.by_name("xla")))
     monkeypatch.setattr(device, "current", lambda: device.by_name("cpu"))
     heuristics.plan_attention.cache_clear()
-    heuristics.plan_layer.cache_clear()
     toy_backend.calls.clear()
     yield lambda: {plan.backend for plan in toy_backend.calls}
     heuristics.plan_attention.cache_clear()
-    heuristics.plan_layer.cache_clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,19 +58,21 @@ def test_ours_are_steps_by_the_kernels_of_the_backend_that_is_named(two_backends
 @needs_plugin
 @pytest.mark.slow
 def test_a_step_on_hopper_by_triton_alone():
-    """Attention, all matmuls of a layer and the head, where Mosaic GPU's fused layers are the plan."""
+    """Attention, fused layers and the head, where Mosaic GPU's fused layers are the plan."""
     h200 = device.by_name("H200")
     config = LlamaConfig(**{**vars(CONFIG), "hidden_size": 256, "head_dim": 64, "intermediate_size": 512})
     model = nnx.eval_shape(lambda: decode.models.random_model(config, jnp.bfloat16))
     structure, weights = decode.flattened(model)
     cache = jax.eval_shape(lambda: KVCache.create(config, 2, 64, jnp.bfloat16))
     tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
-    names = {}
+    names, layers = {}, {}
     for gpu in (h200, backends.only("triton", h200)):
         with device.target(gpu):
             loop = jax.jit(functools.partial(decode._decode_loop, structure, 4, None))
             lowered = loop.trace(weights, cache, tokens, None).lower(lowering_platforms=("cuda",)).as_text()
         names[gpu.only_backend] = [lowered.count(f"@{name}") for name in ("mosaic_gpu", "triton_kernel_call")]
+        layers[gpu.only_backend] = re.findall(r"func private @(fused_layer\w*)", lowered)
+    assert layers["triton"] == ["fused_layer"]  # of the one layer
     assert names[None][0] > 0
     assert names[None][1] == 0
     assert names["triton"][0] == 0

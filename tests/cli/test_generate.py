@@ -152,22 +152,25 @@ def test_json_has_texts_tokens_times_and_kernels(capsys, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "batch", "line"),
     [
-        ({}, "kernels: qkv, attention, o, gate_up, down, head on A100; plain XLA for layer (--verbose says why)"),
+        ({}, 1, "kernels: attention, layer, head on A100 (--verbose says why)"),
+        ({}, 17, "kernels: qkv, attention, o, gate_up, down, head on A100; plain XLA for layer (--verbose says why)"),
         (
             dict(arch="sm_75"),
+            1,
             "kernels: none on A100, plain XLA computes all: no kernel for sm_75 (--verbose says more)",
         ),
         (
             dict(why_no_triton="install it"),
+            1,
             "kernels: none on A100, plain XLA computes all: install it (--verbose says more)",
         ),
     ],
 )
-def test_the_line_on_kernels_says_what_runs(changes, line):
+def test_the_line_on_kernels_says_what_runs(changes, batch, line):
     running = dataclasses.replace(device.by_name("A100"), **changes)
-    plans = model_plans(PRESETS["qwen3-8b"], batch=1, capacity=1024, device=running)
+    plans = model_plans(PRESETS["qwen3-8b"], batch=batch, capacity=1024, device=running)
     assert kernels_line(plans, running) == line
 
 

@@ -7,9 +7,19 @@ from cli_case import run
 
 
 def test_plan_of_a_preset_on_a_named_device(capsys):
-    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "8", "--context", "4096", "--device", "A100")
+    where = "--context", "4096", "--device", "A100"
+    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "8", *where)
     assert code == 0
-    for expected in ("qkv", "attention", "gate_up", "down", "head", "[8, 4096] @ [4096, 12288]", "no fused layer for"):
+    for expected in ("attention", "layer", "head", "[8, 4096] @ [4096, 32000]", "4 launches"):
+        assert expected in out
+    lines = " ".join(out.replace("\u2502", " ").split())
+    assert re.search(r"o \(\d+ x \d+ by \d groups?, split", lines)
+    assert "'" not in lines  # of a dictionary
+    for runs in ("triton decode", "triton fused", "triton flat"):
+        assert f" {runs} " in out
+    code, out, _ = run(capsys, "plan", "--model", "llama-2-7b", "--batch", "64", *where)
+    assert code == 0
+    for expected in ("qkv", "attention", "gate_up", "down", "head", "[64, 4096] @ [4096, 12288]", "1 to 16 rows gain"):
         assert expected in out
     for runs in ("triton decode", "xla unfused", "triton flat"):
         assert f" {runs} " in out
@@ -17,8 +27,9 @@ def test_plan_of_a_preset_on_a_named_device(capsys):
 
 
 def test_plan_on_hopper_takes_the_kernels(capsys):
-    many_rows = "--batch", "40"  # so that its layers are not fused
-    code, out, _ = run(capsys, "plan", "--model", "qwen3-8b", *many_rows, "--device", "h100")
+    code, out, _ = run(
+        capsys, "plan", "--model", "qwen3-8b", "--batch", "40", "--device", "h100"
+    )  # too many rows to fuse
     assert code == 0
     for runs in ("mosaic_gpu flat", "mosaic_gpu decode", "xla unfused"):
         assert runs in out

@@ -1,6 +1,7 @@
 """The decode step as it is lowered for GPUs by name, on whatever machine runs the tests."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -82,15 +83,52 @@ def test_fused_layers_share_their_kernels(monkeypatch):
     ],
 )
 def test_a_step_for_triton_has_its_kernels_and_no_product_of_xlas(name, platform):
-    """qkv, o, gate and up, down, head and attention."""
+    """qkv, o, gate and up, down, head and attention, of more rows than a fused layer takes."""
     with fdpp_jax.target(name):
-        text = lowered_step(2, 4, UnifiedMax(), platform)
+        text = lowered_step(2, 17, UnifiedMax(), platform)
     assert len(set(re.findall(r"func private @(flat_matmul\w*)", text))) == 5
     assert text.count("custom_call @triton_kernel_call_ffi") >= 6
     assert "mosaic_gpu" not in text
     assert "dot_general" not in text
     assert not re.search(r"stablehlo\.transpose .*tensor<\d{3,}x\d{3,}x", text)  # of a weight
     assert "stablehlo.case" not in text  # attention redoes what fails
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "platform", "batch", "num_launches", "options"),
+    [
+        ("A100", "cuda", 1, 4, {}),
+        ("A100", "cuda", 4, 4, {}),
+        ("MI250", "rocm", 4, 4, {}),
+        ("A100", "cuda", 4, 5, {"qk_norm": True}),
+    ],
+)
+def test_a_layer_for_triton_is_its_launches_alone(name, platform, batch, num_launches, options):
+    """One more layer adds them and attention, and nothing that XLA makes a kernel of."""
+    with fdpp_jax.target(name):
+        texts = [lowered_step(n, batch, UnifiedMax(), platform, **options) for n in (3, 4)]
+    fewer, more = (Counter(_operations(text, "main")) for text in texts)
+    added = more - fewer
+    attention = added.pop("custom_call")
+    assert attention <= 2
+    assert added.pop("call") == 1
+    assert set(added) <= {"reshape", "broadcast_in_dim", "convert"}  # of no elements, or of phi alone
+    layer = Counter(_operations(texts[1], "fused_layer"))
+    assert layer == {"reshape": 2, "custom_call": num_launches, "return": 1}
+    assert "dot_general" not in texts[1]
+    (heads,) = re.findall(r"custom_call @triton_kernel_call_ffi.*output_operand_alias.*", _body(texts[1], "fused_qkv"))
+    assert heads.count("output_operand_alias<") == 2  # keys and values, in place
+
+
+def _body(text: str, function: str) -> str:
+    return re.search(rf"func\.func \w+ @{function}\(.*?\n  }}", text, re.DOTALL)[0]
+
+
+def _operations(text: str, function: str) -> list[str]:
+    """The names of a function's operations."""
+    body = re.sub(r'opaque = "[^"]*"', "", _body(text, function))
+    return re.findall(r"(?:^ *|^ *%[\w:]+ = )\"?(?:stablehlo\.)?([a-z]\w+)\"?[ (]", body, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

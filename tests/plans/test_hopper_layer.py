@@ -21,7 +21,7 @@ def test_every_layer_has_a_legal_plan_everywhere(model, name):
         plan = heuristics.plan_layer(shape, name)
         assert plan.reason
         assert (plan.config is None) == (plan.implementation == "unfused")
-        if plan.config is None:
+        if plan.backend != "mosaic_gpu":
             assert known.arch != "sm_90" or batch > 32 or config.head_dim % 64 or "columns" in plan.reason
             continue
         assert known.arch == "sm_90"

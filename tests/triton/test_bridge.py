@@ -45,6 +45,29 @@ def test_a_call_is_lowered_without_its_gpu(arch):
 
 
 @needs_plugin
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_what_is_updated_is_written_in_place(arch):
+    """It has one buffer of its own, the donated one, and the kernel one pointer to it."""
+    x, kept = jax.ShapeDtypeStruct((64,), jnp.bfloat16), jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
+    call = jax.jit(functools.partial(triton_toy.update, arch=arch), donate_argnums=1)
+    platform = "rocm" if arch.startswith("gfx") else "cuda"
+    text = call.trace(x, kept).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("custom_call @triton_kernel_call_ffi(") == 1
+    alias = r"output_operand_alias<output_tuple_indices = \[1\], operand_index = 1, operand_tuple_indices = \[\]>"
+    assert re.search(alias, text)
+    assert "tf.aliasing_output = 1" in text or "jax.buffer_donor" in text
+    assert "tensor<64xbf16>, tensor<3x64xbf16>" in text
+
+
+@pytest.mark.gpu
+def test_what_is_updated_on_a_gpu():
+    x, kept = jnp.arange(64.0), jnp.ones((3, 64))
+    before, after = jax.jit(functools.partial(triton_toy.update, arch="sm_80"), donate_argnums=1)(x, kept)
+    assert before.tolist() == [1.0] * 64
+    assert after.tolist() == [[1.0] * 64, list(range(64)), [1.0] * 64]
+
+
+@needs_plugin
 @pytest.mark.parametrize(
     ("arch", "running", "target", "number"),
     [

@@ -12,6 +12,7 @@ from fdpp_jax.plans import installed
 
 FOLDER = pathlib.Path(__file__).parent / "interpreted"
 ATTENTION = ["test_decode_attention.py", "test_prefill_attention.py"]
+LAYER = ["test_fused_layer.py"]
 OTHERS = ["test_matmul.py", "test_toy.py"]
 
 
@@ -23,6 +24,7 @@ OTHERS = ["test_matmul.py", "test_toy.py"]
     ("names", "marks"),
     [
         pytest.param(OTHERS, "", id="others"),
+        pytest.param(LAYER, "", id="layer"),
         pytest.param(ATTENTION, "not slow", id="attention"),
         pytest.param(ATTENTION, "slow", id="attention, slow", marks=pytest.mark.slow),
     ],
@@ -38,4 +40,4 @@ def test_interpreted(names, marks):
 
 
 def test_every_file_of_the_folder_is_started():
-    assert sorted(path.name for path in FOLDER.glob("test_*.py")) == sorted(ATTENTION + OTHERS)
+    assert sorted(path.name for path in FOLDER.glob("test_*.py")) == sorted(ATTENTION + LAYER + OTHERS)
