@@ -11,6 +11,7 @@ type Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 BUNDLED = "tiny"
 IMPLEMENTATIONS = ("mosaic_gpu", "triton")  # the backends with kernels
 DTYPES = ("bfloat16", "float16", "float32")
+_MAX_SIZE = 2**31 - 1  # of an axis, whose positions JAX counts in 32 bits
 
 
 def add_command(
@@ -54,7 +55,7 @@ def add_model_shapes(parser: argparse._ActionsContainer, default: str | None) ->
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
     """--batch of a decode step."""
-    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together (default: 1)")
+    parser.add_argument("--batch", type=size, default=1, help="sequences decoded together (default: 1)")
 
 
 def add_dtype(parser: argparse.ArgumentParser, choices: tuple[str, ...] = DTYPES) -> None:
@@ -70,6 +71,14 @@ def add_implementation(parser: argparse.ArgumentParser, what: str) -> None:
         help=f"{what} of this backend, also where it is not the first choice, as Triton is not on Hopper (default: as "
         "planned)",
     )
+
+
+def size(text: str) -> int:
+    """A number of things; one that no axis of an array can have is refused here, before JAX fails on it."""
+    number = int(text)
+    if abs(number) > _MAX_SIZE:
+        raise argparse.ArgumentTypeError(f"expected at most {_MAX_SIZE}, got {number}")
+    return number
 
 
 def model(text: str) -> str | pathlib.Path:

@@ -15,6 +15,7 @@ from fdpp_jax.cli.arguments import (
     add_implementation,
     add_model_shapes,
     output_file,
+    size,
 )
 from fdpp_jax.cli.checkpoints import keep_compiled, model_config
 from fdpp_jax.cli.output import print_table, report
@@ -73,8 +74,8 @@ def add(commands: Commands) -> None:
     decode = add_command(kinds, "decode", _run_decode, summary, _DECODE_EXAMPLES)
     add_model_shapes(decode, default=BUNDLED)
     add_batch(decode)
-    decode.add_argument("--context", type=int, default=1024, help="live tokens in the KV cache (default: 1024)")
-    decode.add_argument("--steps", type=int, default=64, help="decode steps measured together (default: 64)")
+    decode.add_argument("--context", type=size, default=1024, help="live tokens in the KV cache (default: 1024)")
+    decode.add_argument("--steps", type=size, default=64, help="decode steps measured together (default: 64)")
 
     summary = "microseconds of decode attention, of one shape or a table of them, beside JAX's own and the read floor"
     attention = add_command(kinds, "attention", _run_attention, summary, _ATTENTION_EXAMPLES)
@@ -86,9 +87,9 @@ def add(commands: Commands) -> None:
 
     summary = "microseconds of one x [M, K] @ w [K, N], beside XLA's own and the read floor"
     matmul = add_command(kinds, "matmul", _run_matmul, summary, _MATMUL_EXAMPLES)
-    matmul.add_argument("--m", type=int, default=8, help="rows (default: 8)")
-    matmul.add_argument("--k", type=int, default=4096, help="contraction (default: 4096)")
-    matmul.add_argument("--n", type=int, default=12288, help="columns (default: 12288)")
+    matmul.add_argument("--m", type=size, default=8, help="rows (default: 8)")
+    matmul.add_argument("--k", type=size, default=4096, help="contraction (default: 4096)")
+    matmul.add_argument("--n", type=size, default=12288, help="columns (default: 12288)")
     add_dtype(matmul)
     matmul.add_argument(
         "--order",
@@ -112,7 +113,7 @@ def _add_attention_flags(parser: argparse.ArgumentParser) -> None:
     shape = _add_shape_flags(parser, capacity="4096")
     shape.add_argument(
         "--query-length",
-        type=int,
+        type=size,
         metavar="T",
         help="the last T tokens, at most 16, attend, causally: speculation (default: 1)",
     )
@@ -129,45 +130,48 @@ def _add_prefill_flags(parser: argparse.ArgumentParser) -> None:
     shape = _add_shape_flags(parser, capacity="as many as queries")
     shape.add_argument(
         "--query-length",
-        type=int,
+        type=size,
         metavar="T",
         help="queries, the last of their sequence's live keys; without --model more than 16 (default: 4096)",
     )
     shape.add_argument(
-        "--window", type=int, metavar="W", help="keys that a query sees, its own included (default: all)"
+        "--window", type=size, metavar="W", help="keys that a query sees, its own included (default: all)"
     )
     shape.add_argument("--soft-cap", type=float, metavar="C", help="scores become C tanh(score / C) (default: none)")
     shape.add_argument(
         "--not-causal", dest="is_causal", action="store_const", const=False, help="each query sees all keys"
     )
     shape.add_argument(
-        "--lengths", type=int, metavar="N", help="N live keys per sequence, given as an array (default: all, not given)"
+        "--lengths",
+        type=size,
+        metavar="N",
+        help="N live keys per sequence, as an array (default: all, not given)",
     )
     model = parser.add_argument_group(
         "a whole prefill of a model (with --batch and --query-length, by default the model's positions, at most 8192)"
     )
     add_model_shapes(model, default=None)
     model.add_argument(
-        "--prefill-chunk-size", type=int, metavar="T", help="tokens of a row that run at once (default: as planned)"
+        "--prefill-chunk-size", type=size, metavar="T", help="tokens of a row that run at once (default: as planned)"
     )
 
 
 def _add_shape_flags(parser: argparse.ArgumentParser, *, capacity: str) -> argparse._ArgumentGroup:
     """The flags that all shapes of attention have, and those of a table; returns the group of one shape."""
     shape = parser.add_argument_group("one shape (any of these)")
-    shape.add_argument("--batch", type=int, metavar="B", help="sequences (default: 1)")
-    shape.add_argument("--num-heads", type=int, metavar="N", help="query heads (default: 32)")
-    shape.add_argument("--num-kv-heads", type=int, metavar="K", help="key/value heads (default: 32)")
+    shape.add_argument("--batch", type=size, metavar="B", help="sequences (default: 1)")
+    shape.add_argument("--num-heads", type=size, metavar="N", help="query heads (default: 32)")
+    shape.add_argument("--num-kv-heads", type=size, metavar="K", help="key/value heads (default: 32)")
     shape.add_argument(
         "--capacity",
         "--context",
-        type=int,
+        type=size,
         metavar="S",
         help=f"keys that a sequence has room for (default: {capacity})",
     )
-    shape.add_argument("--head-dim", type=int, metavar="H", help="default: 128")
+    shape.add_argument("--head-dim", type=size, metavar="H", help="default: 128")
     shape.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
-    shape.add_argument("--page-size", type=int, metavar="P", help="pages of P keys, anywhere in a pool (default: none)")
+    shape.add_argument("--page-size", type=size, metavar="P", help="pages of P keys anywhere in a pool (default: none)")
     shape.add_argument("--kv-dtype", choices=("int8", "float8_e4m3fn"), help="of a quantised cache")
 
     table = parser.add_argument_group("the table (none of those)")
@@ -182,7 +186,7 @@ def _lengths(text: str) -> "Lengths":
     if text == "mixed":
         return "mixed"
     try:
-        return int(text)
+        return size(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected full, mixed or a number, got {text!r}") from None
 

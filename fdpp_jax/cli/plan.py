@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fdpp_jax.cli.arguments import Commands, add_batch, add_command, add_dtype, add_model_shapes
+from fdpp_jax.cli.arguments import Commands, add_batch, add_command, add_dtype, add_model_shapes, size
 from fdpp_jax.cli.checkpoints import model_config
 from fdpp_jax.cli.output import plan_records, print_json, print_plans
 
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     add_batch(parser)
     parser.add_argument(
         "--context",
-        type=int,
+        type=size,
         help="slots of the KV cache, and tokens of the prefill (default: 4096, or as many as the model has positions)",
     )
     parser.add_argument("--device", help="such as A100, H200 or MI300X (default: the one JAX runs on)")

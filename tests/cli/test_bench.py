@@ -5,6 +5,7 @@ import json
 import pytest
 from cli_case import run
 
+from fdpp_jax import cli
 from fdpp_jax.bench import attention as bench_attention
 from fdpp_jax.bench import decode as bench_decode
 from fdpp_jax.bench import matmul as bench_matmul
@@ -222,3 +223,20 @@ def test_a_backend_without_kernels_here_is_one_line(capsys, monkeypatch, kind):
 
 def test_the_backends_that_can_be_named():
     assert tuple(b.name for b in BACKENDS if b.architectures) == arguments.IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("matmul", "--m"),
+        ("decode", "--context"),
+        ("attention", "--batch"),
+        ("attention", "--lengths"),
+        ("prefill", "--window"),
+    ],
+)
+def test_a_size_that_no_array_has_is_refused(capsys, argv):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *argv, "99999999999999999999"])
+    err = capsys.readouterr().err
+    assert f"argument {argv[1]}: expected at most 2147483647, got 99999999999999999999" in err
