@@ -114,11 +114,14 @@ def plan_layer(shape: LayerShape, device: Device | str) -> LayerPlan:
     if not isinstance(op, LayerOp):
         return plan
     tuned = {name: _tuned_tiles(product, device) for name, product in op.products(shape).items()}
-    return op.with_tiles(plan, {name: config for name, config in tuned.items() if config is not None})
+    return op.with_tiles(shape, plan, {name: config for name, config in tuned.items() if config is not None})
 
 
 def _tuned_tiles(shape: MatmulShape, device: Device) -> Any:
-    """The measured config of a kernel, though XLA may have been faster; None where no table has one that fits."""
+    """The measured config of the plan's kernel or, where XLA was faster, of the kernel that the rule means.
+
+    None where no table has one that fits.
+    """
     plan = _tuned_plan(shape, device)
     if plan is not None and plan.config is None:
         backend = backends.with_kernels(device, "matmul")

@@ -361,10 +361,10 @@ class CausalLM(nnx.Module):
         return self.head(hidden, step.implementation)
 
     def fused_logits(self, tokens: jax.Array, step: StepCache, plan: LayerPlan, **options: Any) -> jax.Array:
-        """`decode_logits` with two launches per layer: attention, and all that lies between it and the next one.
+        """`decode_logits` by a backend's fused layers: attention, and launches with all between it and the next one.
 
-        All between the embedding's norm and the first attention is a launch, too, and the last one has the head where
-        the plan says so. The options are those of `ops.layer.FusedLayers`.
+        What lies between the embedding's norm and the first attention is launched by the backend, too, and its last
+        launch has the head where the plan says so. The options are those of `ops.layer.FusedLayers`.
         """
         layers = self.layers
         weights = [layer.weights for layer in layers]

@@ -23,9 +23,10 @@ def plan_layer(shape: LayerShape) -> LayerPlan:
 def compiler_options(plan: LayerPlan) -> dict[str, str | bool]:
     """XLA's options for a loop of decode steps with such layers.
 
-    Launches that overlap do not where XLA records them as CUDA graphs, each as one of its own. The many small launches
-    of an unfused step are better off as one graph, which a kernel that takes a slice of an array, as a query is of
-    queries and keys, breaks where XLA calls it with the place of the slice instead of a copy.
+    Launches that overlap do not where XLA records them as CUDA graphs, each as one of its own. Many small launches,
+    of an unfused step or of fused layers that are several, are better off as one graph, which a kernel that takes a
+    slice of an array, as a query is of queries and keys, breaks where XLA calls it with the place of the slice
+    instead of a copy.
     """
     if plan.overlaps_attention:
         return {"xla_gpu_enable_command_buffer": ""}

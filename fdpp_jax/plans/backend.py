@@ -134,11 +134,12 @@ class LayerOp(Op[LayerShape, LayerPlan]):
 
     Attributes:
       products: products(shape) -> the matmuls by name.
-      with_tiles: with_tiles(plan, tiles) -> the plan with other configs of some products, by name, as far as it can.
+      with_tiles: with_tiles(shape, plan, tiles) -> the plan with other configs of some products, by name, where the
+        kernels can have them.
     """
 
     products: Callable[[LayerShape], Mapping[str, MatmulShape]]
-    with_tiles: Callable[[LayerPlan, Mapping[str, Any]], LayerPlan]
+    with_tiles: Callable[[LayerShape, LayerPlan, Mapping[str, Any]], LayerPlan]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_every_layer_has_a_legal_plan_everywhere(model, gpu):
 def test_the_reason_counts_the_launches(spec):
     count = 4 + 2 * (spec.norm.kind == "layer") + spec.norms_queries_and_keys
     plan = heuristics.plan_layer(dataclasses.replace(LLAMA, spec=spec), A100)
-    assert plan.reason == f"{count} launches, with nothing between them"
+    assert plan.reason == f"{count} launches between two attentions"
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,18 @@ def test_the_reason_counts_the_launches(spec):
         (dict(head_dim=60), "head dims that are multiples of 8 up to 1024, got H = 60"),
         (dict(head_dim=1032), "head dims that are multiples of 8 up to 1024, got H = 1032"),
         (dict(spec=LayerSpec(rotation=Rotation(0.25)), head_dim=80), "got H = 80, of which 20 rotate"),
-        (dict(hidden_size=32776), "hidden sizes up to 32768, got D = 32776"),
+        (
+            dict(hidden_size=32776, spec=LayerSpec(norm=Norm("layer"))),
+            "holds up to 32768 columns, got D = 32776",
+        ),
         (dict(intermediate_size=300_000), "fewer than 2147483648 elements, got mlp_in"),
         (dict(intermediate_size=11012), "mlp_out: the kernel takes K and N that are multiples of 8, got K = 11012"),
         (dict(spec=LayerSpec(rotation=Rotation(share=0.0))), "a share of a head in 0..1, got 0.0"),
-        (dict(spec=LayerSpec(norms_products=True, norm=Norm("layer"))), "are RMSNorm, got layer"),
+        (dict(spec=LayerSpec(norms_products=True, norm=Norm("layer"))), "after a product are RMSNorm, got layer"),
+        (
+            dict(spec=LayerSpec(norms_queries_and_keys=True, norm=Norm("layer"))),
+            "of queries and keys are RMSNorm, got layer",
+        ),
     ],
 )
 def test_a_refused_layer_says_why(changes, why):
@@ -103,3 +110,21 @@ def test_a_step_of_fused_layers_has_a_head_of_its_own():
     plans = {name: plan for name, _, plan in model_plans(PRESETS["llama-2-7b"], batch=1, capacity=1024, device="A100")}
     assert list(plans) == ["attention", "layer", "head"]
     assert plans["layer"].reason.endswith("; with qkv")
+
+
+@pytest.mark.parametrize(
+    ("block_n", "changes", "names"),
+    [
+        (8, {}, "o, mlp_in, mlp_out, qkv"),
+        (128, {}, "o, mlp_in, mlp_out, qkv"),  # 64 pairs: half a head
+        (256, {}, "o, mlp_in, mlp_out"),
+        (128, dict(spec=LayerSpec(rotation=Rotation(0.5))), "o, mlp_in, mlp_out"),
+        (256, dict(spec=LayerSpec(norms_queries_and_keys=True)), "o, mlp_in, mlp_out, qkv"),
+    ],
+)
+def test_measured_tiles_of_one_row_keep_halves_of_heads(block_n, changes, names):
+    shape = dataclasses.replace(LLAMA, **changes)
+    plan = heuristics.plan_layer(shape, A100)
+    tiles = GemvConfig("sm_80", block_n, 32, 1, 4, 1)
+    measured = triton_layer.OP.with_tiles(shape, plan, dict.fromkeys(triton_layer.products(shape), tiles))
+    assert measured.reason.endswith(f"measured tiles of {names}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +59,11 @@ def test_the_rule_s_kernels_compile(gpu, batch, spec):
         if "BLOCK_K" in call.constants:
             assert compiled.has_matrix_products == (batch > 1)
             assert batch == 1 or not gpu.is_nvidia or compiled.has_async_copies
-            # So that ten programs of one row fit an SM.
+            # Ten programs of one row fit an SM.
             assert batch > 1 or not gpu.is_nvidia or compiled.num_registers <= 48
-            # Eight for each tile of a loop, and few for a column: not each column's by all threads.
-            assert compiled.assembly.count("ld.global") < 24
+            # Few loads beside those of tiles: no thread loads what belongs to all columns.
+            num_loads = len(re.findall(r"ld\.global|global_load|buffer_load", compiled.assembly))
+            assert 0 < num_loads < (24 if gpu.is_nvidia else 40)
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def _linear(
     NUM_PARTS: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """[BLOCK_N, PADDED_ROWS] of x @ w (+ bias) for the columns from first on, on CUDA cores where there is one row."""
+    """[BLOCK_N, PADDED_ROWS] of x @ w (+ bias) for the columns from first on, with IS_ROW on CUDA cores."""
     columns = first + tl.arange(0, BLOCK_N)
     if IS_ROW:
         acc = products.of_row(

@@ -1,4 +1,4 @@
-"""What lies between two attentions in four launches: each is a product, and all that can be done with its columns.
+"""What lies between two attentions, a launch for each product, with all that can be done with its columns.
 
     hidden += attended @ o^T
     inner = activation(gate) * up,   gate, up = norm(hidden) @ mlp_in^T
@@ -36,7 +36,7 @@ class _Normed(NamedTuple):
     """Rows behind a norm.
 
     Attributes:
-      x: [B, D], with squares times the norm's gain only.
+      x: [B, D], normalised; where squares are given, the rows times the norm's gain, not yet divided by their rms.
       squares: [parts, B] float32, sums of squares of the rows before the gain; None where x is normalised in full.
     """
 
@@ -269,8 +269,8 @@ def _settings(
     """How a product is launched, and the constants that all of them have."""
     (num_rows, depth), width = normed.x.shape, w.shape[0]
     is_row = isinstance(config, GemvConfig)
-    assert num_rows == 1 or not is_row
-    assert config.split_k == 1
+    assert num_rows == 1 or not is_row, f"gemv takes one row, got {num_rows}"
+    assert config.split_k == 1, f"K is whole, got a split of {config.split_k}"
     return dict(
         grid=(cdiv(width, config.block_n),),
         arch=config.arch,

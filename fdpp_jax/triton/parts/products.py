@@ -5,8 +5,8 @@ can have those that its epilogue needs together. A weight [K, N] is the second o
 asynchronous copies; a tile's K may be shared among groups of warps (`K_GROUPS`), since a narrow column block has no
 work for more than one warp. On CUDA cores (`of_row`, `of_row_in_two`) columns follow each other in one block, or in two
 that are apart: pointers to any columns would take registers, and fewer programs would fit an SM. Each lane loads 16
-bytes of weights at a time, as they are stored, multiplies them by the x of their K, and adds the products in place. The
-sum over K follows once, after the last tile.
+bytes of weights at a time, as they are stored, and multiplies them by the x of their K. Of a weight [N, K] it adds up
+its eight products first, so that few sums take registers. The sum over K follows once, after the last tile.
 """
 
 import triton
@@ -48,7 +48,7 @@ def of_row(
 def of_row_in_two(
     x_ptr,  # [1, DEPTH]
     low_ptr,  # [WIDTH, DEPTH], from the first column on
-    high_ptr,  # another one
+    high_ptr,  # the same of the other block
     num_columns,  # from each pointer on
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -56,7 +56,7 @@ def of_row_in_two(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """`of_row` over all K for two blocks of columns that are apart; x is loaded once."""
+    """`of_row` over all K for two blocks of columns that are apart. The compiler loads x once for both."""
     FULL_TILES: tl.constexpr = DEPTH // BLOCK_K
     low = tl.zeros((BLOCK_N, BLOCK_K // LANE_DEPTH), tl.float32)
     high = tl.zeros((BLOCK_N, BLOCK_K // LANE_DEPTH), tl.float32)
@@ -126,7 +126,10 @@ def of_rows(
     K_GROUPS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """[BLOCK_N, PADDED_ROWS] of a weight [N, K], else [PADDED_ROWS, BLOCK_N], as `of_row`; rows of padding are 0."""
+    """[BLOCK_N, PADDED_ROWS] of a weight [N, K], else [PADDED_ROWS, BLOCK_N], over the tiles of `of_row`.
+
+    Columns beyond num_columns are 0, and so are rows of padding.
+    """
     FULL_TILES: tl.constexpr = DEPTH // BLOCK_K
     NUM_TILES: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
     if K_GROUPS == 1:
