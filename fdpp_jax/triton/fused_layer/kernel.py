@@ -27,6 +27,7 @@ from fdpp_jax.plans.triton_layer import FusedLayerConfig, folds_norms, refuse_sp
 from fdpp_jax.plans.triton_matmul import GemvConfig, MatmulConfig, padded_rows
 from fdpp_jax.triton import bridge
 from fdpp_jax.triton.fused_layer import epilogues, norms
+from fdpp_jax.triton.fused_layer.facts import HeadFacts, ProductFacts
 
 _HEAD_WARPS = 1
 _NORM_WARPS = 8
@@ -214,13 +215,7 @@ def _qkv(
     query_width = weights.qkv.shape[0] - 2 * kv_width
     turned = 0 if cache.rotation is None else 2 * cache.rotation.shape[2]
     places = cache.slots, _or(cache.rotation, cache.slots), cache.keys, cache.values
-    constants: dict[str, Any] = dict(
-        CAPACITY=capacity,
-        HEAD_DIM=head_dim,
-        QUERY_WIDTH=query_width,
-        KV_WIDTH=kv_width,
-        TURNED=turned,
-    )
+    facts = HeadFacts(batch, weights.qkv.shape[0], capacity, head_dim, query_width, kv_width, turned)
     results = (jax.ShapeDtypeStruct((batch, query_width), normed.x.dtype),)
     if spec.norms_queries_and_keys:
         qkv, _ = _product(normed, weights.qkv, weights.qkv_bias, config, spec.norm)
@@ -238,9 +233,7 @@ def _qkv(
             arch=config.arch,
             num_warps=_HEAD_WARPS,
             num_stages=1,
-            NUM_ROWS=batch,
-            WIDTH=qkv.shape[1],
-            **constants,
+            h=facts,
             EPS=spec.norm.eps,
             GAIN_OFFSET=spec.norm.gain_offset,
             BLOCK=triton.next_power_of_2(head_dim // 2),
@@ -253,7 +246,7 @@ def _qkv(
             results=results,
             updated=(6, 7),
             **_settings(normed, weights.qkv, weights.qkv_bias, config, spec.norm),
-            **constants,
+            h=facts,
         )
     return NextAttention(query.reshape(batch, -1, head_dim), keys, values)
 
@@ -266,28 +259,31 @@ def _operands(normed: _Normed, w: jax.Array, bias: jax.Array | None) -> tuple[ja
 def _settings(
     normed: _Normed, w: jax.Array, bias: jax.Array | None, config: MatmulConfig, norm: Norm
 ) -> dict[str, Any]:
-    """How a product is launched, and the constants that all of them have."""
+    """How a product is launched, and its facts."""
     (num_rows, depth), width = normed.x.shape, w.shape[0]
     is_row = isinstance(config, GemvConfig)
     assert num_rows == 1 or not is_row, f"gemv takes one row, got {num_rows}"
     assert config.split_k == 1, f"K is whole, got a split of {config.split_k}"
+    facts = ProductFacts(
+        is_row=is_row,
+        num_rows=num_rows,
+        padded_rows=1 if is_row else padded_rows(num_rows, "nk", config.arch),
+        depth=depth,
+        width=width,
+        block_n=config.block_n,
+        block_k=config.block_k,
+        k_groups=1 if isinstance(config, GemvConfig) else config.k_groups,
+        num_stages=config.num_stages,
+        has_bias=bias is not None,
+        num_parts=0 if normed.squares is None else normed.squares.shape[0],
+        eps=norm.eps,
+    )
     return dict(
         grid=(cdiv(width, config.block_n),),
         arch=config.arch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        IS_ROW=is_row,
-        NUM_ROWS=num_rows,
-        PADDED_ROWS=1 if is_row else padded_rows(num_rows, "nk", config.arch),
-        DEPTH=depth,
-        WIDTH=width,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        K_GROUPS=1 if isinstance(config, GemvConfig) else config.k_groups,
-        NUM_STAGES=config.num_stages,
-        HAS_BIAS=bias is not None,
-        NUM_PARTS=0 if normed.squares is None else normed.squares.shape[0],
-        EPS=norm.eps,
+        f=facts,
     )
 
 
