@@ -23,6 +23,7 @@ from flax import nnx
 from fdpp_jax.models.cache import KVCache
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.ops.layer import compiler_options
+from fdpp_jax.plans import device, hopper
 from fdpp_jax.sampling import Sampling, rows_are_finite, sample
 from fdpp_jax.unified_max import UnifiedMax
 
@@ -253,6 +254,15 @@ def rebuilt(structure: Structure, weights: list[jax.Array]) -> CausalLM:
 def decode_compiler_options(model: CausalLM, batch: int) -> dict[str, str | bool]:
     """XLA's options for a loop of the model's decode steps with a batch of rows."""
     return compiler_options(model.layer_plan(batch))
+
+
+def prefill_compiler_options() -> dict[str, str | bool]:
+    """XLA's options for a prefill on the device that JAX runs on.
+
+    On Hopper without XLA's own Triton matmuls, which cost seconds of compilation and are slower for long prompts:
+    docs/experiments/prefill.md#matmuls-of-a-prompt
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if device.current().arch == hopper.ARCHITECTURE else {}
 
 
 def decode_step(

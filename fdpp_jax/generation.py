@@ -27,6 +27,7 @@ from fdpp_jax.decode_loop import (
     decode_compiler_options,
     executable,
     flattened,
+    prefill_compiler_options,
 )
 from fdpp_jax.models import KVCache, Tokenizer
 from fdpp_jax.models.checks import positive_int
@@ -357,14 +358,15 @@ def _prefilled(
     policy = softmax if plan.takes_unified_max else None  # where it would not count, one program serves all policies
     key = jax.random.clone(job.key)  # a copy, since the loop donates its own and the caller keeps theirs
     arrays = jnp.asarray(job.prompts.tokens), jnp.asarray(job.prompts.lengths), job.sampling, eos, key, policy
+    options = prefill_compiler_options()
     if job.cache is None:
         statics = structure, capacity, with_key_norms, plan.chunk_size
-        run, seconds = executable(decode_loop.prefill, statics, (weights, *arrays), {})
+        run, seconds = executable(decode_loop.prefill, statics, (weights, *arrays), options)
         return *jax.block_until_ready(run(weights, *arrays)), seconds
     resume_args = job.cache.kv, jnp.asarray(job.prompts.cached)
     resume, seconds = executable(decode_loop.resume, (capacity, with_key_norms), resume_args, {})
     args = weights, resume(*resume_args), *arrays
-    run, more_seconds = executable(decode_loop.extend, (structure, plan.chunk_size), args, {})
+    run, more_seconds = executable(decode_loop.extend, (structure, plan.chunk_size), args, options)
     return *jax.block_until_ready(run(*args)), seconds + more_seconds
 
 

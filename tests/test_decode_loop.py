@@ -17,6 +17,7 @@ from generation_case import CONFIG, PROMPTS, SOFTMAXES, drain, loud_model, plain
 from fdpp_jax import decode_loop, generation, ops
 from fdpp_jax.generation import generate, stream
 from fdpp_jax.models import KVCache, LlamaForCausalLM
+from fdpp_jax.plans import device
 from fdpp_jax.plans.backend import LayerPlan
 from fdpp_jax.sampling import Sampling
 from fdpp_jax.unified_max import UnifiedMax
@@ -35,6 +36,17 @@ def test_a_step_is_one_cuda_graph_unless_its_launches_overlap(overlaps, options,
     plan = LayerPlan("mosaic_gpu", "fused", None, "in a test", overlaps_attention=overlaps)
     monkeypatch.setattr(type(model), "layer_plan", lambda *_: plan)
     assert decode_loop.decode_compiler_options(model, 1) == options
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile(compiler_options=options)  # XLA knows them
+    assert compiled(jnp.ones(3)).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("H200", {"xla_gpu_enable_triton_gemm": False}), ("A100", {}), ("MI300X", {}), (None, {})]
+)
+def test_prompts_leave_out_xlas_triton_matmuls_on_hopper_alone(name, options, monkeypatch):
+    if name is not None:
+        monkeypatch.setattr(device, "current", lambda: device.by_name(name))
+    assert decode_loop.prefill_compiler_options() == options
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile(compiler_options=options)  # XLA knows them
     assert compiled(jnp.ones(3)).tolist() == [2, 2, 2]
 

@@ -17,7 +17,7 @@ from fdpp_jax import models, ops, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.prefill import PrefillCase
 from fdpp_jax.bench.report import BenchReport, provenance
-from fdpp_jax.decode_loop import Structure, flattened, rebuilt
+from fdpp_jax.decode_loop import Structure, flattened, prefill_compiler_options, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.plans import prefill_plans, prefill_shape
 from fdpp_jax.plans import backends, device
@@ -222,11 +222,12 @@ def _time(
     cache = KVCache.create(model.config, batch, round_up(length, _CAPACITY_MULTIPLE), model.dtype)
     softmaxes = {name: UnifiedMax(jnp.float32(phi)) if v.is_unified else None for name, v in variants.items()}
     programs, compile_seconds = dict[str, jax.stages.Compiled](), dict[str, float]()
+    options = prefill_compiler_options()
     for name, variant in variants.items():
         progress.say("bench", f"compile {name}")
         run = jax.jit(functools.partial(_prefill, structure, variant.chunk_size), donate_argnums=1)
         started = time.perf_counter()
-        programs[name] = run.lower(weights, cache, tokens, lengths, softmaxes[name]).compile()
+        programs[name] = run.lower(weights, cache, tokens, lengths, softmaxes[name]).compile(compiler_options=options)
         compile_seconds[name] = time.perf_counter() - started
 
     progress.say("bench", "time")
