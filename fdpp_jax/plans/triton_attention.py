@@ -9,7 +9,8 @@ from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import bound
 from fdpp_jax.plans.shapes import AttentionShape, cdiv
 
-# Who merges the partial sums of a sequence: the last CTA to leave its own ("kernel"), or a second launch ("launch").
+# Who merges the partial sums of a sequence: the CTA that holds its first tile ("kernel"), or a second launch
+# ("launch").
 Combine = Literal["kernel", "launch"]
 
 # Limits of the kernel.
@@ -27,10 +28,11 @@ _AMD_BLOCKS_KV = (32, 16)  # with 64 keys the masks of a tile do not fit the sca
 _MAX_BUFFERS = 6
 _BYTES_IN_FLIGHT = 128 * 1024  # per SM
 _MAX_SHARERS = 16  # CTAs that share a sequence
+_MAX_SHARERS_OF_MANY = 3  # the same of each of several sequences, for two CTAs per SM on NVIDIA's GPUs
 _TILES_OF_MORE = 4  # tiles per CTA from which more of them share a sequence
 _MAX_SUMS_OF_FOUR_WARPS = 64 * 128  # numbers; twice as many take eight warps
 _MERGED_PER_THREAD = 128  # numbers of partial sums that a thread loads at once
-_TILES_FOR_LAUNCH = 6  # per CTA, from which a second launch costs less than counters that must be zeros first
+_MAX_SUMS_PER_THREAD = 32  # numbers; a CTA that has more for each thread cannot hold those of others beside its own
 
 
 def _power_of_two(value: int) -> int:
@@ -82,8 +84,11 @@ class DecodeAttentionConfig:
 
     def merged_at_once(self, shape: AttentionShape) -> int:
         """Slots of partial sums on their way to who merges them: as many as the registers hold."""
-        per_thread = cdiv(self._rows(shape) * padded_dim(shape.head_dim), 32 * self.num_warps)
-        return min(_MAX_MERGED_AT_ONCE, max(1, _MERGED_PER_THREAD // per_thread))
+        return min(_MAX_MERGED_AT_ONCE, max(1, _MERGED_PER_THREAD // self.sums_per_thread(shape)))
+
+    def sums_per_thread(self, shape: AttentionShape) -> int:
+        """Numbers of a sequence's sums that a thread holds."""
+        return cdiv(self._rows(shape) * padded_dim(shape.head_dim), 32 * self.num_warps)
 
     def _rows(self, shape: AttentionShape) -> int:
         return padded_rows(shape.live_rows) if self.uses_dot else 1
@@ -121,16 +126,17 @@ def decode_attention_config(shape: AttentionShape, device: Device) -> DecodeAtte
         num_buffers=_min_buffers(device),
         num_warps=4 if num_sums <= _MAX_SUMS_OF_FOUR_WARPS else 8,
     )
+    chunk = max(1, min(shape.batch, MAX_CHUNK))
+    max_sharers = _MAX_SHARERS_OF_MANY if chunk > 1 and device.is_nvidia else _MAX_SHARERS
     for num_ctas in (_CTAS_PER_SM, 1):
         if num_ctas > 1 and not _fits(config, shape, device, num_ctas):
             continue
         tiled = _with_tiles(config, shape, device, num_ctas)
         tiled = dataclasses.replace(tiled, num_splits=_num_splits(tiled, shape, num_ctas * device.num_sms))
-        if tiled.num_splits <= _MAX_SHARERS * max(1, min(shape.batch, MAX_CHUNK)):
+        if tiled.num_splits <= max_sharers * chunk:
             break  # with more of them, merging takes longer than two CTAs an SM save
-    num_tiles = cdiv(shape.batch * cdiv(shape.capacity, tiled.block_kv), max(tiled.num_splits, 1))
-    is_long = num_tiles >= _TILES_FOR_LAUNCH and tiled.num_splits > 1
-    return dataclasses.replace(tiled, combine="launch" if is_long or not device.is_nvidia else "kernel")
+    is_light = tiled.num_splits == 1 or tiled.sums_per_thread(shape) <= _MAX_SUMS_PER_THREAD
+    return dataclasses.replace(tiled, combine="kernel" if device.is_nvidia and is_light else "launch")
 
 
 def _min_buffers(device: Device) -> int:

@@ -116,6 +116,7 @@ def test_two_ctas_share_an_sm_and_tiles_fit_it():
     large = _decode(num_query_heads=64, num_kv_heads=4, query_length=4, head_dim=256)
     config = decode_attention_config(large, device.by_name("A10"))
     assert config.num_warps == 8
+    assert config.combine == "launch"  # 64 numbers a thread
     assert device.by_name("A10").smem_bytes_shared(2) < config.smem_bytes(large) <= device.by_name("A10").smem_bytes
 
 
@@ -125,20 +126,22 @@ def test_registers_hold_the_sums_that_are_merged_at_once():
 
 
 @pytest.mark.parametrize(
-    ("changes", "num_splits", "num_buffers", "combine"),
+    ("changes", "num_splits", "num_buffers"),
     [
-        ({}, 8, 2, "launch"),
-        (dict(num_kv_heads=8), 16, 2, "kernel"),  # 4 tiles a CTA
-        (dict(num_query_heads=64, num_kv_heads=8, capacity=16384), 16, 4, "launch"),  # 33 CTAs a head: many to merge
-        (dict(batch=8, num_kv_heads=8), 32, 2, "launch"),
-        (dict(capacity=64), 1, 2, "kernel"),
+        ({}, 8, 2),
+        (dict(num_kv_heads=8), 16, 2),
+        (dict(num_query_heads=64, num_kv_heads=8, capacity=16384), 16, 4),  # 33 CTAs a head: many to merge
+        (dict(batch=8), 8, 2),  # a CTA for each sequence
+        (dict(batch=8, num_kv_heads=8), 16, 4),  # two a sequence with one CTA per SM
+        (dict(capacity=64), 1, 2),
     ],
     ids=str,
 )
-def test_tiles_on_the_h200_are_those_measured(changes, num_splits, num_buffers, combine):
+def test_tiles_on_the_h200_are_those_measured(changes, num_splits, num_buffers):
     config = decode_attention_config(_decode(**changes), device.by_name("H200"))
     assert (config.block_kv, config.num_splits, config.num_buffers) == (64, num_splits, num_buffers)
-    assert config.combine == combine
+    assert config.combine == "kernel"
+    assert decode_attention_config(_decode(**changes), device.by_name("MI300X")).combine == "launch"
 
 
 @pytest.mark.parametrize(

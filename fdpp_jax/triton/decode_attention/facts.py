@@ -30,6 +30,7 @@ class Facts:
       chunk: Sequences that share CTAs.
       padded_chunk: chunk, padded to a power of two.
       num_slots: Of a chunk and a key/value head, for partial sums.
+      padded_splits: num_splits, padded to a power of two.
       uses_dot: Whether products are the matrix unit's. Else there is one row, and each thread multiplies.
       scale: Factor on the scores.
       is_causal: A query sees the keys up to its position.
@@ -67,6 +68,7 @@ class Facts:
     chunk: int
     padded_chunk: int
     num_slots: int
+    padded_splits: int
     uses_dot: bool
     scale: float
     is_causal: bool
@@ -109,4 +111,4 @@ class Arrays(NamedTuple):
     num: tl.tensor  # [slots, live rows, H] float32
     den: tl.tensor  # [slots, rows] float32
     row_max: tl.tensor  # [slots, rows] float32, with online softmax
-    arrived: tl.tensor  # [B, K] int32: CTAs that have left their sums; zeros at first
+    flags: tl.tensor  # [slots, words] int32: whose sums are there (`sums`)

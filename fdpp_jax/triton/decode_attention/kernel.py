@@ -7,8 +7,8 @@ the query rows (the G heads of the group times T tokens, padded to 16) on the ma
     o [rows, H]       += p [rows, block_kv] @ V [block_kv, H],   p = e^(s - phi)
 
 phi is fixed in advance, so no CTA keeps a running max: o and sum(p) add up in any order. Of the CTAs that share a
-sequence, the last one to leave its sums merges them, in the order of the keys, and writes the result. On AMD a second
-launch merges.
+sequence, the owner holds the first tile. It merges the partial sums of the others, its helpers, with its own, and
+writes the result. On AMD a second launch merges.
 
 Where a denominator left the safe window, whoever merges attends to all keys of the sequence again, with online softmax.
 With phi=None there is online softmax: each CTA keeps the running max of its share, and the merge rescales the sums.
@@ -34,7 +34,7 @@ from fdpp_jax.triton.decode_attention.facts import Arrays, Facts
 from fdpp_jax.triton.decode_attention.rows import attend as attend_rows
 from fdpp_jax.triton.decode_attention.rows import phi_of, rows_of
 from fdpp_jax.triton.decode_attention.shares import begin_of, cut_chunk, live_keys, place_of, share_of
-from fdpp_jax.triton.decode_attention.sums import arrive, finish, hand_over, merged
+from fdpp_jax.triton.decode_attention.sums import WORDS, added, await_helpers, finish, leave, merged, raise_flag
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def decode_attention(
     num,
     den,
     row_max,
-    arrived,
+    flags,
     f: tl.constexpr,
 ):
     """One CTA: its share of the live tiles of a chunk of sequences, for one key/value head."""
@@ -80,9 +80,10 @@ def decode_attention(
         num,
         den,
         row_max,
-        arrived,
+        flags,
     )
-    share, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # A CTA waits for shares behind its own, so these have lower indices.
+    share, kv_head, chunk = f.num_splits - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     counts, cut = cut_chunk(arrays, chunk, f)
     begin, end = begin_of(share, cut), begin_of(share + 1, cut)
     i, start = place_of(begin, counts)
@@ -99,18 +100,18 @@ def decode_attention(
         is_online: tl.constexpr = f.phi == "none"
         sum_num, sum_den, shift = attend_rows(arrays, rows, keys, begin + of_tile, until + of_tile, shift, f, is_online)
         if f.combines_later:
-            hand_over(arrays, rows, sum_num, sum_den, shift, chunk, share, i, begin == start, f)
+            leave(arrays, rows, sum_num, sum_den, shift, chunk, share, i, f)
+        elif begin > start:
+            leave(arrays, rows, sum_num, sum_den, shift, chunk, share, i, f)
+            raise_flag(arrays, rows, chunk, share, f)
         else:
-            is_last = begin < end
-            if f.num_splits > 1:
-                if (begin > start) | (until < stop):
-                    hand_over(arrays, rows, sum_num, sum_den, shift, chunk, share, i, begin == start, f)
-                    first, last = share_of(start, cut), share_of(stop - 1, cut)
-                    is_last = arrive(arrays, rows, f) == last - first
-                    if is_last:
-                        sum_num, sum_den, shift = merged(arrays, rows, shift, chunk, i, first, last, f)
-            if is_last:
-                finish(arrays, rows, keys, sum_num, sum_den, shift, f)
+            if until < stop:
+                first, last = share + 1, share_of(stop - 1, cut)
+                await_helpers(arrays, rows, chunk, first, last, f)
+                # By themselves: added to products, each slot would be brought to where the matrix unit has those.
+                others = merged(arrays, rows, shift, chunk, i, first, last, f)
+                sum_num, sum_den, shift = added(sum_num, sum_den, shift, others[0], others[1], others[2], f)
+            finish(arrays, rows, keys, sum_num, sum_den, shift, f)
         begin, start, i = until, stop, i + 1
 
 
@@ -215,22 +216,17 @@ def attend(
     grid = config.num_splits, num_kv_heads, num_chunks
     if facts.combines_later:
         later = {name: jax.ShapeDtypeStruct((1,), x.dtype) for name, x in out.items()}
-        counters = dict(arrived=jax.ShapeDtypeStruct((1,), jnp.int32))
+        flags = dict(flags=jax.ShapeDtypeStruct((1,), jnp.int32))
         results = bridge.call(
-            decode_attention, *operands, results=[*(later | sums | counters).values()], grid=grid, **launch
+            decode_attention, *operands, results=[*(later | sums | flags).values()], grid=grid, **launch
         )
         results = bridge.call(
             merge_shares, *operands, *results[3:6], results=[*out.values()], grid=(batch, num_kv_heads), **launch
         )
     else:
-        counters = dict(arrived=jax.ShapeDtypeStruct((batch, num_kv_heads), jnp.int32))
+        flags = dict(flags=jax.ShapeDtypeStruct((slots * WORDS.value,), jnp.int32))
         results = bridge.call(
-            decode_attention,
-            *operands,
-            results=[*(out | sums | counters).values()],
-            grid=grid,
-            zeroed=(6,) if config.num_splits > 1 else (),
-            **launch,
+            decode_attention, *operands, results=[*(out | sums | flags).values()], grid=grid, **launch
         )
     result: Any = results[0]
     if options.return_residual:
@@ -272,7 +268,8 @@ def _facts(
         merged_at_once=config.merged_at_once(attention_shape(arrays, options, is_online=phi is None)),
         chunk=chunk,
         padded_chunk=triton.next_power_of_2(chunk),
-        num_slots=config.num_splits + chunk - 1 if combines_later else 2 * config.num_splits,
+        num_slots=config.num_splits + chunk - 1 if combines_later else config.num_splits,
+        padded_splits=triton.next_power_of_2(config.num_splits),
         uses_dot=config.uses_dot,
         scale=options.scale,
         is_causal=options.is_causal,

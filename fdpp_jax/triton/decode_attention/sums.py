@@ -1,7 +1,14 @@
 """Partial sums of a sequence's query rows: how CTAs leave them, how they are merged, and what becomes of them.
 
-A CTA that has a part of a sequence leaves its sums in a slot. The slots of a sequence are merged in the order of its
-keys, whoever does it: the same bits every time.
+Of the CTAs that share a sequence, the owner has its first tile. The others, its helpers, leave their sums in slots and
+raise flags. The owner waits for the flags, merges the slots in the order of the keys, and adds its own: the same bits
+every time. With a second launch all leave their sums, and the launch merges them in the same order.
+
+A flag is four words of scratch memory, which may hold anything at first. It is raised if all 128 bits equal a pattern.
+The owner lowers a flag that it has awaited, so no flag of an earlier launch is found raised. Other data equals the
+pattern with a chance of 2^-128.
+
+A helper is a CTA of lower index than the owner (`shares`), and never waits itself: the GPU starts it first.
 """
 
 import triton
@@ -10,6 +17,7 @@ import triton.language as tl
 from fdpp_jax.triton.decode_attention.rows import LOG2E, LOWEST, attend, elements
 
 LN2 = tl.constexpr(0.6931471805599453)
+WORDS = tl.constexpr(4)  # of a flag
 
 
 @triton.jit
@@ -19,16 +27,15 @@ def group_of(rows, f: tl.constexpr):
 
 
 @triton.jit
-def _slot(chunk, kv_head, share, i, is_first, f: tl.constexpr):
+def _slot(chunk, kv_head, share, i, f: tl.constexpr):
     """The slot of a share's sums of sequence i of the chunk.
 
-    A share has at most two sequences in part, the last one with its first tile. For a second launch it leaves all of
-    them: no two shares and sequences have the same sum of their indices.
+    A share is the helper of one sequence at most, that of its first tile. For a second launch it leaves all its sums:
+    no two shares and sequences have the same sum of their indices.
     """
+    slot = share
     if f.combines_later:
         slot = share + i
-    else:
-        slot = 2 * share + is_first.to(tl.int32)
     return (chunk * f.num_kv_heads + kv_head) * f.num_slots + slot
 
 
@@ -40,9 +47,9 @@ def _elements_of_slot(slot, is_live, f: tl.constexpr):
 
 
 @triton.jit
-def hand_over(arrays, rows, num, den, row_max, chunk, share, i, is_first, f: tl.constexpr):
-    """Leaves a share's sums of sequence i of the chunk; is_first: the share has the sequence's first tile."""
-    slot = _slot(chunk, rows.kv_head, share, i, is_first, f)
+def leave(arrays, rows, num, den, row_max, chunk, share, i, f: tl.constexpr):
+    """Leaves a share's sums of sequence i of the chunk."""
+    slot = _slot(chunk, rows.kv_head, share, i, f)
     place, is_element = _elements_of_slot(slot, rows.is_live, f)
     tl.store(arrays.num + place, num, mask=is_element)
     row = slot * f.rows + tl.arange(0, f.rows)
@@ -52,12 +59,32 @@ def hand_over(arrays, rows, num, den, row_max, chunk, share, i, is_first, f: tl.
 
 
 @triton.jit
-def arrive(arrays, rows, f: tl.constexpr):
-    """Says that the sums are there; returns how many CTAs said so before."""
-    tl.debug_barrier()  # the sums of all threads come first
-    before = tl.atomic_add(arrays.arrived + group_of(rows, f), 1, sem="acq_rel", scope="gpu")
+def raise_flag(arrays, rows, chunk, share, f: tl.constexpr):
+    """Says that a helper's sums are there."""
+    tl.debug_barrier()  # those of all threads
+    word = tl.arange(0, WORDS)
+    flag = arrays.flags + _slot(chunk, rows.kv_head, share, 0, f) * WORDS + word
+    tl.atomic_xchg(flag, _pattern(word), sem="release", scope="gpu")
+
+
+@triton.jit
+def _pattern(word):
+    return 0x5F3759DF ^ (word * 0x2545F491)
+
+
+@triton.jit
+def await_helpers(arrays, rows, chunk, first, last, f: tl.constexpr):
+    """Waits until the flags of the shares [first, last] are raised, then lowers them."""
+    lane = tl.arange(0, f.padded_splits * WORDS)
+    share, word = first + lane // WORDS, lane % WORDS
+    is_there = share <= last
+    flag = arrays.flags + _slot(chunk, rows.kv_head, share, 0, f) * WORDS + word
+    num_low = 1
+    while num_low > 0:
+        seen = tl.atomic_add(flag, word * 0, mask=is_there, sem="acquire", scope="gpu")
+        num_low = tl.sum((is_there & (seen != _pattern(word))).to(tl.int32), 0)
+    tl.store(flag, word * 0, mask=is_there)
     tl.debug_barrier()  # no thread loads before
-    return before
 
 
 @triton.jit
@@ -72,22 +99,31 @@ def merged(arrays, rows, phi, chunk, i, first, last, f: tl.constexpr):
     for begin in tl.range(first, last + 1, at_once, num_stages=1):
         for ahead in tl.static_range(at_once):
             share = begin + ahead  # an int where the kernel is interpreted, and no tensor
-            slot = _slot(chunk, rows.kv_head, share, i, share == first, f)
+            slot = _slot(chunk, rows.kv_head, share, i, f)
             is_there = rows.is_live & (tl.arange(0, f.rows) * 0 + share <= last)
             place, is_element = _elements_of_slot(slot, is_there, f)
             row = slot * f.rows + tl.arange(0, f.rows)
             other_num = tl.load(arrays.num + place, mask=is_element, other=0.0, cache_modifier=".cg")
             other_den = tl.load(arrays.den + row, mask=is_there, other=0.0, cache_modifier=".cg")
+            other_max = shift
             if f.phi == "none":
                 other_max = tl.load(arrays.row_max + row, mask=is_there, other=LOWEST, cache_modifier=".cg")
-                new = tl.maximum(shift, other_max)
-                alpha, beta = tl.exp2(shift - new), tl.exp2(other_max - new)
-                num = num * alpha[:, None] + other_num * beta[:, None]
-                den = den * alpha + other_den * beta
-                shift = new
-            else:
-                num += other_num
-                den += other_den
+            num, den, shift = added(num, den, shift, other_num, other_den, other_max, f)
+    return num, den, shift
+
+
+@triton.jit
+def added(num, den, shift, other_num, other_den, other_shift, f: tl.constexpr):
+    """Two sums as one; shifts are phi, or the rows' maxima."""
+    if f.phi == "none":
+        new = tl.maximum(shift, other_shift)
+        alpha, beta = tl.exp2(shift - new), tl.exp2(other_shift - new)
+        num = num * alpha[:, None] + other_num * beta[:, None]
+        den = den * alpha + other_den * beta
+        shift = new
+    else:
+        num += other_num
+        den += other_den
     return num, den, shift
 
 
