@@ -101,6 +101,8 @@ def decode_attention(
         sum_num, sum_den, shift = attend_rows(arrays, rows, keys, begin + of_tile, until + of_tile, shift, f, is_online)
         if f.combines_later:
             leave(arrays, rows, sum_num, sum_den, shift, chunk, share, i, f)
+        elif f.num_splits == 1:
+            finish(arrays, rows, keys, sum_num, sum_den, shift, f)
         elif begin > start:
             leave(arrays, rows, sum_num, sum_den, shift, chunk, share, i, f)
             raise_flag(arrays, rows, chunk, share, f)
