@@ -32,7 +32,7 @@ _MAX_SHARERS_OF_MANY = 3  # the same of each of several sequences, for two CTAs 
 _TILES_OF_MORE = 4  # tiles per CTA from which more of them share a sequence
 _MAX_SUMS_OF_FOUR_WARPS = 64 * 128  # numbers; twice as many take eight warps
 _MERGED_PER_THREAD = 128  # numbers of partial sums that a thread loads at once
-_MAX_SUMS_PER_THREAD = 32  # numbers; a CTA that has more for each thread cannot hold those of others beside its own
+_MAX_SUMS_PER_THREAD = 16  # numbers; a CTA that has more for each thread spills those of others beside its own
 
 
 def _power_of_two(value: int) -> int:
@@ -78,7 +78,8 @@ class DecodeAttentionConfig:
         tiles = self.num_buffers * tile
         weights = rows * self.block_kv * 2
         if self.arch.startswith("gfx"):
-            return tiles + weights + (0 if shape.page_size is None else tile)  # its compiler gives pages one more
+            # Its compiler gives each tile of pages but one another copy.
+            return tiles + weights + (0 if shape.page_size is None else max(1, self.num_buffers - 1) * tile)
         scalars = self.num_buffers * 3 * self.block_kv * 4  # scales of keys and values, pages
         return tiles + weights + rows * dim * 2 + scalars + _SMEM_RESERVE
 

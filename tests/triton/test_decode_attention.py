@@ -164,6 +164,7 @@ COMPILED = {
     "mha": AttentionShape(1, 1, 4096, 32, 32, 128),
     "gqa of a draft": AttentionShape(8, 4, 4096, 32, 8, 128, is_causal=True, has_query_offset=True),
     "64 rows of head dim 256, pages": AttentionShape(2, 16, 4096, 16, 4, 256, "float16", page_size=16, is_online=True),
+    "small pages": AttentionShape(1, 1, 4096, 32, 8, 64, page_size=64),  # as many tiles on their way as fit
     "int8": AttentionShape(4, 1, 4096, 32, 8, 128, kv_dtype="int8", scales="token", has_sinks=True, has_starts=True),
 }
 # Every architecture takes some ten seconds a kernel: the first shape everywhere, the others on one of each maker's.

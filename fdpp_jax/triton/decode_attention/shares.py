@@ -55,7 +55,7 @@ def live_keys(arrays, sequence, f: tl.constexpr):
         offset = tl.load(arrays.offset + sequence)
     low, _ = bounds(start, length, offset, length * 0, f)
     _, high = bounds(start, length, offset, length * 0 + (f.query_length - 1), f)
-    first = low // f.block_kv
+    first = tl.minimum(low, f.capacity - 1) // f.block_kv  # a page that there is, however far the queries are
     # A sequence that sees no key has one tile all the same: whoever takes it writes zeros.
     count = tl.maximum((high + (f.block_kv - 1)) // f.block_kv - first, 1)
     return LiveKeys(start, length, offset, low, high, first, count)

@@ -8,7 +8,7 @@ A flag is four words of scratch memory, which may hold anything at first. It is 
 The owner lowers a flag that it has awaited, so no flag of an earlier launch is found raised. Other data equals the
 pattern with a chance of 2^-128.
 
-A helper is a CTA of lower index than the owner (`shares`), and never waits itself: the GPU starts it first.
+A helper is a CTA of lower index than the owner, and raises its flag before it awaits others: the GPU starts it first.
 """
 
 import triton

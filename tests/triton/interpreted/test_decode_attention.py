@@ -56,10 +56,11 @@ def test_rows_outside_the_window_are_redone(case):
     case.check_recompute(lengths)
 
 
-def test_queries_far_beyond_the_keys_see_none_or_the_last():
-    """query_offset is the caller's, and may be anywhere."""
-    case = Case(3, 68, 2, 1, 16, tiles(32, 2, 2), 2, local_window_size=(100, 0), **DRAFT)
-    case.check((65, 5, 68), -0.5, query_offset=(150, 10**6, -7))
+@pytest.mark.parametrize(("capacity", "pages"), [(68, {}), (128, dict(page_size=64))], ids=["", "pages"])
+def test_queries_far_beyond_the_keys_see_none_or_the_last(capacity, pages):
+    """query_offset is the caller's, and may be anywhere: no page is looked up that a table does not have."""
+    case = Case(3, capacity, 2, 1, 16, tiles(32, 2, 2), 2, local_window_size=(100, 0), **DRAFT, **pages)
+    case.check((65, 5, 68), -0.5, query_offset=(150, 10**9, -7))
 
 
 def test_lengths_beyond_the_capacity_see_all_keys():
