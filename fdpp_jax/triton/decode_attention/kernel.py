@@ -8,7 +8,7 @@ the query rows (the G heads of the group times T tokens, padded to 16) on the ma
 
 phi is fixed in advance, so no CTA keeps a running max: o and sum(p) add up in any order. Of the CTAs that share a
 sequence, the owner holds the first tile. It merges the partial sums of the others, its helpers, with its own, and
-writes the result. On AMD a second launch merges.
+writes the result. On AMD, and where its own sums leave no registers for theirs, a second launch merges.
 
 Where a denominator left the safe window, whoever merges attends to all keys of the sequence again, with online softmax.
 With phi=None there is online softmax: each CTA keeps the running max of its share, and the merge rescales the sums.
