@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 from fdpp_jax import models, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.clock import read_floor
+from fdpp_jax.bench.generate import generate_timers
 from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
@@ -39,6 +40,7 @@ def bench_decode(
     steps: int = 64,
     *,
     implementation: str | None = None,
+    generates: bool = False,
 ) -> BenchReport:
     """Times greedy decoding with random weights: ours, ours with online softmax, and plain XLA, in turns.
 
@@ -54,15 +56,19 @@ def bench_decode(
       steps: Decode steps of one timed loop.
       implementation: The backend whose kernels are timed, of attention, matmuls and fused layers; plain XLA computes
         what the backend leaves to it. None: as planned.
+      generates: Whether `generate` is timed as well, which takes turns with the loops: greedy, and sampling.
 
     Raises:
       NotImplementedError: The backend refuses the attention of a layer.
-      ValueError: batch or steps is not positive, or context is too short for the steps or too long for the model.
+      ValueError: batch or steps is not positive, or context is too short for the steps or too long for the model, or
+        `generate` has one step only.
     """
     if batch < 1 or steps < 1 or context <= steps:
         raise ValueError(
             f"expected a batch and steps of at least 1 and context above steps, got {batch=} {steps=} {context=}"
         )
+    if generates and steps < 2:
+        raise ValueError(f"expected steps of at least 2 where generate is timed, got {steps=}")
     check_context(context, config.position_limit)
     running = backends.only(implementation, device.current())
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
@@ -86,8 +92,9 @@ def bench_decode(
         "ours, online softmax": (None, None),
         "plain XLA": (None, "xla"),
     }
+    others = generate_timers(model, batch, context, steps) if generates else {}
     with device.target(running):
-        seconds, recomputed = _time_decode(model, cache, context, steps, variants)
+        seconds, recomputed = _time_decode(model, cache, context, steps, variants, others)
     floors.append(
         read_floor(weight_bytes + kv_bytes)
     )  # before and behind the loops: the floor drifts as the GPU warms up
@@ -100,7 +107,7 @@ def bench_decode(
             f"{batch / per_step:.1f}",
             f"{per_step / floor:.2f}",
             f"{baseline / per_step:.2f}x",
-            str(recomputed[name]),
+            str(recomputed.get(name, "")),
         )
         for name, per_step in seconds.items()
     ]
@@ -150,9 +157,17 @@ def _kv_bytes(config: DecoderConfig, live_tokens: float, dtype: jnp.dtype) -> fl
 
 
 def _time_decode(
-    model: CausalLM, cache: KVCache, context: int, steps: int, variants: Mapping[str, _Variant]
+    model: CausalLM,
+    cache: KVCache,
+    context: int,
+    steps: int,
+    variants: Mapping[str, _Variant],
+    others: Mapping[str, Callable[[], float]],
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """By name: median seconds per step of loops that take turns, and how many steps of a loop were redone."""
+    """By name: median seconds per step of loops that take turns, and how many steps of a loop were redone.
+
+    The others time themselves, and take turns with the loops.
+    """
     structure, weights = flattened(model)
     tokens = _first_tokens(model, cache.batch)
     progress.say("bench", f"compile {', '.join(variants)}")
@@ -166,9 +181,14 @@ def _time_decode(
     loops = {name: future.result() for name, future in compiling.items()}
 
     progress.say("bench", "time")
-    samples, redone = {name: list[float]() for name in variants}, dict[str, int]()
+    samples, redone = {name: list[float]() for name in (*variants, *others)}, dict[str, int]()
     for turn in range(1 + clock.REPEATS):  # the first loops of a process are the slowest
-        for name in clock.in_turn(variants, turn):
+        for name in clock.in_turn(samples, turn):
+            if name in others:
+                seconds = others[name]()
+                if turn > 0:
+                    samples[name].append(seconds)
+                continue
             softmax, _ = variants[name]
             cache = _rewound(cache, context - steps)
             jax.block_until_ready((weights, cache))

@@ -1,5 +1,6 @@
 """The bench of a decode step on a tiny model."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -12,7 +13,8 @@ from bench_case import check_report
 from flax import nnx
 from triton_case import needs_plugin
 
-from fdpp_jax.bench import decode
+from fdpp_jax.bench import clock, decode, generate
+from fdpp_jax.generation import stream
 from fdpp_jax.models import PRESETS, KVCache, LlamaConfig
 from fdpp_jax.plans import backends, device
 
@@ -41,6 +43,30 @@ def test_decode(tmp_path, tied, window, seen):
     assert record["bytes"]["weights"] == (layer + embedding_or_head + 32) * itemsize
     assert record["bytes"]["keys_and_values"] == 2 * 2 * seen * 16 * itemsize  # 14 live tokens on average
     assert record["recomputed_steps"]["ours, online softmax"] == 0
+
+
+def test_generate_takes_turns_with_the_loops(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(model, prompts, **options):
+        calls.append((prompts.shape, tuple(options.items())))
+        return stream(model, prompts, **options)
+
+    monkeypatch.setattr(generate, "stream", counted)
+    report = decode.bench_decode(CONFIG, batch=2, context=16, steps=4, generates=True)
+    names = ["generate, greedy", "generate, temperature", "generate, top-k 50", "generate, top-p 0.9"]
+    names.append("generate, top-k 50, top-p 0.9")
+    record = check_report(report, ["ours, online softmax", *names], tmp_path / "record.json")
+    assert list(record["ms_per_step"])[3:] == names
+    assert {shape for shape, _ in calls} == {(2, 12)}
+    assert set(collections.Counter(options for _, options in calls).values()) == {1 + clock.REPEATS}
+    assert len({options for _, options in calls}) == len(names)
+    assert {dict(options)["max_new_tokens"] for _, options in calls} == {4}
+
+
+def test_generate_is_not_timed_over_one_token():
+    with pytest.raises(ValueError, match="expected steps of at least 2 where generate is timed, got steps=1"):
+        decode.bench_decode(CONFIG, context=16, steps=1, generates=True)
 
 
 @pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
