@@ -52,7 +52,9 @@ from fdpp_jax.unified_max import UnifiedMax
 type Softmax = UnifiedMax | Literal["auto"] | None
 
 _CAPACITY_MULTIPLE = 64
-_STEPS_OF_DRIFT = 64  # how often phi fails is judged over the latest so many steps, or a chunk if that has more
+_STEPS_OF_DRIFT = 64  # how often phi fails is judged over the latest so many steps
+# Steps of `generate` between two synchronisations: docs/experiments/decode_step.md#chunks-of-generate
+_UNWATCHED_CHUNK = 256
 _LOWER = "Lower max_new_tokens, the number of prompts, their length or prefill_chunk_size, or take a smaller model"
 _MAX_BLOCK = 8  # launches of so many decode steps queue up before the host looks whether to go on
 _MAX_RUNNING = 2  # chunks: one begins when the other ends, whenever the host looks
@@ -116,9 +118,8 @@ def generate(
 
     Source: FlashDecoding++ (arXiv 2311.01282), section 3.
     """
-    positional = temperature, top_k, top_p, key, softmax, max_recompute_rate, tokenizer, _STEPS_OF_DRIFT
+    positional = temperature, top_k, top_p, key, softmax, max_recompute_rate, tokenizer, _UNWATCHED_CHUNK
     options: dict[str, Any] = dict(cache=cache, return_cache=return_cache, prefill_chunk_size=prefill_chunk_size)
-    # A chunk's end costs time, and drift is looked for there: docs/experiments/decode_step.md#chunks-of-generate
     chunks = stream(model, tokens, prompt_lengths, max_new_tokens, eos_ids, *positional, **options)
     while True:
         try:
@@ -154,7 +155,8 @@ def stream(
     While the caller has a chunk, the next one runs. A generator that is closed early waits for its end.
 
     Args:
-      chunk_size: Tokens between two synchronisations with the host. The others: see `generate`.
+      chunk_size: Tokens between two synchronisations with the host; with a unified max, whose failures are counted
+        there, 64 at most. The others: see `generate`.
 
     Raises:
       ValueError, FloatingPointError, MemoryError: As in `generate`.
@@ -263,6 +265,7 @@ def _chosen(model: CausalLM, softmax: Softmax) -> tuple[UnifiedMax | None, str]:
 
 def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationResult]:
     """The host's side of `stream`."""
+    started = time.perf_counter()
     sampling, max_new_tokens, chunk_size = job.sampling, job.max_new_tokens, job.chunk_size
     softmax = job.softmax_of_steps
     batch = len(job.prompts.lengths)
@@ -280,7 +283,6 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         new = None if texts is None else texts.push(tokens.tolist(), lengths.tolist(), is_over)
         return StreamChunk(tokens, lengths, new)
 
-    started = time.perf_counter()
     with explained():
         loop, first, compile_seconds = _prefilled(model, structure, weights, job, eos)
         started += compile_seconds
@@ -298,7 +300,8 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         while not is_over:
             with explained():
                 while len(running) < _MAX_RUNNING and num_started < max_new_tokens:
-                    num_steps = min(chunk_size, max_new_tokens - num_started)
+                    longest = chunk_size if softmax is None else min(chunk_size, _STEPS_OF_DRIFT)
+                    num_steps = min(longest, max_new_tokens - num_started)
                     chunk_args = jnp.int32(num_steps), sampling, eos, softmax
                     if program is None:  # looking it up takes as long as a step
                         statics = structure, chunk_size, block_size

@@ -299,7 +299,7 @@ def test_steps_are_in_blocks_where_their_launches_overlap(model, calls, monkeypa
         monkeypatch.setattr(type(model), "layer_plan", lambda *_, plan=plan: plan)
         monkeypatch.setattr(generation, "decode_compiler_options", lambda *_: {})  # says nothing of it
         generate(model, PROMPTS, max_new_tokens=4)
-        assert calls.statics[-1][-2:] == (64, block_size)
+        assert calls.statics[-1][-2:] == (256, block_size)
 
 
 def test_what_fails_while_the_host_looks_elsewhere_is_its_error(model, calls):

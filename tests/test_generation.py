@@ -190,6 +190,18 @@ def test_a_phi_that_fails_too_often_gives_way_to_online_softmax(longer, rate, on
     assert result.tokens.tolist() == online.tokens.tolist()
 
 
+def test_the_host_looks_every_256_steps_and_at_a_unified_max_every_64(longer):
+    def sizes(softmax, chunk_size):
+        options = dict(softmax=softmax, max_recompute_rate=1.0, chunk_size=chunk_size)
+        chunks = stream(longer, PROMPTS, max_new_tokens=1 + 150, **options)
+        return [chunk.tokens.shape[1] for chunk in chunks][1:]
+
+    assert generation._UNWATCHED_CHUNK == 256
+    assert sizes(None, 128) == [128, 22]
+    assert sizes(UnifiedMax(200.0), 128) == [64, 64, 22]
+    assert sizes(UnifiedMax(200.0), 40) == [40, 40, 40, 30]
+
+
 @pytest.mark.parametrize("steps", [7, 63, 64])
 def test_a_call_that_ends_first_is_warned_of_too(longer, steps):
     """7 of 64 are more than a tenth, whatever the others would have done; 63 are the steps of 64 tokens."""

@@ -15,7 +15,7 @@ from flax import nnx
 from fdpp_jax import models, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.clock import read_floor
-from fdpp_jax.bench.generate import generate_timers
+from fdpp_jax.bench.generate import KINDS, generate_timers
 from fdpp_jax.bench.report import BenchReport, provenance
 from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
@@ -40,7 +40,7 @@ def bench_decode(
     steps: int = 64,
     *,
     implementation: str | None = None,
-    generates: bool = False,
+    generate: Sequence[str] = (),
 ) -> BenchReport:
     """Times greedy decoding with random weights: ours, ours with online softmax, and plain XLA, in turns.
 
@@ -56,18 +56,21 @@ def bench_decode(
       steps: Decode steps of one timed loop.
       implementation: The backend whose kernels are timed, of attention, matmuls and fused layers; plain XLA computes
         what the backend leaves to it. None: as planned.
-      generates: Whether `generate` is timed as well, which takes turns with the loops: greedy, and sampling.
+      generate: Kinds of sampling (`bench.generate.KINDS`) with which `generate` is timed as well. It takes turns with
+        the loops, and has as many slots and new tokens.
 
     Raises:
       NotImplementedError: The backend refuses the attention of a layer.
       ValueError: batch or steps is not positive, or context is too short for the steps or too long for the model, or
-        `generate` has one step only.
+        a kind of sampling is unknown, or `generate` has one step only.
     """
     if batch < 1 or steps < 1 or context <= steps:
         raise ValueError(
             f"expected a batch and steps of at least 1 and context above steps, got {batch=} {steps=} {context=}"
         )
-    if generates and steps < 2:
+    if unknown := [kind for kind in generate if kind not in KINDS]:
+        raise ValueError(f"generate must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
+    if generate and steps < 2:
         raise ValueError(f"expected steps of at least 2 where generate is timed, got {steps=}")
     check_context(context, config.position_limit)
     running = backends.only(implementation, device.current())
@@ -92,7 +95,7 @@ def bench_decode(
         "ours, online softmax": (None, None),
         "plain XLA": (None, "xla"),
     }
-    others = generate_timers(model, batch, context, steps) if generates else {}
+    others = generate_timers(model, batch, context, steps, generate)
     with device.target(running):
         seconds, recomputed = _time_decode(model, cache, context, steps, variants, others)
     floors.append(

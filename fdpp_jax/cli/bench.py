@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _DECODE_EXAMPLES = """\
   fdpp-jax bench decode --model llama-2-7b --batch 1 --context 1024
   fdpp-jax bench decode --steps 16    the bundled tiny model: sensible on a CPU too
-  fdpp-jax bench decode --model llama-3-8b --batch 8 --context 1536 --steps 512 --generate   generate and sampling, too
+  fdpp-jax bench decode --model llama-3-8b --batch 8 --context 1536 --steps 512 --generate greedy top-p
   fdpp-jax bench decode --model llama-2-7b --implementation triton       on Hopper, too: all kernels are Triton's
 """
 _ATTENTION_EXAMPLES = """\
@@ -78,7 +78,11 @@ def add(commands: Commands) -> None:
     decode.add_argument("--context", type=size, default=1024, help="live tokens in the KV cache (default: 1024)")
     decode.add_argument("--steps", type=size, default=64, help="decode steps measured together (default: 64)")
     decode.add_argument(
-        "--generate", action="store_true", help="time generate as well: greedy, and with top-k and top-p sampling"
+        "--generate",
+        nargs="+",
+        default=(),
+        metavar="KIND",
+        help="time generate as well, with kinds of sampling: greedy, temperature, top-k, top-p, top-k-top-p",
     )
 
     summary = "microseconds of decode attention, of one shape or a table of them, beside JAX's own and the read floor"
@@ -205,7 +209,7 @@ def _run_decode(args: argparse.Namespace) -> None:
     keep_compiled()
     _warn_off_gpu(running)
     sizes = dict(batch=args.batch, context=args.context, steps=args.steps)
-    options = dict(implementation=args.implementation, generates=args.generate)
+    options = dict(implementation=args.implementation, generate=args.generate)
     _print_report(bench_decode(config, **sizes, **options), args.json)
 
 

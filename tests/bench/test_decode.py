@@ -13,8 +13,8 @@ from bench_case import check_report
 from flax import nnx
 from triton_case import needs_plugin
 
+from fdpp_jax import generation
 from fdpp_jax.bench import clock, decode, generate
-from fdpp_jax.generation import stream
 from fdpp_jax.models import PRESETS, KVCache, LlamaConfig
 from fdpp_jax.plans import backends, device
 
@@ -50,12 +50,12 @@ def test_generate_takes_turns_with_the_loops(tmp_path, monkeypatch):
 
     def counted(model, prompts, **options):
         calls.append((prompts.shape, tuple(options.items())))
-        return stream(model, prompts, **options)
+        return generation.generate(model, prompts, **options)
 
-    monkeypatch.setattr(generate, "stream", counted)
-    report = decode.bench_decode(CONFIG, batch=2, context=16, steps=4, generates=True)
-    names = ["generate, greedy", "generate, temperature", "generate, top-k 50", "generate, top-p 0.9"]
-    names.append("generate, top-k 50, top-p 0.9")
+    monkeypatch.setattr(generate, "generate", counted)
+    kinds = "greedy", "temperature", "top-k", "top-p", "top-k-top-p"
+    report = decode.bench_decode(CONFIG, batch=2, context=16, steps=4, generate=kinds)
+    names = [f"generate, {kind}" for kind in kinds]
     record = check_report(report, ["ours, online softmax", *names], tmp_path / "record.json")
     assert list(record["ms_per_step"])[3:] == names
     assert {shape for shape, _ in calls} == {(2, 12)}
@@ -64,9 +64,16 @@ def test_generate_takes_turns_with_the_loops(tmp_path, monkeypatch):
     assert {dict(options)["max_new_tokens"] for _, options in calls} == {4}
 
 
-def test_generate_is_not_timed_over_one_token():
-    with pytest.raises(ValueError, match="expected steps of at least 2 where generate is timed, got steps=1"):
-        decode.bench_decode(CONFIG, context=16, steps=1, generates=True)
+@pytest.mark.parametrize(
+    ("kinds", "steps", "message"),
+    [
+        (["greedy"], 1, "expected steps of at least 2 where generate is timed, got steps=1"),
+        (["greedy", "beam"], 4, "generate must be among greedy, temperature, top-k, top-p, top-k-top-p, got beam"),
+    ],
+)
+def test_what_of_generate_cannot_be_timed(kinds, steps, message):
+    with pytest.raises(ValueError, match=message):
+        decode.bench_decode(CONFIG, context=16, steps=steps, generate=kinds)
 
 
 @pytest.mark.parametrize(("named", "timed"), [(None, "mosaic_gpu"), ("triton", "triton")])
