@@ -87,6 +87,12 @@ def test_a_greedy_step_makes_no_keys(model, sampling, num_splits):
     assert jaxpr.count("= random_split") == num_splits
 
 
+def test_the_key_of_a_draw_is_neither_the_last_nor_the_next():
+    key = jax.random.key(0)
+    keys = [key, *decode_loop._next_keys(key, Sampling(temperature=jnp.float32(1)))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+
+
 @pytest.mark.parametrize(("has_kernel", "num_conds"), [((True, True), 0), ((False, True), 1)])
 def test_what_a_kernel_redoes_is_counted_without_a_cond(model, monkeypatch, has_kernel, num_conds):
     unchecked, layers = ops.unchecked_decode_attention, itertools.cycle(has_kernel)
@@ -334,6 +340,14 @@ def test_seconds_of_chunks_are_those_in_which_one_runs(monkeypatch):
         (third, some), (fourth, others) = [chunk.result() for chunk in [chunks.start(program, 2.0) for _ in range(2)]]
         assert (third, fourth, some + others) == (2, 3, 4.0)
     assert chunks.loop == 4
+
+
+def test_seconds_of_decoding_are_those_of_all_chunks(model, monkeypatch):
+    read = decode_loop.Chunks._read
+    monkeypatch.setattr(decode_loop.Chunks, "_read", lambda *args: (read(*args)[0], 2.0))
+    chunks, result = drain(stream(model, PROMPTS, max_new_tokens=20, chunk_size=8))
+    assert len(chunks) == 4  # the first token is of the prefill
+    assert result.decode_seconds == 6.0
 
 
 def test_chunks_of_an_ending_interpreter_are_left_to_it(monkeypatch):

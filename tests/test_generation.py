@@ -144,6 +144,13 @@ def test_rows_end_at_their_first_end_token(request, model, chunk_size, how):
     assert sum(chunk.tokens.shape[1] for chunk in chunks) == max(lengths)
 
 
+def test_steps_behind_the_last_token_of_a_block_do_not_count(model, in_blocks):
+    """19 steps behind the first token are two blocks of eight, and a third that is needed in part."""
+    result = generate(model, PROMPTS, max_new_tokens=20)
+    assert result.lengths.tolist() == [20, 20]
+    assert result.tokens.tolist() == [plain_loop(prompt, 20) for prompt in PROMPTS]
+
+
 def test_a_first_token_that_ends_every_row(model):
     ends = [plain_loop(prompt, 1)[0] for prompt in PROMPTS]
     result = generate(model, PROMPTS, max_new_tokens=20, eos_ids=ends)
@@ -292,6 +299,15 @@ def test_seeds(model):
     key = jax.random.key(3)
     assert run(key) == run(key)  # the caller's key is not used up
     assert run(None) == run(jax.random.key(0)) != run(key)
+
+
+def test_every_token_is_drawn_with_a_key_of_its_own(model):
+    """With logits that are all equal, what is drawn depends on the key alone."""
+    graphdef, weights = nnx.split(model)
+    indifferent = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, weights))
+    tokens = generate(indifferent, PROMPTS, max_new_tokens=40, temperature=1.0).tokens
+    assert len(np.unique(tokens[0])) > 20  # of 64
+    assert len(np.unique(tokens, axis=1).T) > 35
 
 
 def test_stream_yields_what_generate_returns(model):
