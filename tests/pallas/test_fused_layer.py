@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from layer_case import CAPACITY, ON_GPU, SPECS, check_slots, exact, lib, product
 
 from fdpp_jax.pallas.fused_layer import fused_layer, fused_qkv, handover
-from fdpp_jax.pallas.fused_layer.norms import RMSNormOfSum
+from fdpp_jax.pallas.fused_layer.epilogues import _gelu_tanh
+from fdpp_jax.pallas.fused_layer.norms import LayerNorm, RMSNormOfSum
 from fdpp_jax.pallas.fused_layer.phases import LayerFacts
 from fdpp_jax.pallas.fused_layer.refs import NUM_RESULT_ROWS, GlobalRefs
 from fdpp_jax.plans import device
@@ -85,6 +86,18 @@ def check(case, inputs, results):
         # Four products with inputs rounded to bfloat16 stand one on the other.
         assert oracle.relative_error(out, expected) < 2 * oracle.TOLERANCE["bfloat16"]
     check_slots(inputs[-1], following)
+
+
+def check_before_the_first_attention(case, x, weights, cache):
+    """What `fused_qkv` leaves, whose queries, keys and values are right."""
+    run = functools.partial(
+        fused_qkv, spec=case.shape.spec, config=case.config, interpret=interpreted(detect_races=False)
+    )
+    attention, left = jax.jit(run)(x, weights, cache, handover(case.shape, case.config))
+    for out, expected in zip(attention, case.expected_attention(exact(x), weights, cache), strict=True):
+        assert oracle.relative_error(out, expected) < oracle.TOLERANCE["bfloat16"]
+    check_slots(cache, attention)
+    return left
 
 
 SMALL = case(1, 128, 128, 2, 1, 64, (3, 64, 3, 2, 2))
@@ -247,15 +260,17 @@ def test_behind_the_last_layer_are_logits(case, vocab_size):
 def test_before_the_first_attention_are_queries_keys_and_values(case):
     _, x, weights, _, cache = case.inputs()
     cache = cache._replace(slots=cache.slots.at[-1].set(CAPACITY + 1))
-    run = functools.partial(
-        fused_qkv, spec=case.shape.spec, config=case.config, interpret=interpreted(detect_races=False)
-    )
-    attention, left = jax.jit(run)(x, weights, cache, handover(case.shape, case.config))
+    left = check_before_the_first_attention(case, x, weights, cache)
     is_counted = np.asarray(left.counters.any(axis=(1, 2)))
     assert not np.delete(is_counted, NUM_RESULT_ROWS).any()  # that of heads is cleared by the next launch
-    for out, expected in zip(attention, case.expected_attention(exact(x), weights, cache), strict=True):
-        assert oracle.relative_error(out, expected) < oracle.TOLERANCE["bfloat16"]
-    check_slots(cache, attention)
+
+
+def test_eps_keeps_tiny_queries_and_keys_small():
+    """Their mean squares are about as large as eps: without eps they would be a third longer."""
+    small = case(1, 64, 128, 1, 1, 64, (2, 64, 2, 2, 2), "qwen3")
+    _, x, weights, _, cache = small.inputs()
+    x = (x * small.shape.spec.norm.eps**0.5).astype(x.dtype)
+    check_before_the_first_attention(small, x, weights, cache)
 
 
 @pytest.mark.gpu
@@ -378,10 +393,21 @@ def test_refuses_another_layer_with_the_reason():
         jax.eval_shape(run, *jax.eval_shape(case.inputs), jax.eval_shape(case.handover))
 
 
-def test_a_sum_that_rounding_makes_negative_has_a_factor():
-    norm = RMSNormOfSum.__new__(RMSNormOfSum)
-    norm.gmem, norm.facts = GlobalRefs(None, None), facts_of(SMALL_GEMMA)
-    means = dict(enumerate(jnp.full((8,), mean) for mean in (1.0, 1.0, -1.0, 0.999)))  # x cancels z, nearly
-    norm.mean = lambda sums, kind: means[kind]
-    _, factor = norm.factors(facts_of(SMALL_GEMMA).phases[1])
-    np.testing.assert_allclose(factor, SMALL_GEMMA.shape.spec.norm.eps**-0.5, rtol=1e-3)
+@pytest.mark.parametrize(
+    ("kind", "case", "means"),
+    [
+        (RMSNormOfSum, SMALL_GEMMA, (1.0, 1.0, -1.0, 0.999)),  # x cancels z, nearly
+        (LayerNorm, SMALL_OPT, (0.999, 1.0)),  # x is constant, and its mean square is rounded down
+    ],
+)
+def test_a_sum_that_rounding_makes_negative_has_a_factor(kind, case, means):
+    norm = kind.__new__(kind)
+    norm.gmem, norm.facts = GlobalRefs(None, None), facts_of(case)
+    norm.mean = lambda sums, kind: jnp.full((8,), means[kind])
+    _, factor = norm.factors(facts_of(case).phases[1])
+    np.testing.assert_allclose(factor, case.shape.spec.norm.eps**-0.5, rtol=1e-3)
+
+
+def test_gelu_is_as_exact_as_float32():
+    x = jnp.linspace(-6, 6, 1001)
+    np.testing.assert_allclose(_gelu_tanh(x), jax.nn.gelu(x, approximate=True), rtol=1e-5, atol=1e-6)
