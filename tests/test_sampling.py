@@ -78,6 +78,12 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
     assert _kept(LOGITS, top_p=top_p) == kept
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("second", [0.0, -1e-9])  # equal, and worse by less than shows in its probability
+def test_a_token_that_reaches_top_p_exactly_is_the_last(second, top_k):
+    assert _kept([0.0, second], top_k=top_k, top_p=0.5) == [0]
+
+
 def test_top_p_counts_what_top_k_left():
     # Of 0.4, 0.2 and 0.15, renormalised: 0.53, 0.27, 0.2.
     assert _kept(LOGITS, top_k=3, top_p=0.79) == [1, 3]
