@@ -1,9 +1,12 @@
 """What a user is told when a device's memory is used up."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+
+_EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED:\s*(.+)|(Out of memory allocating .+)")  # the latter is a CPU's
 
 
 @contextlib.contextmanager
@@ -28,12 +31,14 @@ def explained(held: Callable[[], Mapping[str, int]], advice: str) -> Iterator[No
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether JAX has failed for want of a device's memory, which no class of error says."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and _EXHAUSTED.search(str(error)) is not None
 
 
 def request(error: BaseException) -> str:
-    """The line of XLA's that says how much was asked for."""
-    return str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0].rstrip(".")
+    """The line of XLA's that says how much was asked for, of an error that `is_exhausted`."""
+    match = _EXHAUSTED.search(str(error))
+    assert match is not None
+    return (match[1] or match[2]).rstrip(".")
 
 
 def size(num_bytes: float) -> str:

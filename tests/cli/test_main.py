@@ -105,6 +105,11 @@ def test_wrong_usage_is_argparse_s(capsys, argv):
             2,
             "fdpp-jax: error: Out of memory while trying to allocate 5 bytes. Lower the sizes that the command names\n",
         ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 5 bytes."),
+            2,
+            "fdpp-jax: error: Out of memory allocating 5 bytes. Lower the sizes that the command names\n",
+        ),
     ],
 )
 def test_how_a_command_ends(capsys, monkeypatch, error, code, err):
