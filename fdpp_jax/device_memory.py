@@ -1,6 +1,7 @@
 """What a user is told when a device's memory is used up."""
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -41,15 +42,34 @@ def request(error: BaseException) -> str:
     return (match[1] or match[2]).rstrip(".")
 
 
+def check_fits(what: str, num_bytes: int) -> None:
+    """Refuses arrays before they are made: of sizes that no device has, XLA may crash instead of saying so.
+
+    Raises:
+      MemoryError: The first device has less memory.
+    """
+    capacity = _capacity_bytes()
+    if capacity is not None and num_bytes > capacity:
+        raise MemoryError(f"expected {what} that fit the device's {_capacity()}, got {size(num_bytes)}")
+
+
 def size(num_bytes: float) -> str:
     """ "3.1 GB", "12 MB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
 
 
 def _capacity() -> str:
-    """How much memory the first device has, as far as JAX may use it."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return f"memory ({size(stats['bytes_limit'])})" if "bytes_limit" in stats else "memory"
+    """ "memory (24 GB)", or "memory" where nobody says how much the first device has."""
+    num_bytes = _capacity_bytes()
+    return "memory" if num_bytes is None else f"memory ({size(num_bytes)})"
+
+
+def _capacity_bytes() -> int | None:
+    """Memory of the first device, as far as JAX may use it; a CPU's is the machine's. None where nobody says."""
+    first = jax.local_devices()[0]
+    if first.platform == "cpu" and hasattr(os, "sysconf"):  # which Windows lacks
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (first.memory_stats() or {}).get("bytes_limit")

@@ -208,9 +208,11 @@ def bench_attention(case: AttentionCase, *, quick: bool = False, implementation:
     Raises:
       NotImplementedError: The backend refuses the shape.
       Exception: The error of a kernel of ours; a peer may fail.
+      MemoryError: The device has too little memory.
     """
     running = backends.only(implementation, device.current())
     heuristics.plan_attention(case.shape, running, implementation)  # raises where it refuses
+    report.begin(running, "queries, keys and values", input_bytes(case.shape))
     candidates, timings, plan = _measure(case, running, quick, () if quick else _PLACES)
     title = (
         f"Decode attention on {running.kind}: B, N/K, S = {case.label}, H {case.shape.head_dim}, {case.shape.dtype}, "
@@ -449,6 +451,13 @@ def inputs(shape: AttentionShape, live_lengths: Sequence[int]) -> tuple[dict[str
             scale = jax.random.uniform(seed, scale_shape, jnp.float32, 0.75 * middle, 1.25 * middle)
             (kv if per_token else x)[name] = scale
     return x, kv
+
+
+def input_bytes(shape: AttentionShape) -> int:
+    """Bytes of `inputs`, without small ones."""
+    query_bytes = shape.query_length * shape.num_query_heads * jnp.dtype(shape.dtype).itemsize
+    kv_bytes = 2 * shape.capacity * shape.num_kv_heads * shape.kv_itemsize
+    return shape.batch * shape.head_dim * (query_bytes + kv_bytes)
 
 
 def _random_cache(key: jax.Array, cache_shape: tuple[int, ...], shape: AttentionShape) -> jax.Array:

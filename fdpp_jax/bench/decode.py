@@ -16,9 +16,10 @@ from fdpp_jax import models, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.clock import read_floor
 from fdpp_jax.bench.generate import KINDS, generate_timers
-from fdpp_jax.bench.report import BenchReport, provenance
+from fdpp_jax.bench.report import BenchReport, begin, provenance
 from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
+from fdpp_jax.models.cache import cache_bytes
 from fdpp_jax.models.checks import check_context
 from fdpp_jax.models.layers import Embedding
 from fdpp_jax.models.step_cache import StepCache
@@ -63,6 +64,7 @@ def bench_decode(
       NotImplementedError: The backend refuses the attention of a layer.
       ValueError: batch or steps is not positive, or context is too short for the steps or too long for the model, or
         a kind of sampling is unknown, or `generate` has one step only.
+      MemoryError: The device has too little memory.
     """
     if batch < 1 or steps < 1 or context <= steps:
         raise ValueError(
@@ -80,6 +82,7 @@ def bench_decode(
     for _, shape, plan in plans:
         if isinstance(shape, AttentionShape) and implementation not in (None, plan.backend):
             raise NotImplementedError(f"{implementation=} computes no attention of this step: {plan.reason}")
+    begin(running, "keys and values", cache_bytes(config, batch, capacity, dtype))
     progress.say("bench", "random weights")
     model = models.random_model(config, dtype)
     weight_bytes = _weight_bytes(model)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fdpp_jax import heuristics, ops
 from fdpp_jax.bench.clock import Candidate, matmul_buffers, time_kernels
-from fdpp_jax.bench.report import BenchReport, kernel_report
+from fdpp_jax.bench.report import BenchReport, begin, kernel_report
 from fdpp_jax.plans import backends, device, hopper, hopper_matmul
 from fdpp_jax.plans.device import Device
 from fdpp_jax.plans.hopper import with_stages_that_fit
@@ -28,12 +28,15 @@ def bench_matmul(shape: MatmulShape, *, implementation: str | None = None) -> Be
     Raises:
       ValueError: A size is not positive.
       NotImplementedError: The backend refuses the shape.
+      MemoryError: The device has too little memory.
     """
     if min(shape.m, shape.k, shape.n) < 1:
         raise ValueError(f"expected sizes of at least 1, got m={shape.m}, k={shape.k} and n={shape.n}")
     running = backends.only(implementation, device.current())
     heuristics.plan_matmul(shape, running, implementation)  # raises where it refuses
     plan = heuristics.plan_matmul(shape, running)
+    num_elements = shape.m * shape.k + shape.k * shape.n + shape.m * shape.n
+    begin(running, "x, w and their product", num_elements * jnp.dtype(shape.dtype).itemsize)
     x, sets, weight_bytes = matmul_buffers(shape)
     candidates = matmul_candidates(shape, running)
     title = (

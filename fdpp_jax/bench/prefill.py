@@ -15,7 +15,7 @@ import numpy as np
 
 from fdpp_jax import heuristics, ops, progress
 from fdpp_jax.bench import report
-from fdpp_jax.bench.attention import PHI, cache_labels, check_sizes, inputs
+from fdpp_jax.bench.attention import PHI, cache_labels, check_sizes, input_bytes, inputs
 from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, time_kernels
 from fdpp_jax.bench.report import BenchReport
 from fdpp_jax.plans import backends, device
@@ -205,9 +205,11 @@ def bench_prefill(case: PrefillCase, *, quick: bool = False, implementation: str
     Raises:
       NotImplementedError: The backend refuses the shape.
       Exception: The error of a kernel of ours; a peer may fail.
+      MemoryError: The device has too little memory.
     """
     running = backends.only(implementation, device.current())
     plan = heuristics.plan_attention(case.shape, running, implementation)
+    report.begin(running, "queries, keys and values", input_bytes(case.shape))
     candidates = _candidates(case, plan, running, quick)
     timings = _time(case, candidates, running)
     for name, error in timings.failures.items():

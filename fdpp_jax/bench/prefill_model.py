@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from fdpp_jax import models, ops, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.prefill import PrefillCase
-from fdpp_jax.bench.report import BenchReport, provenance
+from fdpp_jax.bench.report import BenchReport, begin, provenance
 from fdpp_jax.decode_loop import Structure, flattened, prefill_compiler_options, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
+from fdpp_jax.models.cache import cache_bytes
 from fdpp_jax.models.plans import prefill_plans, prefill_shape
 from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.shapes import round_up
@@ -74,6 +75,7 @@ def bench_model_prefill(
       NotImplementedError: The backend refuses the attention of all layers with a unified max.
       ValueError: batch, query_length or prefill_chunk_size is not positive, or the model has fewer positions.
       FloatingPointError: The logits are not finite.
+      MemoryError: The device has too little memory.
     """
     length = _query_length(config, query_length)
     if batch < 1 or length < 1:
@@ -86,6 +88,7 @@ def bench_model_prefill(
     dtype = jnp.dtype(jnp.bfloat16 if running.is_gpu else jnp.float32)
     with device.target(running):
         variants = _variants(config, batch, length, dtype, prefill_chunk_size, quick=quick)
+    begin(running, "keys and values", cache_bytes(config, batch, length, dtype))
     progress.say("bench", "random weights")
     model = models.random_model(config, dtype)
     tokens = jax.random.randint(jax.random.key(2), (batch, length), 0, config.vocab_size, jnp.int32)

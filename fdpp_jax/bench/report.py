@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from fdpp_jax import progress
+from fdpp_jax import device_memory, progress
 from fdpp_jax._version import __version__
 from fdpp_jax.bench.clock import Candidate, Timings
 from fdpp_jax.plans import device
+from fdpp_jax.plans.device import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,17 @@ class BenchReport:
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the record as JSON."""
         pathlib.Path(path).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+
+def begin(running: Device, what: str, num_bytes: int) -> None:
+    """Once the arguments are checked: says that numbers without a GPU are of no kernel.
+
+    Raises:
+      MemoryError: There is no memory for the arrays, of so many bytes; `what` names them.
+    """
+    device_memory.check_fits(what, num_bytes)
+    if not running.is_gpu:
+        progress.say("bench", f"warning: no GPU: these are numbers of {running.kind}, of no kernel")
 
 
 def kernel_report(

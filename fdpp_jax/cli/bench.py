@@ -18,7 +18,7 @@ from fdpp_jax.cli.arguments import (
     size,
 )
 from fdpp_jax.cli.checkpoints import keep_compiled, model_config
-from fdpp_jax.cli.output import print_table, report
+from fdpp_jax.cli.output import print_table
 
 if TYPE_CHECKING:
     from fdpp_jax.bench.attention import AttentionCase, Lengths
@@ -207,7 +207,6 @@ def _run_decode(args: argparse.Namespace) -> None:
     from fdpp_jax.bench.decode import bench_decode
 
     keep_compiled()
-    _warn_off_gpu(running)
     sizes = dict(batch=args.batch, context=args.context, steps=args.steps)
     options = dict(implementation=args.implementation, generate=args.generate)
     _print_report(bench_decode(config, **sizes, **options), args.json)
@@ -240,7 +239,6 @@ def _run_attention(args: argparse.Namespace) -> None:
         if "scale_per" in given:
             given["scales"] = given.pop("scale_per")
         case = attention.attention_case(**_DEFAULT_SHAPE | given)
-        _warn_off_gpu(running)
         report = attention.bench_attention(case, quick=args.quick, implementation=args.implementation)
     else:
         cases = _cases_with(args.only, attention.TABLE)
@@ -263,7 +261,6 @@ def _run_prefill(args: argparse.Namespace) -> None:
 
     if given:
         case = prefill.prefill_case(**_DEFAULT_PREFILL | given)
-        _warn_off_gpu(running)
         report = prefill.bench_prefill(case, quick=args.quick, implementation=args.implementation)
     else:
         cases = _cases_with(args.only, prefill.TABLE)
@@ -280,7 +277,6 @@ def _run_model_prefill(args: argparse.Namespace, running: "Device") -> None:
     config = _model_shapes(args.model, "prefill", "--model tiny", running)
     from fdpp_jax.bench import prefill_model
 
-    _warn_off_gpu(running)
     report = prefill_model.bench_model_prefill(
         config,
         batch=1 if args.batch is None else args.batch,
@@ -328,10 +324,8 @@ def _cases_with[C: "AttentionCase | PrefillCase"](text: str | None, table: Seque
 
 def _run_matmul(args: argparse.Namespace) -> None:
     from fdpp_jax.bench.matmul import bench_matmul
-    from fdpp_jax.plans import device
     from fdpp_jax.plans.shapes import MatmulShape
 
-    _warn_off_gpu(device.current())
     shape = MatmulShape(args.m, args.k, args.n, args.dtype, args.order)
     _print_report(bench_matmul(shape, implementation=args.implementation), args.json)
 
@@ -340,8 +334,3 @@ def _print_report(report: "BenchReport", path: str | None) -> None:
     print_table(report.title, report.columns, report.rows)
     if path is not None:
         report.save(path)
-
-
-def _warn_off_gpu(running: "Device") -> None:
-    if not running.is_gpu:
-        report(f"warning: no GPU: these are numbers of {running.kind}, of no kernel")

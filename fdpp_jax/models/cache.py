@@ -85,6 +85,11 @@ class KVCache:
         return self.keys[0].shape[1]
 
 
+def cache_bytes(config: DecoderConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of the keys and values of a cache."""
+    return 2 * config.num_hidden_layers * batch * capacity * config.kv_size * jnp.dtype(dtype).itemsize
+
+
 def check_cache(cache: Any, config: DecoderConfig) -> None:
     """Raises ValueError unless the cache is one for a model of this config, whatever its rows, capacity and dtype."""
     heads = config.num_key_value_heads, config.head_dim

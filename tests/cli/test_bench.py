@@ -5,7 +5,7 @@ import json
 import pytest
 from cli_case import run
 
-from fdpp_jax import cli
+from fdpp_jax import cli, device_memory
 from fdpp_jax.bench import attention as bench_attention
 from fdpp_jax.bench import decode as bench_decode
 from fdpp_jax.bench import matmul as bench_matmul
@@ -16,6 +16,8 @@ from fdpp_jax.cli import arguments
 from fdpp_jax.models import PRESETS
 from fdpp_jax.plans import device
 from fdpp_jax.plans.backends import BACKENDS
+
+LARGEST = 2**31 - 1  # that flags take
 
 
 def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
@@ -29,15 +31,25 @@ def test_large_bench_on_a_cpu_is_refused(capsys, monkeypatch):
     ("flags", "message"),
     [
         ("decode --model nosuch", "unknown model 'nosuch'"),
+        ("decode --context 10 --steps 64", "expected a batch and steps of at least 1 and context above steps, got"),
         ("prefill --model tiny --batch 0", "expected a batch and a query_length of at least 1, got batch=0"),
         ("prefill --model tiny --prefill-chunk-size 0", "prefill_chunk_size must be at least 1, got 0"),
         ("matmul --m 0 --k 64 --n 64", "expected sizes of at least 1, got m=0, k=64 and n=64"),
+        (f"decode --context {LARGEST}", "expected keys and values that fit the device's memory (24 GB), got"),
+        (f"decode --batch {LARGEST}", "expected keys and values that fit the device's memory (24 GB), got"),
+        (f"attention --batch {LARGEST}", "expected queries, keys and values that fit the device's memory (24 GB), got"),
+        (f"attention --head-dim {LARGEST}", "expected queries, keys and values that fit"),
+        (f"prefill --query-length {LARGEST}", "expected queries, keys and values that fit"),
+        (f"prefill --model tiny --query-length {LARGEST} --batch {LARGEST}", "expected keys and values that fit"),
+        (f"matmul --m {LARGEST} --k {LARGEST} --n {LARGEST}", "expected x, w and their product that fit"),
     ],
 )
-def test_a_bench_that_can_only_fail_is_refused_at_once(capsys, flags, message):
+def test_a_bench_that_can_only_fail_is_one_line_at_once(capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(device_memory, "_capacity_bytes", lambda: 24 * 10**9)
     code, out, err = run(capsys, "bench", *flags.split())
     assert (code, out) == (2, "")
-    assert message in err
+    assert err.startswith(f"fdpp-jax: error: {message}")
+    assert err.count("\n") == 1  # no warning goes before
 
 
 @pytest.mark.parametrize(
