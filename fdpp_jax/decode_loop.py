@@ -298,26 +298,46 @@ def decode_step(
     return logits, cache, jnp.logical_or(overflow, redone)
 
 
-def executable(
-    function: Any, statics: tuple[Hashable, ...], args: tuple[Any, ...], options: dict[str, str | bool]
-) -> tuple[jax.stages.Compiled, float]:
-    """The program for arguments like these, and the seconds that it took to get it."""
+class Request:
+    """What to compile: a jitted function for arguments like these. Making one takes as long as a decode step."""
+
+    def __init__(
+        self,
+        function: Any,
+        statics: tuple[Hashable, ...],
+        args: tuple[Any, ...],
+        options: dict[str, str | bool],
+    ):
+        leaves, treedef = jax.tree.flatten(args)
+        avals = tuple(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None) for x in leaves
+        )
+        self.function, self.statics = function, statics
+        self._treedef, self._avals, self._options = treedef, avals, tuple(options.items())
+        self._key = function, statics, treedef, avals, self._options
+        self._hash = hash(self._key)  # of all modules of a model
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Request) and self._key == other._key
+
+    def compile(self) -> jax.stages.Compiled:
+        """The program: ahead of its call, so that compilation is not measured as decoding."""
+        lowered = self.function.lower(*self.statics, *jax.tree.unflatten(self._treedef, self._avals))
+        return lowered.compile(compiler_options=dict(self._options))
+
+
+def executable(request: Request) -> tuple[jax.stages.Compiled, float]:
+    """The program, and the seconds that it took to compile: 0 where it was there."""
     started = time.perf_counter()
-    leaves, treedef = jax.tree.flatten(args)
-    avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None) for x in leaves)
     misses = _compile.cache_info().misses
-    compiled = _compile(function, statics, treedef, avals, tuple(options.items()))
+    compiled = _compile(request)
     seconds = time.perf_counter() - started
     return compiled, seconds if _compile.cache_info().misses > misses else 0.0
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(
-    function: Any,
-    statics: tuple[Hashable, ...],
-    treedef: jax.tree_util.PyTreeDef,
-    avals: tuple[jax.ShapeDtypeStruct, ...],
-    options: tuple[tuple[str, str | bool], ...],
-) -> jax.stages.Compiled:
-    """Compiles ahead of the call, so that compilation is not measured as decoding."""
-    return function.lower(*statics, *jax.tree.unflatten(treedef, avals)).compile(compiler_options=dict(options))
+def _compile(request: Request) -> jax.stages.Compiled:
+    return request.compile()

@@ -21,6 +21,7 @@ from fdpp_jax.decode_loop import (
     NOT_FINITE,
     Chunks,
     Loop,
+    Request,
     RunningChunk,
     Structure,
     decode_chunk,
@@ -283,9 +284,15 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         new = None if texts is None else texts.push(tokens.tolist(), lengths.tolist(), is_over)
         return StreamChunk(tokens, lengths, new)
 
+    def request_of(loop: Loop, softmax: UnifiedMax | None) -> Request:
+        statics = structure, chunk_size, block_size
+        return Request(decode_chunk, statics, (weights, loop, jnp.int32(0), sampling, eos, softmax), options)
+
     with explained():
         loop, first, compile_seconds = _prefilled(model, structure, weights, job, eos)
         started += compile_seconds
+        request = request_of(loop, softmax)  # while the prompts run
+        first = jax.block_until_ready(first)
     new_tokens = np.full((batch, max_new_tokens), job.eos_ids[0] if job.eos_ids else 0, np.int32)
     new_tokens[:, 0] = _finite(np.asarray(first)[:, None], 0, model.dtype)[:, 0]
     prefill_seconds = time.perf_counter() - started
@@ -302,12 +309,10 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
                 while len(running) < _MAX_RUNNING and num_started < max_new_tokens:
                     longest = chunk_size if softmax is None else min(chunk_size, _STEPS_OF_DRIFT)
                     num_steps = min(longest, max_new_tokens - num_started)
-                    chunk_args = jnp.int32(num_steps), sampling, eos, softmax
-                    if program is None:  # looking it up takes as long as a step
-                        statics = structure, chunk_size, block_size
-                        program, seconds = executable(decode_chunk, statics, (weights, loop, *chunk_args), options)
+                    if program is None:
+                        program, seconds = executable(request)
                         compile_seconds += seconds
-                    running.append(chunks.start(program, *chunk_args))
+                    running.append(chunks.start(program, jnp.int32(num_steps), sampling, eos, softmax))
                     num_started += num_steps
                 report, seconds = running.popleft().result()
             decode_seconds += seconds
@@ -323,7 +328,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
                 if redone > job.max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
                     is_last = is_over or num_started == max_new_tokens
                     _warn_of_drift(softmax, recent, redone, is_last)
-                    softmax, program = None, None
+                    softmax, program, request = None, None, request_of(loop, None)
                     online_from = None if is_last else num_started - 1
                 elif recent >= _STEPS_OF_DRIFT:
                     judged = done
@@ -353,7 +358,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
 def _prefilled(
     model: CausalLM, structure: Structure, weights: list[jax.Array], job: _Job, eos: jax.Array
 ) -> tuple[Loop, jax.Array, float]:
-    """The loop behind the prefill, the first tokens [B], and the seconds of compilation."""
+    """The loop behind the prefill and the first tokens [B], which may still be computed, and the compile seconds."""
     batch, length = job.prompts.tokens.shape
     softmax, capacity, is_behind_cache = job.softmax, job.capacity, job.cache is not None
     plan = model.prefill_plan(batch, length, capacity, softmax, job.prefill_chunk_size, is_behind_cache=is_behind_cache)
@@ -364,13 +369,13 @@ def _prefilled(
     options = prefill_compiler_options()
     if job.cache is None:
         statics = structure, capacity, with_key_norms, plan.chunk_size
-        run, seconds = executable(decode_loop.prefill, statics, (weights, *arrays), options)
-        return *jax.block_until_ready(run(weights, *arrays)), seconds
+        run, seconds = executable(Request(decode_loop.prefill, statics, (weights, *arrays), options))
+        return *run(weights, *arrays), seconds
     resume_args = job.cache.kv, jnp.asarray(job.prompts.cached)
-    resume, seconds = executable(decode_loop.resume, (capacity, with_key_norms), resume_args, {})
+    resume, seconds = executable(Request(decode_loop.resume, (capacity, with_key_norms), resume_args, {}))
     args = weights, resume(*resume_args), *arrays
-    run, more_seconds = executable(decode_loop.extend, (structure, plan.chunk_size), args, options)
-    return *jax.block_until_ready(run(*args)), seconds + more_seconds
+    run, more_seconds = executable(Request(decode_loop.extend, (structure, plan.chunk_size), args, options))
+    return *run(*args), seconds + more_seconds
 
 
 def _kept(job: _Job, loop: Loop, new_tokens: np.ndarray, num_tokens: int) -> PromptCache:

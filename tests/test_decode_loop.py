@@ -208,11 +208,11 @@ class _Calls:
         self.num, self.statics, self.may_run, self._changed = 0, list[tuple](), lambda num: True, threading.Condition()
         compiled = generation.executable
 
-        def executable(function, statics, args, options):
-            program, seconds = compiled(function, statics, args, options)
-            if function is not decode_loop.decode_chunk:
+        def executable(request):
+            program, seconds = compiled(request)
+            if request.function is not decode_loop.decode_chunk:
                 return program, seconds
-            self.statics.append(statics)
+            self.statics.append(request.statics)
             return functools.partial(self._call, program), seconds
 
         monkeypatch.setattr(generation, "executable", executable)

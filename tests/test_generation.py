@@ -83,14 +83,14 @@ def test_steps_take_online_softmax_where_the_plan_prefers_it_and_nothing_is_aske
     loaded = load(FIXTURES / "llama3_gqa", dtype=jnp.float32)
     plan = dataclasses.replace(loaded.layer_plan(2), online_up_to=128)
     monkeypatch.setattr(type(loaded), "layer_plan", lambda self, batch: plan)
-    seen, executable = [], generation.executable
+    seen, request = [], generation.Request
 
-    def compiled(function, statics, args, options):
+    def recorded(function, statics, args, options):
         if function is generation.decode_chunk:
             seen.append(args[-1])
-        return executable(function, statics, args, options)
+        return request(function, statics, args, options)
 
-    monkeypatch.setattr(generation, "executable", compiled)
+    monkeypatch.setattr(generation, "Request", recorded)
     chosen = generate(loaded, PROMPTS, max_new_tokens=8)
     assert chosen.is_online
     assert chosen.softmax_reason.startswith(

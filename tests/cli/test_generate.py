@@ -389,9 +389,9 @@ def test_logits_that_are_not_finite_end_with_one_line(capsys, checkpoint, monkey
     assert err.count("\n") == 1
 
 
-def _damaged(function, *args):
+def _damaged(request):
     """What executable gives where the first token stands for logits that are not finite."""
-    compiled, seconds = decode_loop.executable(function, *args)
+    compiled, seconds = decode_loop.executable(request)
 
     def run_damaged(*arrays):
         loop, first = compiled(*arrays)
