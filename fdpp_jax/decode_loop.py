@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Hashable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +135,16 @@ def _next_keys(key: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array
     return next_key, sample_key
 
 
+class _Block(NamedTuple):
+    """What a step of a block hands to the next."""
+
+    cache: KVCache
+    last: jax.Array  # [B] int32, drawn by the step before
+    key: jax.Array
+    drawn: jax.Array  # [B, block_size] int32, by the steps so far; NOT_FINITE where none can be
+    redone: jax.Array  # [block_size] bool
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode_chunk(
     structure: Structure,
@@ -147,38 +157,65 @@ def decode_chunk(
     eos_ids: jax.Array,
     softmax: UnifiedMax | None,
 ) -> tuple[Loop, ChunkReport[jax.Array]]:
-    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block changes nothing.
+    """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block is dropped.
 
-    block_size divides chunk_size: of the steps in a block none asks whether to go on.
+    block_size divides chunk_size. The steps of a block launch little but the model: none asks whether to go on, and
+    which rows have ended is seen at the block's end, from its tokens.
     """
     model = rebuilt(structure, weights)
     pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
+    num_rows = loop.tokens.shape[0]
 
     def is_live(carry: tuple[Loop, jax.Array, jax.Array]) -> jax.Array:
         loop, _, step = carry
         return (step < num_steps) & ~loop.finished.all()
 
-    def take_step(i: jax.Array, carry: tuple[Loop, jax.Array, jax.Array]) -> tuple[Loop, jax.Array, jax.Array]:
-        del i
-        (loop, chunk, step), counts = carry, is_live(carry)
-        logits, cache, redone = decode_step(model, loop.tokens, loop.cache, softmax)
-        key, sample_key = _next_keys(loop.key, sampling)
-        tokens = jnp.where(loop.finished, pad, sample(logits, sample_key, sampling))
-        marked = jnp.where(loop.finished | rows_are_finite(logits, sampling), tokens, NOT_FINITE)
-        next_loop = Loop(
-            cache=dataclasses.replace(cache, lengths=jnp.where(counts, cache.lengths, loop.cache.lengths)),
-            tokens=tokens,
-            finished=loop.finished | (tokens[:, None] == eos_ids).any(axis=1),
-            lengths=loop.lengths + (counts & ~loop.finished).astype(jnp.int32),
-            recomputed_steps=loop.recomputed_steps + (counts & redone).astype(jnp.int32),
-            key=key,
-        )
-        return next_loop, chunk.at[:, step].set(marked), step + counts.astype(jnp.int32)
-
     def take_block(carry: tuple[Loop, jax.Array, jax.Array]) -> tuple[Loop, jax.Array, jax.Array]:
-        return jax.lax.fori_loop(0, block_size, take_step, carry)
+        loop, chunk, first_step = carry
 
-    chunk = jnp.full((loop.tokens.shape[0], chunk_size), pad, jnp.int32)
+        def take_step(i: jax.Array, carry: _Block) -> _Block:
+            logits, cache, redone = decode_step(model, carry.last, carry.cache, softmax)
+            key, sample_key = _next_keys(carry.key, sampling)
+            tokens = sample(logits, sample_key, sampling)
+            is_asked = first_step + i < num_steps  # beyond that the cache has no slot
+            lengths = jnp.where(is_asked, cache.lengths, carry.cache.lengths)
+            drawn = jnp.where(rows_are_finite(logits, sampling), tokens, NOT_FINITE)[:, None]
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i)  # .at asks if i is inside
+            return _Block(
+                cache=dataclasses.replace(cache, lengths=lengths),
+                last=tokens,
+                key=key,
+                drawn=put(carry.drawn, drawn, axis=1),
+                redone=carry.redone if softmax is None else put(carry.redone, redone[None], axis=0),
+            )
+
+        block = _Block(
+            cache=loop.cache,
+            last=loop.tokens,
+            key=loop.key,
+            drawn=jnp.zeros((num_rows, block_size), jnp.int32),
+            redone=jnp.zeros((block_size,), bool),
+        )
+        block = jax.lax.fori_loop(0, block_size, take_step, block)
+
+        ends = (block.drawn[:, :, None] == eos_ids).any(axis=2)
+        over = jnp.cumsum(jnp.concatenate([loop.finished[:, None], ends[:, :-1]], axis=1), axis=1) > 0  # before a step
+        counts = (first_step + jnp.arange(block_size) < num_steps) & ~over.all(axis=0)
+        num_counted = counts.sum(dtype=jnp.int32)
+        finished = loop.finished | (ends & counts).any(axis=1)
+        next_loop = Loop(
+            cache=dataclasses.replace(block.cache, lengths=loop.cache.lengths + num_counted),
+            tokens=jnp.where(finished, pad, block.last),
+            finished=finished,
+            lengths=loop.lengths + (counts & ~over).sum(axis=1, dtype=jnp.int32),
+            recomputed_steps=loop.recomputed_steps + (counts & block.redone).sum(dtype=jnp.int32),
+            key=block.key,
+        )
+        tokens = jnp.where(over, pad, block.drawn)
+        chunk = jax.lax.dynamic_update_slice_in_dim(chunk, tokens, first_step, axis=1)
+        return next_loop, chunk, first_step + num_counted
+
+    chunk = jnp.full((num_rows, chunk_size), pad, jnp.int32)
     loop, chunk, step = jax.lax.while_loop(is_live, take_block, (loop, chunk, jnp.int32(0)))
     return loop, ChunkReport(chunk, step, loop.lengths, loop.recomputed_steps, loop.finished.all())
 
