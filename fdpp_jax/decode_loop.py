@@ -159,8 +159,8 @@ def decode_chunk(
 ) -> tuple[Loop, ChunkReport[jax.Array]]:
     """Up to num_steps <= chunk_size decode steps, fewer if every row ends; the rest of their block is dropped.
 
-    block_size divides chunk_size. The steps of a block launch little but the model: none asks whether to go on, and
-    which rows have ended is seen at the block's end, from its tokens.
+    block_size divides chunk_size, and num_steps where another chunk follows. The steps of a block launch little but the
+    model: none asks whether to go on, and which rows have ended is seen at the block's end, from its tokens.
     """
     model = rebuilt(structure, weights)
     pad = eos_ids[0] if eos_ids.size else jnp.int32(0)
@@ -205,7 +205,7 @@ def decode_chunk(
         finished = loop.finished | (ends & counts).any(axis=1)
         next_loop = Loop(
             cache=dataclasses.replace(block.cache, lengths=loop.cache.lengths + num_counted),
-            tokens=jnp.where(finished, pad, block.last),
+            tokens=jnp.where(over[:, -1], pad, block.last),  # a token that ends a row is run, for the cache
             finished=finished,
             lengths=loop.lengths + (counts & ~over).sum(axis=1, dtype=jnp.int32),
             recomputed_steps=loop.recomputed_steps + (counts & block.redone).sum(dtype=jnp.int32),

@@ -276,6 +276,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
     # A step that is a CUDA graph is one launch: nothing queues up, and a loop in a loop takes longer to compile.
     has_many_launches = model.layer_plan(batch).overlaps_attention
     block_size = max(n for n in range(1, _MAX_BLOCK + 1) if chunk_size % n == 0) if has_many_launches else 1
+    steps_of_drift = _STEPS_OF_DRIFT - _STEPS_OF_DRIFT % block_size  # whole blocks
     streams = None if job.tokenizer is None else map(job.tokenizer.stream, job.prompts.rows())
     texts = None if streams is None else TextRows(list(streams))
     explained = functools.partial(device_memory.explained, lambda: _held(model, weights, job), _LOWER)
@@ -307,7 +308,7 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
         while not is_over:
             with explained():
                 while len(running) < _MAX_RUNNING and num_started < max_new_tokens:
-                    longest = chunk_size if softmax is None else min(chunk_size, _STEPS_OF_DRIFT)
+                    longest = chunk_size if softmax is None else min(chunk_size, steps_of_drift)
                     num_steps = min(longest, max_new_tokens - num_started)
                     if program is None:
                         program, seconds = executable(request)

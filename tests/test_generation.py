@@ -151,6 +151,29 @@ def test_steps_behind_the_last_token_of_a_block_do_not_count(model, in_blocks):
     assert result.tokens.tolist() == [plain_loop(prompt, 20) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("step", [7, 8, 9])
+def test_a_token_that_ends_a_row_is_in_its_cache(model, in_blocks, step):
+    """Also where it is the last of a block, and the row gets another end token from then on."""
+    expected = [plain_loop(prompt, 20) for prompt in PROMPTS]
+    row = next(i for i, tokens in enumerate(expected) if tokens[step] not in tokens[:step] + expected[1 - i])
+    end = expected[row][step]
+    other = next(token for token in range(CONFIG.vocab_size) if not any(token in tokens for tokens in expected))
+    result = generate(model, PROMPTS, max_new_tokens=20, eos_ids=[other, end], return_cache=True)
+    assert result.lengths[row] == step + 1
+    longer = generate(model, [[1], [2]], max_new_tokens=3, cache=result.cache)
+    whole = [[*tokens, new] for tokens, new in zip(result.cache.tokens, (1, 2), strict=True)]
+    assert longer.tokens.tolist() == [plain_loop(tokens, 3) for tokens in whole]
+
+
+def test_steps_between_two_looks_are_whole_blocks(model, in_blocks, monkeypatch):
+    """Chunks of 12 steps, of two blocks of six, with a look at the unified max after 10 at the latest."""
+    monkeypatch.setattr(generation, "_STEPS_OF_DRIFT", 10)
+    options = dict(max_new_tokens=20, softmax=UnifiedMax(200.0), max_recompute_rate=1.0)
+    chunks, result = drain(stream(model, PROMPTS, chunk_size=12, **options))
+    assert [chunk.tokens.shape[1] for chunk in chunks] == [1, 6, 6, 6, 1]
+    assert result.tokens.tolist() == [plain_loop(prompt, 20) for prompt in PROMPTS]
+
+
 def test_a_first_token_that_ends_every_row(model):
     ends = [plain_loop(prompt, 1)[0] for prompt in PROMPTS]
     result = generate(model, PROMPTS, max_new_tokens=20, eos_ids=ends)
