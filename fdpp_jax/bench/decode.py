@@ -58,7 +58,7 @@ def bench_decode(
       implementation: The backend whose kernels are timed, of attention, matmuls and fused layers; plain XLA computes
         what the backend leaves to it. None: as planned.
       generate: Kinds of sampling (`bench.generate.KINDS`) with which `generate` is timed as well. It takes turns with
-        the loops, and has as many slots and new tokens.
+        the loops, and makes as many tokens; its cache has more slots where context - steps is no power of two.
 
     Raises:
       NotImplementedError: The backend refuses the attention of a layer.

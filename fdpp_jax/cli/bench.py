@@ -82,7 +82,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         default=(),
         metavar="KIND",
-        help="time generate as well, with kinds of sampling: greedy, temperature, top-k, top-p, top-k-top-p",
+        help="time generate as well, from its first token on: greedy, temperature, top-k, top-p, top-k-top-p",
     )
 
     summary = "microseconds of decode attention, of one shape or a table of them, beside JAX's own and the read floor"
