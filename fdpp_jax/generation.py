@@ -31,6 +31,7 @@ from fdpp_jax.decode_loop import (
     prefill_compiler_options,
 )
 from fdpp_jax.models import KVCache, Tokenizer
+from fdpp_jax.models.cache import cache_bytes
 from fdpp_jax.models.checks import positive_int
 from fdpp_jax.models.decoder import CausalLM
 from fdpp_jax.models.text_stream import TextRows
@@ -329,8 +330,9 @@ def _run(model: CausalLM, job: _Job) -> Generator[StreamChunk, None, GenerationR
                 if redone > job.max_recompute_rate * max(recent, _STEPS_OF_DRIFT):
                     is_last = is_over or num_started == max_new_tokens
                     _warn_of_drift(softmax, recent, redone, is_last)
-                    softmax, program, request = None, None, request_of(loop, None)
-                    online_from = None if is_last else num_started - 1
+                    softmax, program = None, None
+                    if not is_last:
+                        online_from, request = num_started - 1, request_of(loop, softmax)
                 elif recent >= _STEPS_OF_DRIFT:
                     judged = done
         with explained():
@@ -392,12 +394,13 @@ def _kept(job: _Job, loop: Loop, new_tokens: np.ndarray, num_tokens: int) -> Pro
 
 def _held(model: CausalLM, weights: list[jax.Array], job: _Job) -> dict[str, int]:
     """What takes the device's memory: names and bytes."""
-    batch, capacity = len(job.prompts.lengths), job.capacity
-    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch, capacity, model.dtype))
-    held = {"the weights take": weights, f"the KV cache of {batch} x {capacity} tokens": cache}
+    batch, capacity, config = len(job.prompts.lengths), job.capacity, model.config
+    held = {"the weights take": sum(x.nbytes for x in weights)}
+    held[f"the KV cache of {batch} x {capacity} tokens"] = cache_bytes(config, batch, capacity, model.dtype)
     if job.cache is not None:
-        held["the one that it goes on from"] = job.cache.kv
-    return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)) for name, arrays in held.items()}
+        kv = job.cache.kv
+        held["the one that it goes on from"] = cache_bytes(config, kv.batch, kv.capacity, model.dtype)
+    return held
 
 
 def _finite(tokens: np.ndarray, num_before: int, dtype: jnp.dtype) -> np.ndarray:

@@ -192,17 +192,16 @@ def _time_decode(
         for name in clock.in_turn(samples, turn):
             if name in others:
                 seconds = others[name]()
-                if turn > 0:
-                    samples[name].append(seconds)
-                continue
-            softmax, _ = variants[name]
-            cache = _rewound(cache, context - steps)
-            jax.block_until_ready((weights, cache))
-            started = time.perf_counter()
-            cache, _, count = jax.block_until_ready(loops[name](weights, cache, tokens, softmax))
+            else:
+                softmax, _ = variants[name]
+                cache = _rewound(cache, context - steps)
+                jax.block_until_ready((weights, cache))
+                started = time.perf_counter()
+                cache, _, count = jax.block_until_ready(loops[name](weights, cache, tokens, softmax))
+                seconds = (time.perf_counter() - started) / steps
+                redone[name] = int(count)
             if turn > 0:
-                samples[name].append((time.perf_counter() - started) / steps)
-            redone[name] = int(count)
+                samples[name].append(seconds)
     return {name: statistics.median(times) for name, times in samples.items()}, redone
 
 
