@@ -17,6 +17,7 @@ import numpy as np
 from fdpp_jax import heuristics, ops, progress
 from fdpp_jax.bench import report
 from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, random_normal, time_kernels
+from fdpp_jax.bench.provenance import provenance
 from fdpp_jax.bench.report import BenchReport
 from fdpp_jax.ops.running import module_of
 from fdpp_jax.plans import backends, device
@@ -264,7 +265,7 @@ def bench_attention_table(
     running = backends.only(implementation, device.current())
     columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
     rows: list[tuple[str, ...]] = []
-    record = report.provenance() | {"attention_table": list[dict[str, Any]]()}
+    record = provenance() | {"attention_table": list[dict[str, Any]]()}
     table = BenchReport(f"Decode attention on {running.kind}: medians in microseconds", columns, (), record)
     for index, case in enumerate(cases):
         progress.say("bench", f"{index + 1} of {len(cases)}: {case.label}")

@@ -16,7 +16,8 @@ from fdpp_jax import models, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.clock import read_floor
 from fdpp_jax.bench.generate import KINDS, generate_timers
-from fdpp_jax.bench.report import BenchReport, begin, provenance
+from fdpp_jax.bench.provenance import provenance
+from fdpp_jax.bench.report import BenchReport, begin
 from fdpp_jax.decode_loop import Structure, decode_compiler_options, decode_step, flattened, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.cache import cache_bytes

@@ -17,6 +17,7 @@ from fdpp_jax import heuristics, ops, progress
 from fdpp_jax.bench import report
 from fdpp_jax.bench.attention import PHI, cache_labels, check_sizes, input_bytes, inputs
 from fdpp_jax.bench.clock import Candidate, Timings, copies, num_sets, time_kernels
+from fdpp_jax.bench.provenance import provenance
 from fdpp_jax.bench.report import BenchReport
 from fdpp_jax.plans import backends, device
 from fdpp_jax.plans.backend import AttentionPlan
@@ -228,7 +229,7 @@ def bench_prefill(case: PrefillCase, *, quick: bool = False, implementation: str
         f"Prefill attention on {running.kind}: B, N/K, T = {case.label}, {case.flops / 1e9:.1f} Gflop, "
         f"peak {running.bf16_tflops:g} Tflop/s; {plan.implementation}: {plan.reason}"
     )
-    record = report.provenance() | {"prefill_attention": [_record(case, plan, candidates, timings)]}
+    record = provenance() | {"prefill_attention": [_record(case, plan, candidates, timings)]}
     columns = ("kernel", "us", "Tflop/s", "x floor", "x cuDNN")
     return BenchReport(title, columns, tuple(cells(name) for name in candidates), record)
 
@@ -271,7 +272,7 @@ def bench_prefill_table(
     """
     running = backends.only(implementation, device.current())
     columns = _COLUMNS[:_NUM_QUICK_COLUMNS] if quick else _COLUMNS
-    record = report.provenance() | {"prefill_attention": list[dict[str, Any]]()}
+    record = provenance() | {"prefill_attention": list[dict[str, Any]]()}
     title = f"Prefill attention on {running.kind}: medians in microseconds, peak {running.bf16_tflops:g} Tflop/s"
     table = BenchReport(title, columns, (), record)
     for index, case in enumerate(cases):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from fdpp_jax import models, ops, progress
 from fdpp_jax.bench import clock
 from fdpp_jax.bench.prefill import PrefillCase
-from fdpp_jax.bench.report import BenchReport, begin, provenance
+from fdpp_jax.bench.provenance import provenance
+from fdpp_jax.bench.report import BenchReport, begin
 from fdpp_jax.decode_loop import Structure, flattened, prefill_compiler_options, rebuilt
 from fdpp_jax.models import CausalLM, DecoderConfig, KVCache
 from fdpp_jax.models.cache import cache_bytes

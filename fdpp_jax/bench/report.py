@@ -1,21 +1,15 @@
 """What a bench shows and saves: a table, and a record of its numbers with device, versions, date and commit."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
 import pathlib
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from fdpp_jax import device_memory, progress
-from fdpp_jax._version import __version__
 from fdpp_jax.bench.clock import Candidate, Timings
-from fdpp_jax.plans import device
+from fdpp_jax.bench.provenance import provenance
 from fdpp_jax.plans.device import Device
 
 
@@ -123,28 +117,3 @@ def saving(ours: float | None, other: float | None) -> str:
 def first_line(error: Exception) -> str:
     """The error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def provenance() -> dict[str, Any]:
-    """Device, versions, date and commit of a run."""
-    running = device.current()
-    return {
-        "device": dataclasses.asdict(running) | {"jax_kind": jax.devices()[0].device_kind},
-        "versions": {"fdpp_jax": __version__}
-        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, "-dirty" if changed since; None where the package is installed or git is missing."""
-    checkout = pathlib.Path(__file__).parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.budget is not None and not 0 < args.budget < math.inf:
         raise ValueError(f"--budget must be positive, got {args.budget:g}")
     from fdpp_jax.bench import tuning
-    from fdpp_jax.bench.report import provenance
+    from fdpp_jax.bench.provenance import provenance
     from fdpp_jax.plans import backends, device, tables
 
     running = backends.only(args.implementation, device.current())
