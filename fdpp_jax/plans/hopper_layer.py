@@ -83,22 +83,31 @@ def refuse(shape: LayerShape, device: Device, algorithm: str | None = "fused") -
         return f"the fused layer takes bfloat16, got {shape.dtype}"
     if not 1 <= shape.batch <= MAX_ROWS:
         return f"1 to {MAX_ROWS} rows are faster fused, more in a launch for each product, got B = {shape.batch}"
-    num_rotated = shape.spec.num_rotated(shape.head_dim)
-    if shape.head_dim % (2 * UNIT_WIDTH) or num_rotated % (2 * UNIT_WIDTH):
-        turned = "" if num_rotated == shape.head_dim else f", of which {num_rotated} rotate"
-        return (
-            f"the fused layer takes head dims that are multiples of {2 * UNIT_WIDTH}, got H = {shape.head_dim}{turned}"
-        )
-    sizes = shape.hidden_size, shape.intermediate_size
+    if (refusal := _refuse_head(shape.spec, shape.head_dim)) is not None:
+        return refusal
+    sizes = shape.hidden_size, shape.intermediate_size, shape.num_query_heads * shape.head_dim
     if any(size % _SWIZZLE_COLUMNS for size in sizes):
-        return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got D = {sizes[0]}, F = {sizes[1]}"
+        got = "D = {}, F = {}, N H = {}".format(*sizes)
+        return f"the fused layer wants multiples of {_SWIZZLE_COLUMNS}, got {got}"
     config, units_per_head = fused_layer_config(shape, device), shape.head_dim // (2 * UNIT_WIDTH)
     if shape.spec.norms_queries_and_keys and config.num_ctas < units_per_head:  # which wait for each other
         return f"a CTA for each of the {units_per_head} units of a head that is normalised, got {config.num_ctas} CTAs"
-    depth = max(shape.num_query_heads * shape.head_dim, *sizes)
+    depth = max(sizes)
     max_depth = MAX_COUNTERS * config.chunk
     if depth > max_depth:
         return f"the fused layer multiplies at most {max_depth} columns, got {depth}"
+    return None
+
+
+def _refuse_head(spec: LayerSpec, head_dim: int) -> str | None:
+    """Why units cannot have all columns of a head, those that rotate and the others apart, or None if they can."""
+    pair, num_rotated = 2 * UNIT_WIDTH, spec.num_rotated(head_dim)
+    parts = num_rotated, head_dim - num_rotated
+    got = f"H = {head_dim}" if 0 in parts else f"H = {head_dim}, of which {num_rotated} rotate"
+    if any(part % 16 or 0 < part < pair for part in parts):
+        return f"the fused layer takes head dims that are multiples of 16, at least {pair}, got {got}"
+    if spec.norms_queries_and_keys and any(part % pair for part in parts):  # a column of two units would count twice
+        return f"the fused layer normalises heads of multiples of {pair} columns, got {got}"
     return None
 
 

@@ -111,6 +111,9 @@ KINDS = {
     "gemma, many rows": with_spec(RAGGED, "gemma"),  # rows of x: 18, padded to 24
     "opt, many rows": with_spec(RAGGED, "opt"),
     "all biases": with_spec(SMALL, "all biases"),
+    # The second unit of a head has columns of the first one, too.
+    "heads of 96": case(2, 128, 128, 2, 1, 96, (3, 64, 3, 2, 2)),
+    "heads of 80": case(2, 128, 128, 4, 2, 80, (3, 64, 3, 2, 2), "opt"),
 }
 SMALL_GEMMA, SMALL_OPT = with_spec(SPLIT, "gemma"), with_spec(SPLIT, "opt")
 H200 = device.by_name("H200")
@@ -143,6 +146,9 @@ OTHERS = [  # on the CPU, small ones of each family: tests/models/test_decoder.p
     *(planned(batch, *GEMMA_2_9B, name="gemma") for batch in (1, 4, 8, 32)),
     *(planned(batch, 4096, 13696, 32, 2, 128, name="chatglm") for batch in (1, 12)),
     *(planned(batch, 4096, 16384, 32, 32, 128, name="opt") for batch in (1, 6, 7, 32)),
+    *(planned(batch, 3072, 8192, 32, 32, 96) for batch in (1, 9, 32)),  # Phi-3-mini
+    *(planned(batch, 2560, 10240, 32, 32, 80, name="opt") for batch in (1, 9, 32)),  # OPT-2.7B
+    planned(3, 4096, 13696, 32, 2, 160, name="chatglm"),  # 80 columns that rotate, and 80 others
 ]
 
 
@@ -384,6 +390,28 @@ def test_units_have_every_column_once(rotation):
     assert sorted([*low, *high]) == list(range(0, 4 * 256, 32))
     is_rotated = low % 256 < facts.num_rotated
     assert (high - low == np.where(is_rotated, facts.num_rotated // 2, 32)).all()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotation", "num_units"),
+    [(96, Rotation(), 2), (80, Rotation(), 2), (80, None, 2), (144, None, 3), (160, Rotation(0.5), 4)],
+)
+def test_units_have_every_column_at_least_once(head_dim, rotation, num_units):
+    """Where heads are no multiples of units. Units with the same columns add up K in the same order."""
+    spec, num_heads = LayerSpec(rotation=rotation), 4 + 2 * 2
+    facts = LayerFacts(1, 4, 2, head_dim, 512, 512, spec, dataclasses.replace(SMALL.config, num_ctas=5), True)
+    phase = facts.phases[-1]
+    assert phase.num_units == num_heads * num_units
+    assert facts.num_split(phase) == 0
+    assert facts.num_split(dataclasses.replace(phase, name="head")) > 0
+    low, high = (np.asarray(x) for x in facts.columns(phase, jnp.arange(phase.num_units)))
+    columns = low[:, None] + np.arange(32), high[:, None] + np.arange(32)
+    assert set(np.concatenate(columns).flat) == set(range(num_heads * head_dim))
+    assert (low // head_dim == (high + 31) // head_dim).all()
+    place, half = columns[0] % head_dim, facts.num_rotated // 2
+    is_rotated = place < facts.num_rotated
+    assert (place[is_rotated] < half).all()
+    assert (columns[1] - columns[0] == np.where(is_rotated, half, 32)).all()
 
 
 def test_refuses_another_layer_with_the_reason():

@@ -131,8 +131,8 @@ class LayerFacts:
                 Phase("mlp_out", inner, hidden // UNIT_WIDTH, rows, part_width=width),
             ]
         if self.num_kv_heads:
-            columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-            phases.append(Phase("qkv", hidden, columns // pair, normed_rows))
+            heads = self.num_heads + 2 * self.num_kv_heads
+            phases.append(Phase("qkv", hidden, heads * self.units_per_head, normed_rows))
         elif self.vocab_size:
             phases.append(Phase("head", hidden, cdiv(self.vocab_size, pair), normed_rows))
         return tuple(phases)
@@ -144,8 +144,17 @@ class LayerFacts:
 
     @property
     def units_per_head(self) -> int:
-        """Units of a head's columns."""
-        return self.head_dim // (2 * UNIT_WIDTH)
+        """Units of a head's columns: first those of the columns that rotate."""
+        return self._rotated_units + cdiv(self.head_dim - self.num_rotated, 2 * UNIT_WIDTH)
+
+    @property
+    def _rotated_units(self) -> int:
+        return cdiv(self.num_rotated, 2 * UNIT_WIDTH)
+
+    @property
+    def _units_overlap(self) -> bool:
+        """Whether the last units of a head begin early, so that some columns are of two units, which store the same."""
+        return any(columns % (2 * UNIT_WIDTH) for columns in (self.num_rotated, self.head_dim))
 
     def num_tiles(self, phase: Phase) -> int:
         """Tiles of weights per unit."""
@@ -170,9 +179,12 @@ class LayerFacts:
     def num_split(self, phase: Phase) -> int:
         """Units that are split: the first ones. 0 where splitting would not pay, as in a nearly full round.
 
-        Nor may a CTA have two units of a head whose units wait for each other (`heads`): it would wait for itself.
+        Nor may a CTA have two units of a head whose units wait for each other (`heads`): it would wait for itself. And
+        units with the same columns must add up K in the same order, to store the same bits.
         """
         full, rest = divmod(phase.num_units, self.config.num_ctas)
+        if phase.name == "qkv" and self._units_overlap:
+            return 0
         if phase.name == "qkv" and self.spec.norms_queries_and_keys and rest % self.units_per_head:
             return 0
         is_worth = self.config.num_ctas <= rest * self.num_tiles(phase) and rest < _MAX_SPLIT * self.config.num_ctas
@@ -226,8 +238,9 @@ class LayerFacts:
         if phase.name != "qkv":
             return 2 * unit * UNIT_WIDTH, 2 * unit * UNIT_WIDTH + UNIT_WIDTH
         head, place = (f(unit, jnp.int32(self.units_per_head)) for f in (lax.div, lax.rem))
-        first, num_rotated = head * self.head_dim, self.num_rotated
-        rotated, others = first + place * UNIT_WIDTH, first + 2 * place * UNIT_WIDTH
-        is_rotated = 2 * place * UNIT_WIDTH < num_rotated
-        low = jnp.where(is_rotated, rotated, others)
-        return low, low + jnp.where(is_rotated, num_rotated // 2, UNIT_WIDTH)
+        half, end = self.num_rotated // 2, self.head_dim - 2 * UNIT_WIDTH  # where the last unit begins
+        rotated = jnp.minimum(place * UNIT_WIDTH, half - UNIT_WIDTH)
+        others = jnp.minimum(self.num_rotated + 2 * (place - self._rotated_units) * UNIT_WIDTH, end)
+        is_rotated = place < self._rotated_units
+        low = head * self.head_dim + jnp.where(is_rotated, rotated, others)
+        return low, low + jnp.where(is_rotated, half, UNIT_WIDTH)
